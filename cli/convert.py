@@ -1,0 +1,53 @@
+"""`lrkv convert`."""
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .main import Variadic, app, quiet_libraries
+
+
+@app.command(cls=Variadic)
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of the model to convert.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Residual rank of keys and values. Default: what halves the cache, a quarter of it for keys.")] = None,
+    rank_k: Annotated[int | None, typer.Option(help="Residual rank of keys.")] = None,
+    rank_v: Annotated[int | None, typer.Option(help="Residual rank of values.")] = None,
+    base: Annotated[str | None, typer.Option(help="joint (default), aligned (C = I after a gauge) or mean (plain mean).")] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after the fit (default), or not.")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; none for the weights alone. Default: a text "
+                                                          "that ships with the package.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 16384.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (the source's, default), float32, bfloat16, float16 or float64.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest safetensors file. Default: 5GB.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Options from a shipped recipe or a YAML file; flags override it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow ranks that do not shrink the cache.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")] = False,
+) -> None:
+    """Convert a pretrained model to LRKV attention and write a folder that transformers loads."""
+    quiet_libraries()
+    from lrkv_convert import convert as run
+    from lrkv_convert.recipe import load_recipe
+
+    from . import display
+    flags = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base": base, "refit": refit, "calibration": calibration, "calibration_tokens": calibration_tokens,
+             "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
+    options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
+    options |= {name: value for name, value in flags.items() if value is not None}
+    if options.get("calibration") in (["none"], "none"):
+        options["calibration"] = []
+    elif isinstance(options.get("calibration"), str):
+        options["calibration"] = [options["calibration"]]
+    with display.progress() as progress:
+        done = run(model, out, device=device, overwrite=overwrite, dry_run=dry_run, recipe=recipe, progress=progress, **options)
+    if as_json:
+        print(json.dumps(done.record or done.plan.as_dict(), indent=2))
+    elif dry_run:
+        display.show_plan(done.plan, model)
+    else:
+        display.show_conversion(done.record, model, out)

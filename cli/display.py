@@ -1,0 +1,118 @@
+"""What the terminal shows: tables on stdout, progress and errors on stderr. The only importer of rich."""
+import shlex
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+WIDTH = 100     # when the output is no terminal, and at most
+
+
+def _console(stderr: bool = False) -> Console:
+    probe = Console(stderr=stderr)
+    return Console(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False)
+
+
+def show_error(error: Exception) -> None:
+    """One line: what was found, and the hint."""
+    print(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)
+
+
+@contextmanager
+def progress():
+    """A callback (stage, done, total) that draws one bar per stage on stderr; nothing is drawn before the first call."""
+    bars: dict[str, int] = {}
+    shown = Progress(TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                     TimeRemainingColumn(), console=_console(stderr=True))
+
+    def report(stage: str, done: int, total: int) -> None:
+        if not bars:
+            shown.start()
+        if stage not in bars:
+            bars[stage] = shown.add_task(stage, total=total)
+        shown.update(bars[stage], completed=done)
+
+    try:
+        yield report
+    finally:
+        if bars:
+            shown.stop()
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def _ranks(side: dict) -> str:
+    return f"{side['base_width']} + H·{side['rank']}"
+
+
+def show_plan(plan, model: str) -> None:
+    """A dry run: per layer what is cached, and the sum."""
+    g = plan.geometry
+    out = _console()
+    out.print(f"{model}: {g.layers} layers, {g.kv_heads} KV heads of width {g.head_dim}, {g.groups} query head(s) each, "
+              f"{'RoPE' if g.rotary else 'no rotary positions'}")
+    table = _table("layer", "keys", "values", "numbers/token", "before")
+    for i, p in enumerate(plan.layers):
+        after = p.key_width + g.kv_heads * p.key_rank + p.value_width + g.kv_heads * p.value_rank
+        table.add_row(str(i), f"{p.key_width} + {g.kv_heads}·{p.key_rank}", f"{p.value_width} + {g.kv_heads}·{p.value_rank}", str(after),
+                      str(2 * g.kv_heads * g.head_dim))
+    out.print(table)
+    out.print(f"cache per token: {_bytes(plan.bytes_before)} -> {_bytes(plan.bytes_after)} ({plan.ratio:.1%}). Nothing was refused, nothing written.")
+
+
+def show_conversion(record: dict, model: str, folder: Path, layers: bool = True) -> None:
+    """Per layer ranks and errors, the cache, time and memory, and the next command."""
+    out, cache = _console(), record["cache"]
+    if layers:
+        table = _table("layer", "keys", "error", "values", "error")
+        for row in record["layers"]:
+            table.add_row(str(row["layer"]), _ranks(row["keys"]), f"{row['keys']['error']:.3f}", _ranks(row["values"]), f"{row['values']['error']:.3f}")
+        out.print(table)
+    out.print(f"cache per token: {_bytes(cache['kv_bytes_per_token_before'])} -> {_bytes(cache['kv_bytes_per_token'])} ({cache['kv_ratio']:.1%}); "
+              f"{record['seconds']:.0f} s, {_bytes(record['peak_memory_bytes'])} of memory")
+    if layers:
+        print(f"next: lrkv compare {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
+
+
+def show_comparison(result: dict) -> None:
+    """One row per model, the base first."""
+    out = _console()
+    table = _table("model", "perplexity", "ratio", "KL", "top-1", "cache/token", "of base", "params")
+    for row in result["models"]:
+        table.add_row(_short(row["path"]), f"{row['perplexity']:.3f}", f"×{row['ratio']:.4f}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}",
+                      _bytes(row["kv_bytes_per_token_allocated"]), f"{row['kv_ratio']:.1%}", f"{row['parameters'] / 1e6:,.1f}M")
+    out.print(table)
+    out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
+
+
+def _short(path: str, width: int = 30) -> str:
+    name = Path(path).name
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def show_samples(samples: dict[str, list[str]], prompts: tuple[str, ...]) -> None:
+    """What each model makes of the same beginnings."""
+    out = _console()
+    for i, prompt in enumerate(prompts):
+        out.print(f'"{prompt} …"', markup=False)
+        for name, texts in samples.items():
+            out.print(f"  {name:<9} … {' '.join(texts[i].split())}", markup=False)
+
+
+def show_location(folder: Path) -> None:
+    print(f"the converted model lies in {folder}")

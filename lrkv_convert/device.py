@@ -1,0 +1,24 @@
+"""Devices and dtypes as users name them."""
+import torch
+
+from .errors import LrkvError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises LrkvError for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise LrkvError(f"the device {name!r} cannot be used", "choose auto, cpu or cuda") from error
+
+
+def pick_dtype(name: str) -> torch.dtype | str:
+    """A torch dtype, or "auto" as it is. Raises LrkvError for an unknown name."""
+    if name != "auto" and name not in DTYPES:
+        raise LrkvError(f"unknown dtype {name!r}", f"choose from auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)

@@ -1,0 +1,44 @@
+"""Load any model that can be compared: an original or a converted folder, a .gguf file, a hub id. Complete, or not at all."""
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import LrkvError
+
+
+def _location(model: str) -> tuple[str, dict]:
+    """(path or hub id, keyword arguments) for `from_pretrained`. Raises LrkvError for a local path that is no model."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LrkvError(f"no such file: {model}", "give the path of a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LrkvError(f"{model} is not a model folder: it has no config.json", "a model folder has config.json and safetensors")
+    if not path.exists() and not (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+        raise LrkvError(f"no such model: {model}", "give a folder, a .gguf file or a hub id such as org/name")
+    return (str(path), {}) if path.exists() else (model, {})
+
+
+def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+    """The model in eval mode. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
+    where, extra = _location(model)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
+    except Exception as error:      # safetensors, json, hub and transformers each raise their own
+        raise LrkvError(f"cannot load {model}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+                        "is the folder whole?") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        bad = sorted(info["missing_keys"]) or sorted(info["mismatched_keys"])
+        raise LrkvError(f"{model} lacks the tensor {bad[0]}", "its weights are incomplete or do not belong to its config.json")
+    return loaded.eval().to(device)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    where, extra = _location(model)
+    try:
+        return AutoTokenizer.from_pretrained(where, **extra)
+    except Exception as error:
+        raise LrkvError(f"{model} has no tokenizer that loads: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+                        "comparison needs one") from error

@@ -1,0 +1,31 @@
+"""Bytes a model caches per token: by the formula, and counted on the tensors of a live cache."""
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..adapters import ADAPTERS
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the live tensors of a cache."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values))
+
+
+def formula_bytes(config, element_size: int) -> int | None:
+    """sum over layers of (m_K + H r_K + m_V + H r_V), or 2 H d per layer for an original (arXiv 2601.11471, Eq 8), times the element size.
+    None for a family this package does not know."""
+    adapter = ADAPTERS.get(config.model_type.removeprefix("lrkv_"))
+    if adapter is None:
+        return None
+    g = adapter.geometry(config)
+    spec = getattr(config, "lrkv", None)
+    if spec is None:
+        return element_size * 2 * g.layers * g.kv_heads * g.head_dim
+    return element_size * sum(m + g.kv_heads * r for side in spec.values() for m, r in zip(side["base_width"], side["rank"]))
+
+
+@torch.no_grad()
+def allocated_bytes(model: PreTrainedModel, tokens: int = 16) -> float:
+    """Bytes per token that a forward pass over `tokens` tokens leaves in the cache."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    return cache_bytes(model(ids, use_cache=True, logits_to_keep=1).past_key_values) / tokens

@@ -1,0 +1,52 @@
+"""GPT-2 with LRKV attention. Differs from transformers' GPT-2 only in keys, values and their cache."""
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+from .attention_lrkv import LrkvAttention, LrkvModel, LrkvPreTrained, low_rank_heads
+
+
+class LrkvGPT2Config(GPT2Config):
+    """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`)."""
+
+    model_type = "lrkv_gpt2"
+    lrkv: dict | None = None
+
+
+class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
+    """The fused c_attn (q, k, v) becomes q_attn (q alone) and the factored keys and values; there is no rotation."""
+
+    eager_attention = staticmethod(eager_attention_forward)
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        del self.c_attn
+        self.q_attn = Conv1D(self.embed_dim, self.embed_dim)
+        self.keys = low_rank_heads(config, layer_idx, "keys", bias=True)
+        self.values = low_rank_heads(config, layer_idx, "values", bias=True)
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
+        query = self.q_attn(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)   # (N, H, T, d)
+        output, weights = self.factored_attention(query, hidden_states, attention_mask, past_key_values,
+                                                  dropout=self.attn_dropout.p, **kwargs)
+        return self.resid_dropout(self.c_proj(output)), weights
+
+
+class LrkvGPT2Model(LrkvModel, GPT2Model):
+    config_class = LrkvGPT2Config
+    attention_class = LrkvGPT2Attention
+    attention_name = "attn"
+
+    def decoder_layers(self):
+        return self.h
+
+
+class LrkvGPT2LMHeadModel(LrkvPreTrained, GPT2LMHeadModel):
+    config_class = LrkvGPT2Config
+
+    def __init__(self, config):
+        GPT2PreTrainedModel.__init__(self, config)
+        self.transformer = LrkvGPT2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -1,0 +1,36 @@
+"""Closed-form refit of the output projection, once keys and values of a layer are truncated.
+
+    W_O' = argmin sum_s || ô_s W_O' - o_s W_O ||^2 + ridge || W_O' - W_O ||^2
+
+o_s, ô_s: concatenated head outputs of the original and of the converted attention on the same calibration inputs. One solve per layer. It
+uses correlations between heads, which the per-head metric cannot see (DESIGN.md section 2).
+"""
+import torch
+from torch import Tensor, nn
+
+from .calibrate import CalibratedLayer
+
+RIDGE = 1e-2        # share of the mean eigenvalue of sum ô ô^T, pulling towards no change
+NOTHING_LOST = 1e-6     # below this fitted error there is nothing to give back, and float32 activations would only add noise
+
+
+@torch.no_grad()
+def refit_output(layer: CalibratedLayer, attention: nn.Module, output: str, W_O: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The corrected output projection, (H, G, d, D) float64.
+
+    attention: the converted module with its weights in place; output: the name of its output projection; W_O (H, G, d, D): the
+    projection as it stands in the converted module (a gauge may already be in it).
+    """
+    converted: list[Tensor] = []
+    hook = attention.get_submodule(output).register_forward_pre_hook(lambda module, args: converted.append(args[0]))
+    n = W_O.shape[0] * W_O.shape[1] * W_O.shape[2]
+    gram, cross = (torch.zeros(n, n, dtype=torch.float64, device=W_O.device) for _ in range(2))
+    for x, original in zip(layer.inputs, layer.heads):
+        attention(x, **layer.arguments)
+        o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)                    # (T, H G d) each
+        gram += (o_hat.T @ o_hat).double()
+        cross += (o_hat.T @ o).double()
+    hook.remove()
+    eye = ridge * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    flat = W_O.reshape(n, -1)                                                               # (H G d, D)
+    return torch.linalg.solve(gram + eye, cross @ layer.weights.W_O.reshape(n, -1) + eye @ flat).view(W_O.shape)

@@ -1,0 +1,85 @@
+"""Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from lrkv_convert import convert
+from lrkv_convert.calibrate import SEQ_LEN  # noqa: F401
+
+torch.set_num_threads(2)
+SHARED = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2, num_hidden_layers=2, hidden_size=48,
+              num_attention_heads=6, max_position_embeddings=640)
+ROPE = dict(SHARED, intermediate_size=64, num_key_value_heads=3, head_dim=20)
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 160}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**ROPE),
+    "llama-bias": lambda: LlamaConfig(**ROPE, attention_bias=True, tie_word_embeddings=True),
+    "llama-mha-yarn": lambda: LlamaConfig(**{**ROPE, "num_attention_heads": 3}, rope_parameters=YARN),
+    "mistral": lambda: MistralConfig(**ROPE, sliding_window=24),
+    "qwen2": lambda: Qwen2Config(**{**ROPE, "num_hidden_layers": 3}, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    "gpt2": lambda: GPT2Config(**{**SHARED, "num_attention_heads": 3, "hidden_size": 60}, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def build(family: str, folder: Path, dtype=torch.float32, **save) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder, **save)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(family) -> folder of the original model; built once."""
+    made = {}
+
+    def get(family: str = "llama") -> Path:
+        if family not in made:
+            made[family] = build(family, tmp_path_factory.mktemp(family.replace("-", "_")) / "model")
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def converted(tiny, tmp_path_factory):
+    """converted(family, **options) -> folder; each combination is converted once."""
+    made = {}
+
+    def get(family: str = "llama", **options) -> Path:
+        key = (family, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("lrkv") / "model"
+            convert(str(tiny(family)), made[key], **{"rank": 7, "calibration_tokens": 1024, **options})
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(params=list(CONFIGS))
+def family(request) -> str:
+    return request.param
+
+
+def prompt(length: int = 40, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the largest entry."""
+    return ((a - b).abs().max() / b.abs().max()).item()

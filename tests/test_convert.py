@@ -1,0 +1,185 @@
+"""The output folder: what is in it, that it is the same from every form of the source, and that it loads anywhere."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CONFIGS, build, prompt
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lrkv_convert import convert
+
+LOAD = """
+import sys
+if {blocked}: sys.modules["lrkv_convert"] = None      # as if it were not installed
+elif {imported}: import lrkv_convert
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}, **{options})
+ids = torch.tensor([{ids}])
+print(type(model).__module__)
+print(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
+"""
+
+
+def fresh(folder, tmp_path, blocked, imported, **options):
+    code = LOAD.format(blocked=blocked, imported=imported, folder=str(folder), options=options, ids=prompt(12)[0].tolist())
+    env = dict(os.environ, HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
+def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_path):
+    done = fresh(converted(family), tmp_path, blocked=True, imported=False, trust_remote_code=True)
+    assert done.returncode == 0, done.stderr
+    module, tokens = done.stdout.splitlines()[-2:]
+    assert module.startswith("transformers_modules")
+    here = AutoModelForCausalLM.from_pretrained(converted(family))
+    assert tokens == str(here.generate(prompt(12), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
+
+
+def test_loads_without_trust_where_this_package_is_imported(converted, tmp_path):
+    done = fresh(converted(), tmp_path, blocked=False, imported=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith("lrkv_convert.modeling")
+
+
+def test_without_package_and_trust_loading_fails_clearly(converted, tmp_path):
+    done = fresh(converted(), tmp_path, blocked=True, imported=False)
+    assert done.returncode != 0 and "trust_remote_code" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_folder_holds_what_it_should(family, converted, tiny):
+    folder = converted(family)
+    names = {p.name for p in folder.iterdir()}
+    modeling = f"modeling_lrkv_{family.split('-')[0]}.py"
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "lrkv.json", "README.md",
+            "attention_lrkv.py", modeling} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "lrkv_" + family.split("-")[0]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert len(config["lrkv"]["keys"]["rank"]) == config.get("num_hidden_layers", config.get("n_layer"))
+
+
+def test_the_record_tells_how_to_reproduce_it(converted, tiny):
+    record = json.loads((converted() / "lrkv.json").read_text())
+    assert record["source"]["sha256"] == hashlib.sha256((tiny() / "model.safetensors").read_bytes()).hexdigest()
+    assert record["recipe"]["rank"] == 7 and record["recipe"]["base"] == "joint"
+    assert record["cache"]["kv_ratio"] == pytest.approx((20 + 3 * 7) / (3 * 20))
+    assert [layer["keys"]["rank"] for layer in record["layers"]] == [7, 7]
+    assert all(0 < layer[side]["error"] < 1 for layer in record["layers"] for side in ("keys", "values"))
+    [text] = record["calibration"]["texts"]
+    assert text["name"] == "built-in" and len(text["sha256"]) == 64 and record["calibration"]["tokens"] == 1024
+    assert record["versions"]["torch"] == torch.__version__ and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
+
+
+def test_the_model_card_states_the_cache(converted):
+    card = (converted() / "README.md").read_text()
+    record = json.loads((converted() / "lrkv.json").read_text())
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    assert f"{record['cache']['kv_ratio']:.1%}" in card and "trust_remote_code=True" in card
+
+
+def test_conversion_is_deterministic(converted, tiny, tmp_path):
+    convert(str(tiny()), tmp_path / "again", rank=7, calibration_tokens=1024)
+    a, b = (load_file(folder / "model.safetensors") for folder in (converted(), tmp_path / "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sharded_in_and_out(tiny, converted, tmp_path):
+    source = build("llama", tmp_path / "source", max_shard_size="40KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    convert(str(source), tmp_path / "out", rank=7, calibration_tokens=1024, max_shard_size="40KB")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2 and {s.name for s in shards} == set(index["weight_map"].values())
+    ids = prompt()
+    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted())))
+
+
+def test_bare_gpt2_names_and_mask_buffers_are_understood(tiny, converted, tmp_path):
+    """As OpenAI's own upload: no "transformer." prefix, mask buffers beside the weights."""
+    source = build("gpt2", tmp_path / "source")
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(source / "model.safetensors").items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
+    save_file(tensors, source / "model.safetensors")
+    convert(str(source), tmp_path / "out", rank=7, calibration_tokens=1024)
+    ids = prompt()
+    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted("gpt2"))))
+
+
+def test_pickled_weights_are_read_as_weights_only(tiny, converted, tmp_path):
+    source = build("llama", tmp_path / "source")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    convert(str(source), tmp_path / "out", rank=7, calibration_tokens=1024)
+    ids = prompt()
+    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted())))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_dtype_is_the_sources_unless_asked(dtype, tiny, tmp_path):
+    convert(str(tiny()), tmp_path / "out", rank=7, calibration=[], dtype=dtype)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
+        found = {handle.get_tensor(name).dtype for name in handle.keys()}
+    assert found == {torch.float32 if dtype == "auto" else torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype in found
+
+
+def test_bf16_factors_cost_little(tiny, converted, tmp_path):
+    convert(str(tiny()), tmp_path / "out", rank=7, calibration_tokens=1024, dtype="bfloat16")
+    ids = prompt(200)
+    full, half = (torch.log_softmax(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits, -1) for f in (converted(), tmp_path / "out"))
+    original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny())(ids).logits, -1)
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1).mean().item()
+    assert kl(full, half) < 0.1 * kl(original, full)
+
+
+def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
+    convert(str(tiny()), tmp_path / "out", rank=3, calibration=[])
+    convert(str(tiny()), tmp_path / "out", rank=5, calibration=[], overwrite=True)
+    assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["recipe"]["rank"] == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
+    """Each step of the method is closer to the original than the one before, on text it did not see."""
+    from lrkv_convert.calibrate import Text, windows
+    from conftest import tiny_tokenizer
+    ids = windows([Text("held out", "The quick brown fox jumps over the lazy dog; 3.14159 is not a rational number. " * 30)], tiny_tokenizer(), 256, 1024)
+    original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
+    kls = []
+    for options in (dict(base="mean", calibration=()), dict(base="joint", calibration=()), dict(base="joint", refit=False), dict(base="joint")):
+        model = AutoModelForCausalLM.from_pretrained(converted("gpt2", **{**options, **({"calibration_tokens": 8192} if "calibration" not in options else {})}))
+        logp = torch.log_softmax(model(ids).logits, -1)
+        kls.append((original.exp() * (original - logp)).sum(-1).mean().item())
+    assert kls == sorted(kls, reverse=True), kls
+
+
+def test_default_ranks_halve_the_cache(tiny, tmp_path):
+    plan = convert(str(tiny()), tmp_path / "out", dry_run=True).plan
+    assert 0.45 < plan.ratio <= 0.5 and plan.layers[0].key_rank < plan.layers[0].value_rank
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_is_read(tmp_path):
+    """A GGUF file written from a tiny Llama converts, with the tokenizer inside the file."""
+    gguf = pytest.importorskip("gguf")
+    from gguf_fixture import write_gguf
+    from transformers import LlamaForCausalLM
+    torch.manual_seed(0)
+    config = CONFIGS["llama"]()
+    config.head_dim, config.hidden_size = 8, 48
+    model = LlamaForCausalLM(config)
+    write_gguf(gguf, model, tmp_path / "tiny.gguf")
+    convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", rank=8, force=True, calibration=[])
+    ids = prompt(30)
+    ours, theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model.eval()(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["source"]["path"].endswith("tiny.gguf")

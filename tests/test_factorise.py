@@ -1,0 +1,122 @@
+"""Theorems of the factorisation. float64 throughout, so tolerances are those of decompositions, not of data."""
+import pytest
+import torch
+
+from lrkv_convert.factorise import BASES, aligned, joint, mean
+from lrkv_convert.metrics import Metric, square_root
+
+EXACT = 1e-9        # float64 eigendecompositions of well-conditioned matrices a few dozen wide
+H, D, d, r = 3, 48, 20, 7
+
+
+def random_problem(seed: int = 0, rotary: bool = False):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    shared = draw(D, d)
+    W = torch.stack([0.5 * shared @ draw(d, d) / d**0.5 + draw(D, d) for _ in range(H)])
+    X, Q = draw(200, D) * torch.logspace(0, -1.5, D, dtype=torch.float64), draw(H, 100, d) * torch.linspace(1, 0.2, d, dtype=torch.float64)
+    M = Q.mT @ Q
+    if rotary:
+        half = M.diagonal(dim1=-2, dim2=-1)[:, : d // 2]
+        M = torch.diag_embed(torch.cat((half, half), -1))
+    return W, Metric(square_root(X.T @ X), square_root(M))
+
+
+def error(W, What, metric) -> float:
+    return (metric.S.root @ (W - What) @ metric.M.root).square().sum().sqrt().item()
+
+
+def norm(W, metric) -> float:
+    return error(W, torch.zeros_like(W), metric)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_full_rank_is_exact(base, rotary):
+    W, metric = random_problem(rotary=rotary)
+    factors = BASES[base](W, metric, d, d, rotary=rotary)
+    assert (factors.heads() - W).abs().max() < EXACT * W.abs().max()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_reported_error_is_the_error(base):
+    W, metric = random_problem(rotary=True)
+    factors = BASES[base](W, metric, d, r, rotary=True)
+    assert factors.error == pytest.approx(error(W, factors.heads(), metric) / norm(W, metric), rel=1e-12)
+
+
+def test_rank_zero_of_the_mean_is_multi_query_attention():
+    W, metric = random_problem()
+    factors = mean(W, metric, d, 0)
+    assert factors.C is None and factors.U.shape[-1] == 0
+    assert torch.equal(factors.heads(), W.mean(0).expand(H, -1, -1))
+
+
+def test_without_base_the_error_is_the_discarded_singular_values():
+    W, metric = random_problem()
+    factors = joint(W, metric, 0, r)
+    discarded = torch.linalg.svdvals(metric.S.root @ W @ metric.M.root)[:, r:].square().sum().sqrt().item()
+    assert error(W, factors.heads(), metric) == pytest.approx(discarded, rel=EXACT)
+
+
+def test_without_residual_the_error_is_the_discarded_singular_values_of_all_heads():
+    W, metric = random_problem()
+    factors = joint(W, metric, d, 0)
+    stacked = (metric.S.root @ W @ metric.M.root).transpose(0, 1).reshape(D, -1)
+    discarded = torch.linalg.svdvals(stacked)[d:].square().sum().sqrt().item()
+    assert error(W, factors.heads(), metric) == pytest.approx(discarded, rel=EXACT)
+
+
+def test_error_never_rises_over_sweeps():
+    W, metric = random_problem()
+    history = joint(W, metric, d, r, sweeps=30).history
+    assert len(history) > 3
+    assert all(later <= earlier * (1 + EXACT) for earlier, later in zip(history, history[1:]))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_error_never_rises_with_rank(base, rotary):
+    W, metric = random_problem(rotary=rotary)
+    errors = [BASES[base](W, metric, d, rank, rotary=rotary).error for rank in (0, 3, 7, 12, 20)]
+    assert all(later <= earlier * (1 + 1e-4) + EXACT for earlier, later in zip(errors, errors[1:]))     # alternation stops at 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_at_equal_bytes_joint_lies_between_joint_latent_and_per_head(seed):
+    W, metric = random_problem(seed)
+    m, rank = 9, 5                                                      # m + H r = 24 = 3 * 8
+    between = joint(W, metric, m, rank).error
+    assert joint(W, metric, m + H * rank, 0).error <= between * (1 + EXACT)
+    assert between <= joint(W, metric, 0, (m + H * rank) // H).error
+
+
+def test_joint_beats_aligned_and_aligned_beats_mean():
+    W, metric = random_problem(rotary=True)
+    errors = [BASES[base](W, metric, d, r, rotary=True).error for base in ("joint", "aligned", "mean")]
+    assert errors == sorted(errors)
+
+
+def test_a_rotary_gauge_commutes_with_rope():
+    W, metric = random_problem(rotary=True)
+    gauge = aligned(W, metric, d, r, rotary=True).gauge
+    angles = torch.linspace(0.3, 2.0, d // 2, dtype=torch.float64)
+    c, s = torch.diag(angles.cos()), torch.diag(angles.sin())
+    rotation = torch.cat((torch.cat((c, s), 1), torch.cat((-s, c), 1)))  # acts on row vectors, half-split layout
+    assert torch.allclose(gauge @ rotation, rotation @ gauge, atol=1e-12)
+
+
+def test_zero_weights_and_singular_metrics_stay_finite():
+    W, metric = random_problem()
+    flat = Metric(square_root(torch.zeros(D, D)), square_root(torch.diag(torch.arange(d) < 3).double().expand(H, -1, -1)))
+    for problem in ((torch.zeros_like(W), metric), (W, flat)):
+        for base in BASES.values():
+            factors = base(*problem, d, r)
+            assert all(torch.isfinite(t).all() for t in (factors.W_shared, factors.U, factors.B, factors.heads()))
+
+
+def test_bases_other_than_joint_refuse_another_width():
+    W, metric = random_problem()
+    for base in (aligned, mean):
+        with pytest.raises(ValueError, match="as wide as a head"):
+            base(W, metric, d + 4, r)

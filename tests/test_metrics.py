@@ -1,0 +1,65 @@
+"""The metrics are what their definitions say, and calibration feeds them what the original model computes."""
+import pytest
+import torch
+from conftest import prompt, relative
+from transformers import AutoModelForCausalLM
+
+from lrkv_convert.calibrate import calibrated_layers
+from lrkv_convert.convert import open_model
+from lrkv_convert.metrics import FLOOR, MetricSums, rotation_average, shrink, square_root
+
+FLOAT32 = 1e-5      # sums are float32 products
+
+
+def test_square_root_squares_back_and_inverts():
+    X = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = X.T @ X
+    root = square_root(sigma)
+    assert torch.allclose(root.root @ root.root, sigma, rtol=1e-12)
+    assert torch.allclose(root.root @ root.inverse, torch.eye(12, dtype=torch.float64), atol=1e-10)
+
+
+def test_zero_energy_directions_do_not_blow_up():
+    root = square_root(torch.diag(torch.tensor([4.0, 0.0, 0.0])))
+    assert root.inverse.abs().max() <= (4 * FLOOR) ** -0.5 * (1 + 1e-12)
+
+
+def test_shrinkage_adds_a_share_of_the_mean_eigenvalue():
+    assert torch.allclose(shrink(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+
+
+def test_rotation_average_is_the_mean_over_angles():
+    M = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    M, mean, steps = M @ M.mT, 0, 8                 # a product of two rotations is averaged exactly by 3 or more equal steps
+    for a in range(steps):
+        for b in range(steps):
+            angle = 2 * torch.pi * torch.tensor([a, b], dtype=torch.float64) / steps
+            c, s = torch.diag(angle.cos()), torch.diag(angle.sin())
+            R = torch.cat((torch.cat((c, s), 1), torch.cat((-s, c), 1)))
+            mean = mean + R.T @ M @ R / steps**2
+    assert torch.allclose(rotation_average(M), mean, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_calibration_sums_follow_their_definitions(family, tiny, monkeypatch):
+    """Layer by layer on the skeleton = straight from the original model's hidden states and attention weights."""
+    checkpoint, adapter = open_model(str(tiny(family)))
+    geometry, tokens, seen = adapter.geometry(checkpoint.config), prompt(24, batch=2), []
+    monkeypatch.setattr(MetricSums, "metrics", lambda self: seen.append(self))
+    layers = [layer for layer in calibrated_layers(checkpoint, adapter, geometry, tokens, torch.device("cpu"))]
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
+    out = model(tokens, output_hidden_states=True, output_attentions=True)
+    assert len(seen) == geometry.layers
+    for i, sums in enumerate(seen):
+        norm = model.get_submodule(adapter.layer_path)[i].get_submodule("ln_1" if family == "gpt2" else "input_layernorm")
+        x = norm(out.hidden_states[i]).double()                                         # (N, T, D)
+        assert relative(torch.cat(layers[i].inputs), x) < FLOAT32
+        a = out.attentions[i].double()                                                  # (N, H G, T, T)
+        z = torch.einsum("nhst,ntd->nhsd", a, x)
+        keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
+        assert relative(sums.keys, keys) < FLOAT32 and relative(sums.values, values) < FLOAT32
+        q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q)
+        if layers[i].weights.b_Q is not None:
+            q = q + layers[i].weights.b_Q.unsqueeze(2)
+        assert relative(sums.queries, torch.einsum("nhgtd,nhgte->hde", q, q)) < FLOAT32
+        assert sums.tokens == tokens.numel()
