@@ -23,10 +23,10 @@ def show_error(error: Exception) -> None:
 
 @contextmanager
 def progress():
-    """A callback (stage, done, total) that draws one bar per stage on stderr; nothing is drawn before the first call."""
-    bars: dict[str, int] = {}
+    """A callback (stage, done, total) that draws one bar per stage on stderr while it runs, if stderr is a terminal."""
+    bars, console = {}, _console(stderr=True)
     shown = Progress(TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                     TimeRemainingColumn(), console=_console(stderr=True))
+                     TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
     def report(stage: str, done: int, total: int) -> None:
         if not bars:

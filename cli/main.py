@@ -2,7 +2,6 @@
 import os
 import sys
 
-import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
@@ -10,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 class Refusals(TyperGroup):
     """Turns a refusal into one line on stderr and exit code 1, Ctrl-C into 130."""
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: typer.Context):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -27,8 +26,8 @@ class Refusals(TyperGroup):
 class Variadic(TyperCommand):
     """Lets an option that may be repeated take several values at once: `--calibration a.txt b.txt`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        several = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         spread, current = [], None
         for arg in args:
             if arg.startswith("-"):
@@ -48,6 +47,7 @@ app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=F
 def quiet_libraries() -> None:
     """transformers' own progress bars and warnings would tear ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")          # the GGUF reader's bar does not ask transformers
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()

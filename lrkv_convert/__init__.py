@@ -6,7 +6,7 @@
 Importing the package registers the converted families with transformers: their folders then load without `trust_remote_code`.
 """
 from . import modeling  # noqa: F401  (registers the model classes)
-from .convert import Conversion, convert
+from .conversion import Conversion, convert
 from .errors import LrkvError
 
 __all__ = ["Conversion", "LrkvError", "convert"]

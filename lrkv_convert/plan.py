@@ -55,7 +55,7 @@ class Plan:
 
 def halving_ranks(geometry: Geometry) -> tuple[int, int]:
     """Ranks (keys, values) that halve the cache with m = d, keys taking KEY_SHARE of them."""
-    both = geometry.head_dim - 2 * geometry.head_dim // geometry.kv_heads
+    both = (geometry.kv_heads - 2) * geometry.head_dim // geometry.kv_heads         # H d numbers left after two bases, in ranks
     key = max(0, round(KEY_SHARE * both))
     return key, max(0, min(both - key, geometry.head_dim))
 

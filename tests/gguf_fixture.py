@@ -1,5 +1,6 @@
 """Write a tiny Llama as GGUF, float32, the way llama.cpp's converter does (q and k rows permuted to interleaved RoPE)."""
 import torch
+from tokenizers import pre_tokenizers
 
 
 def write_gguf(gguf, model, path) -> None:
@@ -15,7 +16,8 @@ def write_gguf(gguf, model, path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    tokens = [chr(0x100 + i) for i in range(config.vocab_size)]
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*bytes_, "<s>", "</s>", "<pad>", bytes_[0] + bytes_[1]]
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({folder!r}, **{options})
 ids = torch.tensor([{ids}])
-print(type(model).__module__)
+print(type(model).__name__, type(model).__module__)
 print(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
 """
 
@@ -38,7 +38,7 @@ def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_pa
     done = fresh(converted(family), tmp_path, blocked=True, imported=False, trust_remote_code=True)
     assert done.returncode == 0, done.stderr
     module, tokens = done.stdout.splitlines()[-2:]
-    assert module.startswith("transformers_modules")
+    assert " transformers_modules" in module
     here = AutoModelForCausalLM.from_pretrained(converted(family))
     assert tokens == str(here.generate(prompt(12), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
 
@@ -46,13 +46,13 @@ def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_pa
 def test_loads_without_trust_where_this_package_is_imported(converted, tmp_path):
     done = fresh(converted(), tmp_path, blocked=False, imported=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2].startswith("lrkv_convert.modeling")
+    assert " lrkv_convert.modeling" in done.stdout.splitlines()[-2]
 
 
 def test_without_package_and_trust_loading_fails_clearly(converted, tmp_path):
     done = fresh(converted(), tmp_path, blocked=True, imported=False)
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
-    assert done.stdout == ""
+    assert "Lrkv" not in done.stdout and "[[" not in done.stdout     # no model, no tokens
 
 
 def test_the_folder_holds_what_it_should(family, converted, tiny):

@@ -5,7 +5,7 @@ from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
 from lrkv_convert.calibrate import calibrated_layers
-from lrkv_convert.convert import open_model
+from lrkv_convert.conversion import open_model
 from lrkv_convert.metrics import FLOOR, MetricSums, rotation_average, shrink, square_root
 
 FLOAT32 = 1e-5      # sums are float32 products

@@ -171,7 +171,7 @@ def test_widths_and_ranks_may_differ_between_sides_and_layers(tiny):
 def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     """aligned folds a gauge into W_Q and W_O; without truncation nothing may change, keys under RoPE and biases included (float64 algebra)."""
     from lrkv_convert.calibrate import calibrated_layers
-    from lrkv_convert.convert import convert_layer, empty_target, open_model
+    from lrkv_convert.conversion import convert_layer, empty_target, open_model
     from lrkv_convert.plan import uniform_plan
     from lrkv_convert.report import converted_config
     for family in ("llama-bias", "qwen2", "gpt2"):

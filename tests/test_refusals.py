@@ -222,7 +222,7 @@ limit = {limit}
 if limit:       # a disk that fills up in mid-write: no file may grow beyond this
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import lrkv_convert.convert as story
+import lrkv_convert.conversion as story
 if {slow}:
     import time
     fit = story.convert_layer
@@ -261,7 +261,7 @@ def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
 
 def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path, monkeypatch):
     """--overwrite replaces the old folder only once the new one is whole."""
-    import lrkv_convert.convert as story
+    import lrkv_convert.conversion as story
     first = runner.invoke(app, ["convert", str(source), "--out", str(tmp_path / "out"), "--rank", "7", "--calibration", "none"])
     assert first.exit_code == 0, first.output
     before = (tmp_path / "out" / "lrkv.json").read_text()

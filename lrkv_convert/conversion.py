@@ -62,10 +62,11 @@ def convert(model: str, out: str | Path, *, rank: int | None = None, rank_k: int
     if dry_run:
         return Conversion(plan, out, None)
 
-    for done, total in checkpoint.finite():
-        progress("checking", done, total)
     texts = read_texts([BUILT_IN] if calibration is None else calibration)
     tokens = windows(texts, checkpoint.tokenizer(), SEQ_LEN, calibration_tokens) if texts else None
+    compute = pick_device(device)
+    for done, total in checkpoint.finite():
+        progress("checking", done, total)
     config = converted_config(checkpoint, adapter, plan, stored, alignment=base == "joint")
     target, fitted = empty_target(config), []
     with new_folder(out) as partial:
@@ -73,7 +74,7 @@ def convert(model: str, out: str | Path, *, rank: int | None = None, rank_k: int
         for name in writer.shapes:
             if not name.startswith(adapter.layer_path + "."):
                 writer.add(name, checkpoint.tensor(name))
-        for layer in calibrated_layers(checkpoint, adapter, geometry, tokens, pick_device(device)):
+        for layer in calibrated_layers(checkpoint, adapter, geometry, tokens, compute):
             prefix = adapter.module(layer.index)
             factors, attention = convert_layer(layer, plan.layers[layer.index], base, adapter, geometry,
                                                target.get_submodule(prefix.rstrip(".")), refit)
