@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .main import app, quiet_libraries
+from .app import app, quiet_libraries
 
 TextFile = Annotated[str, typer.Option("--text", help="Text file to measure on.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Window in tokens; windows do not overlap.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .main import Variadic, app, quiet_libraries
+from .app import Variadic, app, quiet_libraries
 
 
 @app.command(cls=Variadic)

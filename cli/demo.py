@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .main import app, quiet_libraries
+from .app import app, quiet_libraries
 
 PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is about")
 

@@ -141,8 +141,9 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
     assert ran >= 3
 
 
-def test_the_readmes_python_runs(converted, tiny):
+def test_the_readmes_python_runs(converted, tiny, tmp_path):
     for block in readme_blocks("python"):
         code = block.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                              env=dict(os.environ, HF_HUB_OFFLINE="1"))
         assert done.returncode == 0, code + done.stderr
