@@ -23,12 +23,12 @@ from lrkv_convert.writer import write_json
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [    # (label, calibration text, options)
+    ("`--cache-ratio 0.58`", GIVEN, {"cache_ratio": 0.58}),
+    ("default: half the cache", GIVEN, {}),
+    ("default: half the cache", BUILT_IN, {}),
     ("`--rank 16`", GIVEN, {"rank": 16}),
     ("`--rank-k 8 --rank-v 24`", GIVEN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
-    ("`--rank-k 8 --rank-v 24 --no-refit`", GIVEN, {"rank_k": 8, "rank_v": 24, "refit": False}),
-    ("default: half the cache", GIVEN, {}),
-    ("default: half the cache", BUILT_IN, {}),
     ("`--rank 16 --base aligned`", GIVEN, {"rank": 16, "base": "aligned"}),
     ("`--rank 16 --base mean`", GIVEN, {"rank": 16, "base": "mean"}),
     ("`--rank 16 --base mean --no-refit`", GIVEN, {"rank": 16, "base": "mean", "refit": False}),
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=12288, help="of each text")
+    parser.add_argument("--tokens", type=int, default=8704, help="of each text")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -12,10 +12,17 @@ from .app import Variadic, app, quiet_libraries
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of the model to convert.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    rank: Annotated[int | None, typer.Option(help="Residual rank of keys and values. Default: what halves the cache, a quarter of it for keys.")] = None,
+    cache_ratio: Annotated[float | None, typer.Option(help="Share of the original cache, spent where the loss minds most. Default: 0.5.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Instead: the same residual rank of keys and values in every layer.")] = None,
     rank_k: Annotated[int | None, typer.Option(help="Residual rank of keys.")] = None,
     rank_v: Annotated[int | None, typer.Option(help="Residual rank of values.")] = None,
-    base: Annotated[str | None, typer.Option(help="joint (default), aligned (C = I after a gauge) or mean (plain mean).")] = None,
+    base_width: Annotated[int | None, typer.Option(help="With --rank: width of the shared base. Default: one head; 0: one latent per head.")] = None,
+    base_width_k: Annotated[int | None, typer.Option(help="Base width of keys.")] = None,
+    base_width_v: Annotated[int | None, typer.Option(help="Base width of values.")] = None,
+    max_width_k: Annotated[int | None, typer.Option(help="With --cache-ratio: widest base of keys. Default: one head under RoPE, else four.")] = None,
+    max_width_v: Annotated[int | None, typer.Option(help="With --cache-ratio: widest base of values. Default: four heads.")] = None,
+    base: Annotated[str | None, typer.Option(help="joint (default), aligned (C = I after a gauge), mean; pooled and grouped, to compare with.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Norm of the fit: fisher (default), attention, whitened or plain.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after the fit (default), or not.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; none for the weights alone. Default: a text "
                                                           "that ships with the package.")] = None,
@@ -35,7 +42,8 @@ def convert(
     from lrkv_convert.recipe import load_recipe
 
     from . import display
-    flags = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base": base, "refit": refit, "calibration": calibration, "calibration_tokens": calibration_tokens,
+    flags = {"cache_ratio": cache_ratio, "rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base_width": base_width, "base_width_k": base_width_k,
+             "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "base": base, "metric": metric, "refit": refit, "calibration": calibration, "calibration_tokens": calibration_tokens,
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
     options |= {name: value for name, value in flags.items() if value is not None}

@@ -116,3 +116,22 @@ def show_samples(samples: dict[str, list[str]], prompts: tuple[str, ...]) -> Non
 
 def show_location(folder: Path) -> None:
     print(f"the converted model lies in {folder}")
+
+
+def show_sweep(result: dict, files: list[Path]) -> None:
+    """Methods as rows, sizes as columns."""
+    out = _console()
+    points, rows = result["points"], {}
+    for p in points:
+        rows.setdefault(p["method"] if p["metric"] == "fisher" else f"{p['method']} ({p['metric']})", {})[p["rank"]] = p
+    ranks = sorted({p["rank"] for p in points})
+    table = _table("perplexity ratio at rank", *map(str, ranks))
+    for name, found in rows.items():
+        table.add_row(name, *(f"×{found[r]['ratio']:.3f}" for r in ranks))
+    first = next(iter(rows.values()))
+    table.add_row("cache of the first row", *(f"{first[r]['cache_ratio']:.0%}" for r in ranks))
+    out.print(table)
+    knee = f"; knee of the first row at {result['knee']:.0%}" if result["knee"] is not None else ""
+    out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, original perplexity "
+              f"{result['base_perplexity']:.3f}{knee}")
+    print("written: " + ", ".join(map(str, files)) + ("" if any(f.suffix == ".png" for f in files) else " (pip install matplotlib for the picture)"))

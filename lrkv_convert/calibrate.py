@@ -4,7 +4,8 @@ The original model is built on the meta device and its layers are filled in turn
 calibration windows and one layer's sums. Attention runs eagerly, because the metrics need its weights.
 """
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from .adapters import Adapter, AttentionWeights, Geometry
 from .checkpoint import Checkpoint
 from .errors import LrkvError
-from .metrics import LayerMetrics, MetricSums, weight_metrics
+from .metrics import MetricSums
 
 SEQ_LEN = 512
 BUILT_IN = "built-in"
@@ -108,6 +109,48 @@ class Skeleton:
         return torch.cat(hidden), list(recorders)
 
 
+    @contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        """One decoder layer with its weights in place; they are let go afterwards."""
+        layer = self.layers[i]
+        self.fill(layer, f"{self.adapter.layer_path}.{i}.")
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """What follows the last layer: a function (token ids (1, T), last hidden states (1, T, D)) -> logits (1, T, vocabulary)."""
+        injected = Injected()
+        where, name = self.adapter.layer_path.rsplit(".", 1)
+        setattr(self.model.get_submodule(where), name, nn.ModuleList([injected]))
+        for prefix, module in [(f"{where}.", self.model.get_submodule(where)), ("lm_head.", self.model.lm_head)]:
+            if f"{prefix}weight" in self.checkpoint.tensors or prefix != "lm_head.":
+                self.fill(module, prefix)
+        if self.model.lm_head.weight.is_meta:
+            self.model.lm_head.weight = self.model.get_input_embeddings().weight
+
+        def run(ids: Tensor, hidden: Tensor) -> Tensor:
+            injected.hidden = hidden
+            return self.model(input_ids=ids, use_cache=False).logits
+
+        try:
+            yield run
+        finally:
+            setattr(self.model.get_submodule(where), name, self.layers)
+            self.model.lm_head.to("meta")
+
+
+class Injected(nn.Module):
+    """Stands in for all decoder layers: gives out the hidden states it was handed."""
+
+    hidden: Tensor
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.hidden
+
+
 class Recorder(nn.Module):
     """Stands in for a decoder layer: notes what it is called with and passes the hidden states on."""
 
@@ -129,48 +172,45 @@ class Recorder(nn.Module):
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One layer, ready to be factorised.
+    """One layer as calibration saw it.
 
-    weights: float64; metrics: of keys and values. With calibration text also what its attention module saw and did on each window:
-    inputs and heads, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which W_O reads), and the other arguments it was
-    called with. Without text these are empty.
+    weights: float64. With calibration text also the sums of its metrics, and what its attention module saw and did on each window: inputs and
+    heads, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which W_O reads), and the other arguments it was called with.
+    Without text these are None or empty.
     """
 
     index: int
     weights: AttentionWeights
-    metrics: LayerMetrics
+    sums: MetricSums | None
     inputs: list[Tensor]
     heads: list[Tensor]
     arguments: dict
 
 
 @torch.no_grad()
-def calibrated_layers(checkpoint: Checkpoint, adapter: Adapter, geometry: Geometry, tokens: Tensor | None,
-                      device: torch.device) -> Iterator[CalibratedLayer]:
+def calibrated_layers(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None) -> Iterator[CalibratedLayer]:
     """Each layer in turn; tokens (n, T), or None: weights alone decide."""
-    skeleton = Skeleton(checkpoint, adapter, device)
-    hidden, recorders = skeleton.embed(tokens) if tokens is not None else (None, None)
+    checkpoint, adapter = skeleton.checkpoint, skeleton.adapter
+    hidden, calls = skeleton.embed(tokens) if tokens is not None else (None, None)
     for i in range(geometry.layers):
-        weights = adapter.split(checkpoint.tensor, i, checkpoint.config).to(device, torch.float64)
+        weights = adapter.split(checkpoint.tensor, i, checkpoint.config).to(skeleton.device, torch.float64)
         if hidden is None:
-            yield CalibratedLayer(i, weights, weight_metrics(weights, geometry), [], [], {})
+            yield CalibratedLayer(i, weights, None, [], [], {})
             continue
-        sums, layer = MetricSums(weights, geometry), skeleton.layers[i]
-        inputs, heads, arguments = [], [], {}
-        skeleton.fill(layer, f"{adapter.layer_path}.{i}.")
-        attention = layer.get_submodule(adapter.attention)
+        sums, inputs, heads, arguments = MetricSums(weights, geometry), [], [], {}
 
         def see(module, args, kwargs, output):
             arguments.update(kwargs)
             inputs.append(arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0])
             sums.add(inputs[-1], output[1])
 
-        hooks = [attention.register_forward_hook(see, with_kwargs=True),
-                 attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0]))]
-        for n in range(len(hidden)):
-            output = layer(hidden[n:n + 1], *recorders[i].args, **recorders[i].kwargs)
-            hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output
-        for hook in hooks:
-            hook.remove()
-        layer.to("meta")
-        yield CalibratedLayer(i, weights, sums.metrics(), inputs, heads, arguments)
+        with skeleton.layer(i) as layer:
+            attention = layer.get_submodule(adapter.attention)
+            hooks = [attention.register_forward_hook(see, with_kwargs=True),
+                     attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0]))]
+            for n in range(len(hidden)):
+                output = layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs)
+                hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output
+            for hook in hooks:
+                hook.remove()
+        yield CalibratedLayer(i, weights, sums, inputs, heads, arguments)

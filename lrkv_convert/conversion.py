@@ -3,8 +3,9 @@
     checkpoint --adapter--> per-head weights --calibrate--> metrics --factorise--> factors --writer--> model folder
 """
 import resource
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import Adapter, Geometry, adapter_for
-from .calibrate import BUILT_IN, SEQ_LEN, CalibratedLayer, Skeleton, calibrated_layers, read_texts, windows
+from .allocate import allocate
+from .calibrate import BUILT_IN, SEQ_LEN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, windows
 from .checkpoint import Checkpoint, check_finite, open_checkpoint
 from .device import pick_device, pick_dtype
 from .errors import LrkvError
-from .factorise import BASES, Factors
+from .factorise import BASES, UNALIGNED, Factors, check_shape
+from .metrics import METRICS, LayerMetrics, layer_metrics
 from .modeling import FAMILIES
 from .plan import LayerPlan, Plan, uniform_plan
 from .refit import NOTHING_LOST, refit_output
 from .report import converted_config, conversion_record, write_companions
+from .sensitivity import head_moments
+from .survey import survey, width_caps
 from .writer import ShardWriter, check_output, new_folder
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
+Measure = Callable[[CalibratedLayer], LayerMetrics]
 
 
 @dataclass(frozen=True)
@@ -37,59 +43,105 @@ class Conversion:
     record: dict | None
 
 
-def convert(model: str, out: str | Path, *, rank: int | None = None, rank_k: int | None = None, rank_v: int | None = None,
-            base: str = "joint", refit: bool = True, calibration: list[str] | None = None, calibration_tokens: int = 16384, dtype: str = "auto",
-            device: str = "auto", max_shard_size: int | str = "5GB", overwrite: bool = False, force: bool = False, dry_run: bool = False,
-            recipe: str | None = None, progress: Progress = lambda *_: None) -> Conversion:
+def convert(model: str, out: str | Path, *, cache_ratio: float | None = None, rank: int | None = None, rank_k: int | None = None,
+            rank_v: int | None = None, base_width: int | None = None, base_width_k: int | None = None, base_width_v: int | None = None,
+            max_width_k: int | None = None, max_width_v: int | None = None, base: str = "joint", metric: str = "fisher", refit: bool = True,
+            calibration: list[str] | None = None, calibration_tokens: int = 16384, dtype: str = "auto", device: str = "auto",
+            max_shard_size: int | str = "5GB", overwrite: bool = False, force: bool = False, dry_run: bool = False, recipe: str | None = None,
+            progress: Progress = lambda *_: None) -> Conversion:
     """Convert `model` (folder, .gguf file or hub id) to LRKV and write the folder `out`.
 
-    rank, rank_k, rank_v: residual rank of keys and values (none: the cache is halved); base: joint, aligned or mean; refit: correct W_O in
-    closed form afterwards (needs calibration text); calibration: text
-    files or folders, [] for none, None for the text that ships with the package; dtype: of the output, "auto" keeps the source's;
-    device: "auto", "cpu", "cuda"; force: allow a cache that does not shrink; recipe: name to record. Raises LrkvError for anything that
-    cannot be converted exactly as asked; then nothing is left behind.
+    cache_ratio: byte budget, as a share of the original cache, spent over layers, keys and values where the loss minds most; max_width_k,
+    max_width_v: how wide its bases may be (default: one head for keys under RoPE, four otherwise). rank, rank_k, rank_v: the same residual rank
+    in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default: one head). None of them: half the cache.
+    base: how the base is found (factorise.py); metric: in which norm (metrics.py); refit: correct W_O in closed form afterwards (needs
+    calibration text); calibration: text files or folders, [] for none, None for the text that ships with the package; dtype: of the output,
+    "auto" keeps the source's; device: "auto", "cpu", "cuda"; force: allow a cache that does not shrink; recipe: name to record. Raises LrkvError
+    for anything that cannot be converted exactly as asked; then nothing is left behind.
     """
     started, out = time.perf_counter(), Path(out)
-    options = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base": base, "refit": refit, "calibration": calibration,
-               "calibration_tokens": calibration_tokens, "dtype": dtype, "force": force, "name": recipe}
+    options = {"cache_ratio": cache_ratio, "rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base_width": base_width, "base_width_k": base_width_k,
+               "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "base": base, "metric": metric, "refit": refit,
+               "calibration": calibration, "calibration_tokens": calibration_tokens, "dtype": dtype, "force": force, "name": recipe}
     checkpoint, adapter = open_model(model)
     geometry, stored = adapter.geometry(checkpoint.config), stored_dtype(checkpoint, adapter, dtype)
-    if base not in BASES:
-        raise LrkvError(f"unknown base {base!r}", f"choose from {', '.join(BASES)}")
-    plan = uniform_plan(geometry, stored.itemsize, rank, rank_k, rank_v, force)
+    for value, known, name in ((base, BASES, "base"), (metric, METRICS, "metric")):
+        if value not in known:
+            raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
+    uniform = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "width": base_width, "width_k": base_width_k, "width_v": base_width_v}
+    budget = choose_budget(cache_ratio, uniform, base, calibration)
+    plan = uniform_plan(geometry, stored.itemsize, **uniform, force=force) if budget is None else None
+    try:
+        for m, r in ((plan.layers[0].key_width, plan.layers[0].key_rank), (plan.layers[0].value_width, plan.layers[0].value_rank)) if plan else ():
+            check_shape(base, geometry.kv_heads, geometry.head_dim, m, r)
+    except ValueError as error:
+        raise LrkvError(str(error), "see --base-width and --rank") from error
     check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
-    checkpoint.check(Skeleton(checkpoint, adapter, torch.device("cpu")).expected())
-    if dry_run:
+    skeleton = Skeleton(checkpoint, adapter, pick_device(device))
+    checkpoint.check(skeleton.expected())
+    if dry_run and plan:
         return Conversion(plan, out, None)
 
     texts = read_texts([BUILT_IN] if calibration is None else calibration)
     tokens = windows(texts, checkpoint.tokenizer(), SEQ_LEN, calibration_tokens) if texts else None
-    compute = pick_device(device)
     for done, total in checkpoint.finite():
         progress("checking", done, total)
-    config = converted_config(checkpoint, adapter, plan, stored, alignment=base == "joint")
+    moments = None
+    if tokens is not None and metric == "fisher":
+        moments = head_moments(skeleton, geometry, tokens, lambda done, total: progress("gradients", done, total))
+    measure = lambda layer: layer_metrics(layer.weights, geometry, metric, layer.sums, moments and moments[layer.index])
+    layers = calibrated_layers(skeleton, geometry, tokens)
+    with tempfile.TemporaryDirectory(prefix="lrkv-") as spill:
+        if plan is None:
+            curves, layers = survey(layers, measure, geometry, width_caps(geometry, max_width_k, max_width_v), Path(spill),
+                                    lambda done: progress("calibrating", done, geometry.layers))
+            plan = allocate(curves, geometry, stored.itemsize, budget)
+            if dry_run:
+                return Conversion(plan, out, None)
+        record = write(checkpoint, adapter, plan, stored, layers, measure, options, texts, tokens, out, max_shard_size, started, progress)
+    return Conversion(plan, out, record)
+
+
+def write(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, stored: torch.dtype, layers: Iterator[CalibratedLayer], measure: Measure, options: dict,
+          texts: list[Text], tokens: Tensor | None, out: Path, max_shard_size: int | str, started: float, progress: Progress) -> dict:
+    """Fit layer after layer and write each as it is done; returns the record. The folder is there when all of it is."""
+    config = converted_config(checkpoint, adapter, plan, stored, alignment=options["base"] not in UNALIGNED)
     target, fitted = empty_target(config), []
     with new_folder(out) as partial:
         writer = ShardWriter(partial, tensor_shapes(target, stored), max_shard_size)
         for name in writer.shapes:
             if not name.startswith(adapter.layer_path + "."):
                 writer.add(name, checkpoint.tensor(name))
-        for layer in calibrated_layers(checkpoint, adapter, geometry, tokens, compute):
+        for layer in layers:
             prefix = adapter.module(layer.index)
-            factors, attention = convert_layer(layer, plan.layers[layer.index], base, adapter, geometry,
-                                               target.get_submodule(prefix.rstrip(".")), refit)
+            factors, attention = convert_layer(layer, measure(layer), plan.layers[layer.index], options["base"], adapter, plan.geometry,
+                                               target.get_submodule(prefix.rstrip(".")), options["refit"])
             for name, tensor in attention.items():
                 writer.add(prefix + name, check_finite(prefix + name, tensor.to(stored)))
             for name in writer.shapes:
                 if name.startswith(f"{adapter.layer_path}.{layer.index}.") and name.removeprefix(prefix) not in attention:
                     writer.add(name, checkpoint.tensor(name))
             fitted.append(factors)
-            progress("converting", layer.index + 1, geometry.layers)
+            progress("converting", layer.index + 1, plan.geometry.layers)
         writer.finish()
         record = conversion_record(checkpoint, plan, fitted, options, texts, tokens, checkpoint.hash(),
                                    seconds=time.perf_counter() - started, peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         write_companions(partial, checkpoint, adapter, config, record, out)
-    return Conversion(plan, out, record)
+    return record
+
+
+def choose_budget(cache_ratio: float | None, uniform: dict, base: str, calibration: list[str] | None) -> float | None:
+    """The byte budget as a share of the original cache, or None for uniform ranks. Raises LrkvError for options that contradict one another."""
+    given = [name for name, value in uniform.items() if value is not None]
+    if cache_ratio is None:
+        return 0.5 if not given and base == "joint" and calibration != [] else None
+    if given:
+        raise LrkvError("a cache ratio and ranks or base widths exclude each other", "give --cache-ratio, or --rank with --base-width")
+    if not 0 < cache_ratio < 1:
+        raise LrkvError(f"a cache ratio of {cache_ratio} is out of range", "it lies between 0 and 1")
+    if base != "joint":
+        raise LrkvError(f"a cache ratio plans the joint base only, not {base}", "give --rank with the other bases")
+    return cache_ratio
 
 
 def open_model(model: str) -> tuple[Checkpoint, Adapter]:
@@ -121,15 +173,15 @@ def tensor_shapes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple
     return {name: (tuple(p.shape), dtype) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 
-def convert_layer(layer: CalibratedLayer, plan: LayerPlan, base: str, adapter: Adapter, geometry: Geometry, attention: nn.Module,
+def convert_layer(layer: CalibratedLayer, metrics: LayerMetrics, plan: LayerPlan, base: str, adapter: Adapter, geometry: Geometry, attention: nn.Module,
                   refit: bool) -> tuple[tuple[Factors, Factors], dict[str, Tensor]]:
     """Factors of keys and values of one layer, and the tensors of its converted attention module by their names in it (float64).
 
     attention: the module they belong to; it is filled for the refit and emptied again.
     """
     weights = layer.weights
-    keys = BASES[base](weights.W_K, layer.metrics.keys, plan.key_width, plan.key_rank, rotary=geometry.rotary)
-    values = BASES[base](weights.W_V, layer.metrics.values, plan.value_width, plan.value_rank)
+    keys = BASES[base](weights.W_K, metrics.keys, plan.key_width, plan.key_rank, rotary=geometry.rotary)
+    values = BASES[base](weights.W_V, metrics.values, plan.value_width, plan.value_rank)
     if keys.gauge is not None:              # q (k gauge)^T = (q gauge^T) k^T
         weights = weights.replace(W_Q=torch.einsum("hgDe,hfe->hgDf", weights.W_Q, keys.gauge),
                                   b_Q=None if weights.b_Q is None else torch.einsum("hge,hfe->hgf", weights.b_Q, keys.gauge))

@@ -61,22 +61,27 @@ def halving_ranks(geometry: Geometry) -> tuple[int, int]:
 
 
 def uniform_plan(geometry: Geometry, element_size: int, rank: int | None = None, rank_k: int | None = None, rank_v: int | None = None,
-                 force: bool = False) -> Plan:
-    """The same ranks in every layer, base as wide as a head. rank_k and rank_v override rank; none at all halves the cache.
+                 width: int | None = None, width_k: int | None = None, width_v: int | None = None, force: bool = False) -> Plan:
+    """The same in every layer. rank_k and rank_v override rank, none at all halves the cache; the base is as wide as a head unless width,
+    width_k or width_v say otherwise: 0 is one latent per head, a wide base with rank 0 one joint latent for all heads.
 
-    Raises LrkvError for a rank below 0 or above the head width, and for a cache that does not shrink, unless `force`.
+    Raises LrkvError for ranks and widths out of range, and for a cache that does not shrink, unless `force`.
     """
     default_k, default_v = halving_ranks(geometry) if rank is None else (rank, rank)
-    key = default_k if rank_k is None else rank_k
-    value = default_v if rank_v is None else rank_v
+    first = lambda *values: next(v for v in values if v is not None)
     d, H = geometry.head_dim, geometry.kv_heads
+    sides = {"key": (first(width_k, width, d), first(rank_k, default_k)), "value": (first(width_v, width, d), first(rank_v, default_v))}
     largest = (H - 1) * d // H - (1 if (H - 1) * d % H == 0 else 0)
-    for name, r in (("key", key), ("value", value)):
+    for name, (m, r) in sides.items():
         if not 0 <= r <= d:
             raise LrkvError(f"{name} rank {r} is out of range", f"a rank lies between 0 and the head width, {d}; "
                             f"with {H} KV heads, ranks up to {largest} shrink the cache")
-    plan = Plan(geometry, (LayerPlan(d, key, d, value),) * geometry.layers, element_size)
+        if not 0 <= m <= H * d or m + r == 0:
+            raise LrkvError(f"{name} base width {m} with rank {r} is out of range", f"a base is between 0 and {H * d} wide (all heads together), "
+                            "and width and rank are not both 0")
+    plan = Plan(geometry, (LayerPlan(*sides["key"], *sides["value"]),) * geometry.layers, element_size)
     if plan.ratio >= 1 and not force:
-        raise LrkvError(f"ranks {key} (keys) and {value} (values) would give {plan.ratio:.1%} of the original cache",
-                        f"with {H} KV heads of width {d}, ranks up to {largest} shrink it; --force converts anyway")
+        says = ", ".join(f"{name}s {m} + {H}·{r}" for name, (m, r) in sides.items())
+        raise LrkvError(f"ranks that give {plan.ratio:.1%} of the original cache ({says} numbers per token)",
+                        f"with {H} KV heads of width {d} and a base as wide, ranks up to {largest} shrink it; --force converts anyway")
     return plan

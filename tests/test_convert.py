@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrkv_convert import convert
+from lrkv_convert.evaluate.memory import cache_bytes
 
 LOAD = """
 import sys
@@ -162,10 +163,37 @@ def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     assert kls == sorted(kls, reverse=True), kls
 
 
-def test_default_ranks_halve_the_cache(tiny, tmp_path):
-    plan = convert(str(tiny()), tmp_path / "out", dry_run=True).plan
-    assert 0.45 < plan.ratio <= 0.5 and plan.layers[0].key_rank < plan.layers[0].value_rank
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.62])
+def test_a_cache_ratio_is_met_by_the_live_cache(ratio, tiny, tmp_path):
+    plan = convert(str(tiny()), tmp_path / "out", cache_ratio=ratio, calibration_tokens=1024).plan
+    assert ratio - 0.1 < plan.ratio <= ratio
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert cache_bytes(model(prompt(10)).past_key_values) == 10 * plan.bytes_after
+
+
+def test_half_the_cache_is_the_default(tiny, tmp_path):
+    plan = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration_tokens=1024).plan
+    assert 0.42 < plan.ratio <= 0.5 and not (tmp_path / "out").exists()
+    uniform = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[]).plan     # nothing to plan with
+    assert uniform.ratio <= 0.5 and uniform.layers[0].key_rank < uniform.layers[0].value_rank
+
+
+@pytest.mark.parametrize("width, rank", [(0, 12), (40, 0), (33, 3)])
+def test_the_base_width_opens_the_family(width, rank, tiny, tmp_path):
+    """From per-head (m = 0) to one joint latent (r = 0): converts, and generates the same with and without its cache."""
+    convert(str(tiny()), tmp_path / "out", base_width=width, rank=rank, calibration_tokens=1024)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert cache_bytes(model(prompt(10)).past_key_values) == 10 * 4 * 2 * 2 * (width + 3 * rank)
+    greedy = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258)
+    assert torch.equal(model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy))
+
+
+@pytest.mark.parametrize("options", [{"base": "pooled", "base_width": 20, "rank": 0}, {"base": "grouped", "base_width": 24, "rank": 0},
+                                     {"base": "joint", "base_width": 0, "rank": 8, "metric": "whitened"}, {"rank": 7, "metric": "plain"},
+                                     {"rank": 7, "metric": "attention"}], ids=str)
+def test_peers_methods_convert_and_load(options, tiny, tmp_path):
+    convert(str(tiny()), tmp_path / "out", calibration_tokens=1024, **options)
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt()).logits).all()
 
 
 def test_gguf_is_read(tmp_path):

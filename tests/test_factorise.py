@@ -2,11 +2,12 @@
 import pytest
 import torch
 
-from lrkv_convert.factorise import BASES, aligned, joint, mean
+from lrkv_convert.factorise import BASES, aligned, error_curve, grouped, joint, mean, pooled
 from lrkv_convert.metrics import Metric, square_root
 
 EXACT = 1e-9        # float64 eigendecompositions of well-conditioned matrices a few dozen wide
 H, D, d, r = 3, 48, 20, 7
+RESIDUAL = ("joint", "aligned", "mean")      # bases that take residuals
 
 
 def random_problem(seed: int = 0, rotary: bool = False):
@@ -31,14 +32,14 @@ def norm(W, metric) -> float:
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", RESIDUAL)
 def test_full_rank_is_exact(base, rotary):
     W, metric = random_problem(rotary=rotary)
     factors = BASES[base](W, metric, d, d, rotary=rotary)
     assert (factors.heads() - W).abs().max() < EXACT * W.abs().max()
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", RESIDUAL)
 def test_reported_error_is_the_error(base):
     W, metric = random_problem(rotary=True)
     factors = BASES[base](W, metric, d, r, rotary=True)
@@ -75,7 +76,7 @@ def test_error_never_rises_over_sweeps():
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", RESIDUAL)
 def test_error_never_rises_with_rank(base, rotary):
     W, metric = random_problem(rotary=rotary)
     errors = [BASES[base](W, metric, d, rank, rotary=rotary).error for rank in (0, 3, 7, 12, 20)]
@@ -110,8 +111,8 @@ def test_zero_weights_and_singular_metrics_stay_finite():
     W, metric = random_problem()
     flat = Metric(square_root(torch.zeros(D, D)), square_root(torch.diag(torch.arange(d) < 3).double().expand(H, -1, -1)))
     for problem in ((torch.zeros_like(W), metric), (W, flat)):
-        for base in BASES.values():
-            factors = base(*problem, d, r)
+        for base, rank in [(name, r) for name in RESIDUAL] + [("pooled", 0), ("grouped", 0)]:
+            factors = BASES[base](*problem, d, rank)
             assert all(torch.isfinite(t).all() for t in (factors.W_shared, factors.U, factors.B, factors.heads()))
 
 
@@ -120,3 +121,33 @@ def test_bases_other_than_joint_refuse_another_width():
     for base in (aligned, mean):
         with pytest.raises(ValueError, match="as wide as a head"):
             base(W, metric, d + 4, r)
+
+
+def test_pooling_all_heads_into_one_is_the_mean_without_residual():
+    W, metric = random_problem()
+    assert torch.allclose(pooled(W, metric, d, 0).heads(), mean(W, metric, d, 0).heads())
+    assert torch.allclose(pooled(W, metric, H * d, 0).heads(), W)
+
+
+def test_grouped_latents_are_truncated_within_their_groups():
+    W, metric = random_problem()
+    factors = grouped(W, metric, 24, 0)                                 # heads 0, 1 and head 2, twelve numbers each
+    A = metric.S.root @ W @ metric.M.root
+    parts = [A[:2].transpose(0, 1).reshape(D, -1), A[2]]
+    discarded = sum(torch.linalg.svdvals(part)[12:].square().sum() for part in parts).sqrt().item()
+    assert error(W, factors.heads(), metric) == pytest.approx(discarded, rel=EXACT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_at_equal_bytes_lrkv_lies_between_joint_latent_and_mean(seed):
+    W, metric = random_problem(seed)
+    for rank in (2, 7, 11):
+        latent, lrkv, plain = joint(W, metric, d + H * rank, 0), joint(W, metric, d, rank), mean(W, metric, d, rank)
+        assert latent.error <= lrkv.error * (1 + EXACT) and lrkv.error <= plain.error
+
+
+def test_the_curve_is_the_squared_error_of_the_fit():
+    W, metric = random_problem()
+    shapes = [(8, 0), (20, 0), (20, 4), (60, 0)]
+    for (m, rank), found in zip(shapes, error_curve(W, metric, shapes, sweeps=12)):
+        assert found == pytest.approx(error(W, joint(W, metric, m, rank).heads(), metric) ** 2, rel=1e-6, abs=1e-9)

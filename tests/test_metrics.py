@@ -4,9 +4,9 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.calibrate import calibrated_layers
+from lrkv_convert.calibrate import Skeleton, calibrated_layers
 from lrkv_convert.conversion import open_model
-from lrkv_convert.metrics import FLOOR, MetricSums, rotation_average, shrink, square_root
+from lrkv_convert.metrics import FLOOR, rotation_average, shrink, square_root
 
 FLOAT32 = 1e-5      # sums are float32 products
 
@@ -41,12 +41,12 @@ def test_rotation_average_is_the_mean_over_angles():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_calibration_sums_follow_their_definitions(family, tiny, monkeypatch):
+def test_calibration_sums_follow_their_definitions(family, tiny):
     """Layer by layer on the skeleton = straight from the original model's hidden states and attention weights."""
     checkpoint, adapter = open_model(str(tiny(family)))
-    geometry, tokens, seen = adapter.geometry(checkpoint.config), prompt(24, batch=2), []
-    monkeypatch.setattr(MetricSums, "metrics", lambda self: seen.append(self))
-    layers = [layer for layer in calibrated_layers(checkpoint, adapter, geometry, tokens, torch.device("cpu"))]
+    geometry, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
+    layers = list(calibrated_layers(Skeleton(checkpoint, adapter, torch.device("cpu")), geometry, tokens))
+    seen = [layer.sums for layer in layers]
     model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
     out = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(seen) == geometry.layers

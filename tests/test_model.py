@@ -170,8 +170,9 @@ def test_widths_and_ranks_may_differ_between_sides_and_layers(tiny):
 
 def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     """aligned folds a gauge into W_Q and W_O; without truncation nothing may change, keys under RoPE and biases included (float64 algebra)."""
-    from lrkv_convert.calibrate import calibrated_layers
+    from lrkv_convert.calibrate import Skeleton, calibrated_layers
     from lrkv_convert.conversion import convert_layer, empty_target, open_model
+    from lrkv_convert.metrics import layer_metrics
     from lrkv_convert.plan import uniform_plan
     from lrkv_convert.report import converted_config
     for family in ("llama-bias", "qwen2", "gpt2"):
@@ -179,8 +180,8 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
         geometry = adapter.geometry(checkpoint.config)
         plan = uniform_plan(geometry, 8, rank=20, force=True)
         target = empty_target(converted_config(checkpoint, adapter, plan, torch.float64, alignment=False))
-        layer = next(calibrated_layers(checkpoint, adapter, geometry, None, torch.device("cpu")))
-        (keys, values), tensors = convert_layer(layer, plan.layers[0], "aligned", adapter, geometry,
+        layer = next(calibrated_layers(Skeleton(checkpoint, adapter, torch.device("cpu")), geometry, None))
+        (keys, values), tensors = convert_layer(layer, layer_metrics(layer.weights, geometry), plan.layers[0], "aligned", adapter, geometry,
                                                 target.get_submodule(adapter.module(0).rstrip(".")), refit=False)
         assert keys.gauge is not None and (keys.gauge - torch.eye(20)).abs().max() > 0.1    # not the trivial one
         w, x = layer.weights, torch.randn(1, 5, geometry.width, dtype=torch.float64)

@@ -36,7 +36,8 @@ def source(tiny, tmp_path) -> Path:
 def refused(source, out: Path, *options: str, says: str) -> str:
     """Run `lrkv convert`; it must fail with one line containing `says`, leaving no trace of `out`."""
     before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
-    result = runner.invoke(app, ["convert", str(source), "--out", str(out), "--rank", "7", "--calibration-tokens", "1024", *options])
+    rank = [] if "--cache-ratio" in options and "--rank" not in options else ["--rank", "7"]
+    result = runner.invoke(app, ["convert", str(source), "--out", str(out), *rank, "--calibration-tokens", "1024", *options])
     assert result.exit_code == 1, result.output + repr(result.exception)
     line = result.stderr.strip()
     assert len(line.splitlines()) == 1 and line.startswith("error: ") and "; " in line, line
@@ -199,6 +200,14 @@ def test_a_model_without_tokenizer(source, tmp_path):
     for file in source.glob("tokenizer*"):
         file.unlink()
     refused(source, tmp_path / "out", says="no tokenizer that loads")
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--cache-ratio", "1.2"], "out of range"), (["--cache-ratio", "0.01"], "floor of this model"), (["--cache-ratio", "0.5", "--rank", "3"], "exclude each other"),
+    (["--cache-ratio", "0.5", "--base", "mean"], "plans the joint base only"), (["--base-width", "61"], "out of range"),
+    (["--base", "mean", "--base-width", "12"], "as wide as a head"), (["--base", "pooled", "--base-width", "40"], "rank 0"), (["--metric", "taste"], "unknown metric")])
+def test_budgets_and_widths_out_of_range(source, tmp_path, options, says):
+    refused(source, tmp_path / "out", *options, says=says)
 
 
 @pytest.mark.parametrize("option, value", [("--base", "median"), ("--dtype", "int8"), ("--device", "abacus"), ("--recipe", "nothing")])

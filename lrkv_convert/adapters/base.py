@@ -48,6 +48,7 @@ class Adapter:
     layer_path: str             # path of the decoder layers in the model, e.g. "model.layers"
     attention: str              # name of the attention module in a layer, e.g. "self_attn"
     output: str                 # name of the output projection in the attention module, e.g. "o_proj"
+    key_projection: str         # name of the module whose output holds the keys, e.g. "k_proj"
 
     def geometry(self, config) -> Geometry:
         raise NotImplementedError
@@ -59,9 +60,9 @@ class Adapter:
         """Checkpoint prefix of a layer's attention, e.g. "model.layers.3.self_attn."."""
         return f"{self.layer_path}.{layer}.{self.attention}."
 
-    def replaced(self, config) -> list[str]:
-        """Names inside the attention module that the conversion takes away or rewrites."""
-        raise NotImplementedError
+    def key_columns(self, geometry: Geometry) -> slice:
+        """Which columns of the key projection's output are keys, heads in order."""
+        return slice(None)
 
     def split(self, read, layer: int, config) -> AttentionWeights:
         """Per-head weights of a layer; `read(name)` gives a tensor of the checkpoint."""

@@ -5,7 +5,7 @@ from .base import Adapter, AttentionWeights, Geometry, heads
 
 class GPT2Adapter(Adapter):
     model_type, modeling = "gpt2", "modeling_lrkv_gpt2"
-    prefix, layer_path, attention, output = "transformer.", "transformer.h", "attn", "c_proj"
+    prefix, layer_path, attention, output, key_projection = "transformer.", "transformer.h", "attn", "c_proj", "c_attn"
 
     def geometry(self, config) -> Geometry:
         H = config.num_attention_heads
@@ -17,8 +17,8 @@ class GPT2Adapter(Adapter):
         if config.reorder_and_upcast_attn:
             raise LrkvError("GPT-2 with reorder_and_upcast_attn is not supported", "set it to false in config.json; it changes rounding only")
 
-    def replaced(self, config) -> list[str]:
-        return ["c_attn.weight", "c_attn.bias", "c_proj.weight", "bias", "masked_bias"]     # the last two: mask buffers of old checkpoints
+    def key_columns(self, geometry: Geometry) -> slice:
+        return slice(geometry.width, 2 * geometry.width)
 
     def split(self, read, layer: int, config) -> AttentionWeights:
         g, at = self.geometry(config), self.module(layer)

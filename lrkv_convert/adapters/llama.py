@@ -4,7 +4,7 @@ from .base import Adapter, AttentionWeights, Geometry, heads
 
 
 class LlamaAdapter(Adapter):
-    prefix, layer_path, attention, output = "model.", "model.layers", "self_attn", "o_proj"
+    prefix, layer_path, attention, output, key_projection = "model.", "model.layers", "self_attn", "o_proj", "k_proj"
 
     def __init__(self, model_type: str, biased: str = "never"):
         """biased: "never", "qkv" (Qwen2) or "config" (all four, where config.attention_bias says so)."""
@@ -21,9 +21,6 @@ class LlamaAdapter(Adapter):
 
     def _biases(self, config) -> str:
         return {"never": "", "qkv": "qkv", "config": "qkvo" if getattr(config, "attention_bias", False) else ""}[self.biased]
-
-    def replaced(self, config) -> list[str]:
-        return [f"{p}_proj.weight" for p in "qkvo"] + [f"{p}_proj.bias" for p in self._biases(config) if p != "o"]
 
     def split(self, read, layer: int, config) -> AttentionWeights:
         g, at, biased = self.geometry(config), self.module(layer), self._biases(config)

@@ -1,0 +1,43 @@
+"""Pictures. Needs the `plot` extra."""
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
+
+MARKERS = "osD^vPX*"
+
+
+def frontier(result: dict, file: Path) -> None:
+    """Perplexity relative to the original against cache, one line per method, the knee of the first marked."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=130, layout="constrained")
+    lines: dict[tuple[str, str], list] = {}
+    for point in result["points"]:
+        lines.setdefault((point["method"], point["metric"]), []).append(point)
+    for i, ((method, metric), points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda p: p["cache_ratio"])
+        label = method if metric == "fisher" else f"{method} ({metric})"
+        axes.plot([p["cache_ratio"] for p in points], [p["ratio"] for p in points], marker=MARKERS[i % len(MARKERS)], label=label,
+                  linewidth=2.2 if i == 0 else 1.3, zorder=10 - i)
+    if result["knee"] is not None:
+        first = next(iter(lines.values()))
+        height = next(p["ratio"] for p in first if p["cache_ratio"] == result["knee"])
+        axes.annotate("knee", (result["knee"], height), xytext=(12, 28), textcoords="offset points", arrowprops={"arrowstyle": "->"})
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set_yscale("log")
+    low, high = 0.99, max(1.2, min(10, max(p["ratio"] for p in result["points"]) * 1.1))
+    axes.set_ylim(low, high)
+    ticks = [t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t <= high]
+    axes.set_yticks(ticks, minor=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("KV cache, share of the original")
+    axes.set_ylabel("perplexity, relative to the original (log scale)")
+    axes.set_title(f"{Path(result['model']).name} on {result['text']['name']}, {result['tokens']:,} tokens, no training")
+    axes.grid(True, which="major", linewidth=0.4)
+    axes.legend()
+    figure.savefig(file)
+    pyplot.close(figure)
