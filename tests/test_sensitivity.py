@@ -1,0 +1,48 @@
+"""Gradients taken layer by layer on the skeleton are those of the whole model, and their metric predicts the loss to second order."""
+import pytest
+import torch
+from conftest import prompt, relative
+from transformers import AutoModelForCausalLM
+
+from lrkv_convert.calibrate import Skeleton
+from lrkv_convert.conversion import open_model
+from lrkv_convert.sensitivity import SEED, head_moments
+
+FLOAT32 = 1e-4      # gradients through a few float32 layers
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "gpt2"])
+def test_moments_equal_those_of_the_whole_model(family, tiny):
+    checkpoint, adapter = open_model(str(tiny(family)))
+    g, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
+    found = head_moments(Skeleton(checkpoint, adapter, torch.device("cpu")), g, tokens)
+
+    model, generator = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval(), torch.Generator().manual_seed(SEED)
+    seen = {}
+    for i, layer in enumerate(model.get_submodule(adapter.layer_path)):
+        attention = layer.get_submodule(adapter.attention)
+        attention.get_submodule(adapter.key_projection).register_forward_hook(lambda m, a, out, i=i: seen.update({("keys", i): out}))
+        attention.get_submodule(adapter.output).register_forward_pre_hook(lambda m, a, i=i: seen.update({("values", i): a[0]}))
+    sums = {}
+    for row in tokens:
+        logits = model(row.unsqueeze(0)).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        for place, gradient in zip(seen, torch.autograd.grad(loss, list(seen.values()))):
+            gradient = gradient[0][:, adapter.key_columns(g)] if place[0] == "keys" else gradient[0]
+            heads = gradient.view(24, g.kv_heads, -1, g.head_dim).double()              # (T, H, 1 or G, d)
+            sums[place] = sums.get(place, 0) + torch.einsum("thgd,thge->hde", heads, heads)
+    for i, moments in enumerate(found):
+        assert relative(moments.keys, sums["keys", i] / tokens.numel()) < FLOAT32
+        assert relative(moments.values, sums["values", i] / tokens.numel()) < FLOAT32
+
+
+def test_the_fisher_metric_fits_closer_than_attention_alone(tiny, converted):
+    """On the same rank and text: the gradients are worth their cost."""
+    ids = torch.cat([prompt(200, seed=s) for s in (5, 6, 7)])
+    original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
+    kls = {}
+    for metric in ("fisher", "attention", "plain"):
+        logp = torch.log_softmax(AutoModelForCausalLM.from_pretrained(converted("gpt2", metric=metric, calibration_tokens=8192))(ids).logits, -1)
+        kls[metric] = (original.exp() * (original - logp)).sum(-1).mean().item()
+    assert kls["fisher"] < kls["attention"] < kls["plain"], kls
