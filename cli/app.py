@@ -1,5 +1,6 @@
 """What all commands share: the app, one line for an error, clean exit codes, several values for one option."""
 import os
+import signal
 import sys
 
 import typer
@@ -10,6 +11,7 @@ class Refusals(TyperGroup):
     """Turns a refusal into one line on stderr and exit code 1, Ctrl-C into 130."""
 
     def invoke(self, ctx: typer.Context):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill cleans up as Ctrl-C does
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -38,6 +38,7 @@ def evaluate(
 
 def measure(models: list[str], text: str, seq_len: int, max_tokens: int | None, batch_size: int, device: str, dtype: str, json_file: Path | None) -> None:
     quiet_libraries()
+    from lrkv_convert import LrkvError
     from lrkv_convert.calibrate import read_texts
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import compare as run
@@ -45,6 +46,8 @@ def measure(models: list[str], text: str, seq_len: int, max_tokens: int | None, 
 
     from . import display
     [content] = read_texts([text])
+    if json_file and not json_file.parent.is_dir():
+        raise LrkvError(f"cannot write {json_file}: its folder does not exist", "make it first")
     with display.progress() as progress:
         result = run(models, content, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device),
                      dtype=pick_dtype(dtype), progress=lambda done, total: progress("measuring", done, total))

@@ -55,6 +55,11 @@ def read_texts(paths: list[str]) -> list[Text]:
     return texts
 
 
+def window_length(config) -> int:
+    """Tokens per calibration window: SEQ_LEN, or what the model can read."""
+    return min(SEQ_LEN, getattr(config, "max_position_embeddings", None) or SEQ_LEN)
+
+
 def windows(texts: list[Text], tokenizer, seq_len: int, max_tokens: int) -> Tensor:
     """Token windows (n, T), an equal share of each text, spread evenly over it. Raises LrkvError if no text fills one window."""
     cut = []

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .adapters import Adapter, Geometry, adapter_for
 from .allocate import allocate
-from .calibrate import BUILT_IN, SEQ_LEN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, windows
+from .calibrate import BUILT_IN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, window_length, windows
 from .checkpoint import Checkpoint, check_finite, open_checkpoint
 from .device import pick_device, pick_dtype
 from .errors import LrkvError
@@ -83,7 +83,7 @@ def convert(model: str, out: str | Path, *, cache_ratio: float | None = None, ra
         return Conversion(plan, out, None)
 
     texts = read_texts([BUILT_IN] if calibration is None else calibration)
-    tokens = windows(texts, checkpoint.tokenizer(), SEQ_LEN, calibration_tokens) if texts else None
+    tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), calibration_tokens) if texts else None
     for done, total in checkpoint.finite():
         progress("checking", done, total)
     moments = None

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .adapters import Adapter
-from .calibrate import SEQ_LEN, Text
+from .calibrate import Text
 from .checkpoint import Checkpoint
 from .errors import LrkvError
 from .factorise import Factors
@@ -48,7 +48,7 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, fitted: list[tuple[Fac
                     "values": {"base_width": p.value_width, "rank": p.value_rank, "error": values.error}}
                    for i, (p, (keys, values)) in enumerate(zip(plan.layers, fitted))],
         "calibration": {"texts": [{"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())} for t in texts],
-                        "tokens": tokens.numel() if tokens is not None else 0, "seq_len": SEQ_LEN},
+                        "tokens": tokens.numel() if tokens is not None else 0, "seq_len": tokens.shape[1] if tokens is not None else 0},
         "seed": None,       # nothing here is random: windows are spaced evenly, the fit starts from the data
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_bytes,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .adapters import Geometry
 from .allocate import allocate
-from .calibrate import BUILT_IN, SEQ_LEN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, windows
+from .calibrate import BUILT_IN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, window_length, windows
 from .conversion import convert_layer, empty_target, open_model
 from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
@@ -80,7 +80,7 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
         raise LrkvError(f"the text {text.name} is empty or too short", "perplexity needs at least two tokens")
     skeleton = Skeleton(checkpoint, adapter, device)
     checkpoint.check(skeleton.expected())
-    tokens = windows(read_texts([BUILT_IN] if calibration is None else calibration), tokenizer, SEQ_LEN, calibration_tokens)
+    tokens = windows(read_texts([BUILT_IN] if calibration is None else calibration), tokenizer, window_length(checkpoint.config), calibration_tokens)
     moments = head_moments(skeleton, geometry, tokens, lambda done, total: progress("gradients", done, total))
     layers = []
     for layer in calibrated_layers(skeleton, geometry, tokens):

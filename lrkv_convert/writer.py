@@ -3,7 +3,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, renamed to `out` if the block ends well and removed if it does not, Ctrl-C included. Raises LrkvError."""
     partial = out.with_name(out.name + ".partial")
+    missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
     try:
         shutil.rmtree(partial, ignore_errors=True)      # left by a run that was killed
         partial.mkdir(parents=True)
@@ -47,6 +48,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing if not out.exists() else ():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class ShardWriter:

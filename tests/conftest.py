@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from lrkv_convert import convert
-from lrkv_convert.calibrate import SEQ_LEN  # noqa: F401
 
 torch.set_num_threads(2)
 SHARED = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2, num_hidden_layers=2, hidden_size=48,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CONFIGS, build, prompt
+from conftest import CONFIGS, build, prompt, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -142,6 +142,16 @@ def test_bf16_factors_cost_little(tiny, converted, tmp_path):
     assert kl(full, half) < 0.1 * kl(original, full)
 
 
+def test_a_model_that_reads_less_than_a_window_is_calibrated_too(tmp_path):
+    config = CONFIGS["gpt2"]()
+    config.n_positions = 100
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / "out", rank=7, calibration_tokens=1000)
+    assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["calibration"]["seq_len"] == 100
+
+
 def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
     convert(str(tiny()), tmp_path / "out", rank=3, calibration=[])
     convert(str(tiny()), tmp_path / "out", rank=5, calibration=[], overwrite=True)
@@ -152,7 +162,6 @@ def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
 def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     """Each step of the method is closer to the original than the one before, on text it did not see."""
     from lrkv_convert.calibrate import Text, windows
-    from conftest import tiny_tokenizer
     ids = windows([Text("held out", "The quick brown fox jumps over the lazy dog; 3.14159 is not a rational number. " * 30)], tiny_tokenizer(), 256, 1024)
     original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
     kls = []

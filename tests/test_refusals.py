@@ -205,7 +205,7 @@ def test_a_model_without_tokenizer(source, tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--cache-ratio", "1.2"], "out of range"), (["--cache-ratio", "0.01"], "floor of this model"), (["--cache-ratio", "0.5", "--rank", "3"], "exclude each other"),
     (["--cache-ratio", "0.5", "--base", "mean"], "plans the joint base only"), (["--base-width", "61"], "out of range"),
-    (["--base", "mean", "--base-width", "12"], "as wide as a head"), (["--base", "pooled", "--base-width", "40"], "rank 0"), (["--metric", "taste"], "unknown metric")])
+    (["--base", "mean", "--base-width", "12"], "as wide as a head"), (["--base", "pooled", "--base-width", "20"], "rank 0"), (["--metric", "taste"], "unknown metric")])
 def test_budgets_and_widths_out_of_range(source, tmp_path, options, says):
     refused(source, tmp_path / "out", *options, says=says)
 
@@ -218,6 +218,13 @@ def test_unknown_choices(source, tmp_path, option, value):
 def test_a_recipe_with_a_misspelt_field(source, tmp_path):
     (tmp_path / "r.yaml").write_text("rnak: 7\n")
     refused(source, tmp_path / "out", "--recipe", str(tmp_path / "r.yaml"), says="rnak")
+
+
+def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
+    import lrkv_convert.conversion as story
+    monkeypatch.setattr(story, "convert_layer", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    refused(source, tmp_path / "new" / "deep" / "out", says="No space left")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unwritable_place(source, tmp_path):
@@ -253,7 +260,7 @@ def test_a_disk_that_fills_in_mid_write(source, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
     code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out"))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -261,9 +268,9 @@ def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
     time.sleep(0.2)
     child.send_signal(stop)
     _, errors = child.communicate(timeout=60)
-    assert child.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert child.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    if stop == signal.SIGINT:
+    if stop != signal.SIGKILL:
         assert "interrupted" in errors and "Traceback" not in errors
         assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
