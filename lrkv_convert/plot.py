@@ -8,6 +8,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
 
 MARKERS = "osD^vPX*"
+TOP = 2.0       # the chart ends here: what costs more is no choice, and would flatten the rest
 
 
 def frontier(result: dict, file: Path) -> None:
@@ -16,9 +17,13 @@ def frontier(result: dict, file: Path) -> None:
     lines: dict[tuple[str, str], list] = {}
     for point in result["points"]:
         lines.setdefault((point["method"], point["metric"]), []).append(point)
+    ratios = [p["ratio"] for p in result["points"]]
+    low, high = min(0.985, min(ratios) * 0.985), max(1.1, min(TOP, max(ratios) * 1.05))
     for i, ((method, metric), points) in enumerate(lines.items()):
         points = sorted(points, key=lambda p: p["cache_ratio"])
         label = method if metric == "fisher" else f"{method} ({metric})"
+        if beyond := sum(p["ratio"] > high for p in points):
+            label += f": {beyond} of {len(points)} above the chart"
         axes.plot([p["cache_ratio"] for p in points], [p["ratio"] for p in points], marker=MARKERS[i % len(MARKERS)], label=label,
                   linewidth=2.2 if i == 0 else 1.3, zorder=10 - i)
     if result["knee"] is not None:
@@ -27,9 +32,8 @@ def frontier(result: dict, file: Path) -> None:
         axes.annotate("knee", (result["knee"], height), xytext=(12, 28), textcoords="offset points", arrowprops={"arrowstyle": "->"})
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set_yscale("log")
-    low, high = 0.99, max(1.2, min(10, max(p["ratio"] for p in result["points"]) * 1.1))
     axes.set_ylim(low, high)
-    ticks = [t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t <= high]
+    ticks = [t for t in ((1, 1.02, 1.05, 1.1, 1.2) if high < 1.35 else (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2)) if t <= high]
     axes.set_yticks(ticks, minor=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
