@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 
 from lrkv_convert import convert
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))      # tiny models gain nothing from more; OMP_NUM_THREADS=1 is respected
 SHARED = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2, num_hidden_layers=2, hidden_size=48,
               num_attention_heads=6, max_position_embeddings=640)
 ROPE = dict(SHARED, intermediate_size=64, num_key_value_heads=3, head_dim=20)
