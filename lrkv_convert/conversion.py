@@ -69,7 +69,9 @@ def convert(model: str, out: str | Path, *, cache_ratio: float | None = None, ra
         if value not in known:
             raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
     uniform = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "width": base_width, "width_k": base_width_k, "width_v": base_width_v}
-    budget = choose_budget(cache_ratio, uniform, base, calibration)
+    budget = choose_budget(cache_ratio, uniform, base, metric, calibration)
+    if budget is None and (max_width_k or max_width_v):
+        raise LrkvError("the widest base is a limit of --cache-ratio, and there is none here", "with --rank, give --base-width")
     plan = uniform_plan(geometry, stored.itemsize, **uniform, force=force) if budget is None else None
     try:
         for m, r in ((plan.layers[0].key_width, plan.layers[0].key_rank), (plan.layers[0].value_width, plan.layers[0].value_rank)) if plan else ():
@@ -130,17 +132,19 @@ def write(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, stored: torch.dt
     return record
 
 
-def choose_budget(cache_ratio: float | None, uniform: dict, base: str, calibration: list[str] | None) -> float | None:
+def choose_budget(cache_ratio: float | None, uniform: dict, base: str, metric: str, calibration: list[str] | None) -> float | None:
     """The byte budget as a share of the original cache, or None for uniform ranks. Raises LrkvError for options that contradict one another."""
     given = [name for name, value in uniform.items() if value is not None]
     if cache_ratio is None:
-        return 0.5 if not given and base == "joint" and calibration != [] else None
+        return 0.5 if not given and base == "joint" and metric == "fisher" and calibration != [] else None
     if given:
         raise LrkvError("a cache ratio and ranks or base widths exclude each other", "give --cache-ratio, or --rank with --base-width")
     if not 0 < cache_ratio < 1:
         raise LrkvError(f"a cache ratio of {cache_ratio} is out of range", "it lies between 0 and 1")
     if base != "joint":
         raise LrkvError(f"a cache ratio plans the joint base only, not {base}", "give --rank with the other bases")
+    if metric != "fisher" or calibration == []:
+        raise LrkvError("a cache ratio compares layers by the gradient of the loss, on calibration text", "give --rank without text or with other metrics")
     return cache_ratio
 
 
