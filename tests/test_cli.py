@@ -71,7 +71,8 @@ def test_json_is_the_record_and_nothing_else(tiny, tmp_path):
 
 
 def test_recipes_set_options_and_flags_override(tiny, tmp_path):
-    lrkv("convert", tiny(), "--recipe", "half", "--out", tmp_path / "a", "--calibration", "none")
+    lrkv("convert", tiny(), "--recipe", "half", "--out", tmp_path / "a", "--calibration-tokens", 1024)
+    assert json.loads((tmp_path / "a" / "lrkv.json").read_text())["recipe"]["cache_ratio"] == 0.5
     (tmp_path / "r.yaml").write_text("rank: 5\nbase: aligned\ncalibration: none\n")
     lrkv("convert", tiny(), "--recipe", tmp_path / "r.yaml", "--rank", 6, "--out", tmp_path / "b")
     recipe = json.loads((tmp_path / "b" / "lrkv.json").read_text())["recipe"]
