@@ -102,6 +102,7 @@ def model_card(record: dict, licence: str | None, name: str) -> str:
     rows = "\n".join(f"| {x['layer']} | {x['keys']['base_width']} + H·{x['keys']['rank']} | {x['keys']['error']:.3f} "
                      f"| {x['values']['base_width']} + H·{x['values']['rank']} | {x['values']['error']:.3f} |" for x in record["layers"])
     texts = ", ".join(t["name"] for t in record["calibration"]["texts"]) or "none (weights only)"
+    title = Path(source["name"]).name if Path(source["name"]).exists() else source["name"]     # a path here says nothing to others
     front = f"license: {licence}\n" if licence else ""
     return f"""---
 {front}library_name: transformers
@@ -110,9 +111,9 @@ tags: [lrkv, kv-cache]
 ---
 # {name}
 
-`{Path(source['name']).name}` with LRKV attention (Low-Rank Key-Value attention, arXiv 2601.11471). Each token caches
+`{title}` with LRKV attention (Low-Rank Key-Value attention, arXiv 2601.11471). Each token caches
 **{cache['kv_bytes_per_token']:,} bytes instead of {cache['kv_bytes_per_token_before']:,} ({cache['kv_ratio']:.1%})**. Converted by lrkv-convert
-{record['versions']['lrkv_convert']} without training; `base={record['recipe']['base']}`, calibration: {texts}, {record['calibration']['tokens']:,} tokens.
+{record['versions']['lrkv_convert']} without training; `base={record['recipe']['base']}`, `metric={record['recipe']['metric']}`, calibration: {texts}, {record['calibration']['tokens']:,} tokens.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +123,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-What it cost in quality: `lrkv compare {source['name']} {name} --text FILE`. Limits are those of the source model, and its licence applies.
+What it cost in quality: `lrkv compare {title} {name} --text FILE`. Limits are those of the source model, and its licence applies.
 
 ## Fit
 
