@@ -86,10 +86,12 @@ def convert(model: str, out: str | Path, *, cache_ratio: float | None = None, ra
 
     texts = read_texts([BUILT_IN] if calibration is None else calibration)
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), calibration_tokens) if texts else None
+    if tokens is None and metric == "fisher":
+        metric = options["metric"] = "attention"        # no text, no gradient: the record says what was used
     for done, total in checkpoint.finite():
         progress("checking", done, total)
     moments = None
-    if tokens is not None and metric == "fisher":
+    if metric == "fisher":
         moments = head_moments(skeleton, geometry, tokens, lambda done, total: progress("gradients", done, total))
     measure = lambda layer: layer_metrics(layer.weights, geometry, metric, layer.sums, moments and moments[layer.index])
     layers = calibrated_layers(skeleton, geometry, tokens)

@@ -95,8 +95,7 @@ class MetricSums:
 
 def layer_metrics(weights: AttentionWeights, geometry: Geometry, name: str = "attention", sums: MetricSums | None = None,
                   moments: HeadMoments | None = None) -> LayerMetrics:
-    """The metrics called `name`. Without sums (no calibration text) inputs are taken as white and queries follow from W_Q; without moments
-    "fisher" falls back to "attention"."""
+    """The metrics called `name`. Without sums (no calibration text) inputs are taken as white and queries follow from W_Q; "fisher" needs moments."""
     H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
     white = torch.eye(D, dtype=torch.float64, device=weights.W_K.device)
     W_Q, W_O, heads = weights.W_Q.double(), weights.W_O.double(), geometry.kv_heads * geometry.groups
@@ -109,7 +108,7 @@ def layer_metrics(weights: AttentionWeights, geometry: Geometry, name: str = "at
         return LayerMetrics(*(Metric(sigma, Root(identity, identity)) for _ in range(2)))
     keys = rotation_average(queries) if geometry.rotary else queries
     values = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                       # (H, d, d)
-    if name == "fisher" and moments is not None:
+    if name == "fisher":
         keys, values = moments.keys, moments.values
     return LayerMetrics(Metric(square_root(shrink(sigma_K)), square_root(keys)), Metric(square_root(shrink(sigma_V)), square_root(values)))
 
