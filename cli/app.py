@@ -53,4 +53,3 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-

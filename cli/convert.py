@@ -43,7 +43,8 @@ def convert(
 
     from . import display
     flags = {"cache_ratio": cache_ratio, "rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base_width": base_width, "base_width_k": base_width_k,
-             "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "base": base, "metric": metric, "refit": refit, "calibration": calibration, "calibration_tokens": calibration_tokens,
+             "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "base": base, "metric": metric, "refit": refit,
+             "calibration": calibration, "calibration_tokens": calibration_tokens,
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
     options |= {name: value for name, value in flags.items() if value is not None}

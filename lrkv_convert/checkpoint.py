@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from .errors import LrkvError
+from .errors import LrkvError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -85,7 +85,7 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf)
             return AutoTokenizer.from_pretrained(self.path)
         except Exception as error:      # tokenizers raises bare Exceptions of its own
-            raise LrkvError(f"{self.source} has no tokenizer that loads: {_first_line(error)}",
+            raise LrkvError(f"{self.source} has no tokenizer that loads: {first_line(error)}",
                             "calibration and comparison need one; put tokenizer.json beside the weights") from error
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -113,10 +113,6 @@ def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def open_checkpoint(model: str) -> Checkpoint:
     """Open `model`: a folder, a path to a .gguf file, or a hub id such as `org/name`. Raises LrkvError."""
     path = Path(model).expanduser()
@@ -137,7 +133,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:      # any of the hub's many network and permission errors
-        raise LrkvError(f"{hub_id} is neither a folder here nor can it be fetched from the hub: {_first_line(error)}",
+        raise LrkvError(f"{hub_id} is neither a folder here nor can it be fetched from the hub: {first_line(error)}",
                         "check the spelling and the network, or give a local folder") from error
 
 
@@ -153,7 +149,7 @@ def load_config(path: Path, source: str, **kwargs) -> PreTrainedConfig:
             raise LrkvError(f"{source} is already an LRKV model", "convert its original instead; lrkv.json names it")
         return AutoConfig.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise LrkvError(f"cannot read the config of {source}: {_first_line(error)}", "is config.json whole, and of a known family?") from error
+        raise LrkvError(f"cannot read the config of {source}: {first_line(error)}", "is config.json whole, and of a known family?") from error
 
 
 def _open_folder(path: Path, source: str) -> Checkpoint:
@@ -164,7 +160,7 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
         try:
             weight_map = json.loads((path / INDEX).read_text())["weight_map"]
         except (ValueError, KeyError) as error:
-            raise LrkvError(f"{source}: {INDEX} cannot be read: {_first_line(error)}", "download it again") from error
+            raise LrkvError(f"{source}: {INDEX} cannot be read: {first_line(error)}", "download it again") from error
         files = sorted({path / name for name in weight_map.values()})
         for file in files:
             if not file.is_file():
@@ -181,7 +177,7 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
             with safe_open(file, framework="pt") as handle:
                 tensors.update((name, (file, name)) for name in handle.keys())
         except (SafetensorError, OSError) as error:
-            raise LrkvError(f"{source}: {file.name} is truncated or corrupt: {_first_line(error)}", "download it again") from error
+            raise LrkvError(f"{source}: {file.name} is truncated or corrupt: {first_line(error)}", "download it again") from error
     return Checkpoint(path, config, tensors, files, source=source)
 
 
@@ -207,7 +203,7 @@ def _open_gguf(file: Path) -> Checkpoint:
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except Exception as error:          # the gguf reader's own errors are many and undocumented
-        raise LrkvError(f"{file} cannot be read: {_first_line(error)}", "is the file whole?") from error
+        raise LrkvError(f"{file} cannot be read: {first_line(error)}", "is the file whole?") from error
     for left_over in ("quantization_config", "_name_or_path"):
         if hasattr(config, left_over):
             delattr(config, left_over)

@@ -70,6 +70,12 @@ def convert(model: str, out: str | Path, *, cache_ratio: float | None = None, ra
             raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
     uniform = {"rank": rank, "rank_k": rank_k, "rank_v": rank_v, "width": base_width, "width_k": base_width_k, "width_v": base_width_v}
     budget = choose_budget(cache_ratio, uniform, base, metric, calibration)
+    if metric == "whitened" and calibration == []:
+        raise LrkvError("the whitened metric is made of calibration text, and there is none", "give --calibration, or another --metric")
+    if any(width is not None and width < 1 for width in (max_width_k, max_width_v)):
+        raise LrkvError("the widest base is at least 1 wide", "see --max-width-k and --max-width-v")
+    if calibration_tokens < 1:
+        raise LrkvError(f"{calibration_tokens} calibration tokens are none", "give --calibration none for the weights alone")
     if budget is None and (max_width_k or max_width_v):
         raise LrkvError("the widest base is a limit of --cache-ratio, and there is none here", "with --rank, give --base-width")
     plan = uniform_plan(geometry, stored.itemsize, **uniform, force=force) if budget is None else None

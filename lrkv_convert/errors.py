@@ -7,3 +7,8 @@ class LrkvError(Exception):
     def __init__(self, message: str, hint: str = ""):
         super().__init__(f"{message} ({hint})" if hint else message)
         self.message, self.hint = message, hint
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the name of the exception."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -113,8 +113,6 @@ def mean(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps
     return _residual_after(W, metric, W.mean(0), None, r)
 
 
-
-
 def pooled(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = 0) -> Factors:
     """Mean-pooled heads: m / d groups of heads share their mean; one group is multi-query, several are grouped-query attention."""
     H, D, d = W.shape

@@ -11,9 +11,10 @@ from .errors import LrkvError
 from .factorise import error_curve
 from .metrics import LayerMetrics, Metric
 
-# From squared error to loss, measured on SmolLM2-135M (all layers' keys, or all values, truncated at seven shapes; benchmarks/NOTES.md). The Fisher
+# From squared error to loss, measured on SmolLM2-135M (all layers' keys, or all values, truncated at eight shapes in all; benchmarks/NOTES.md). The Fisher
 # metric is the loss to second order; at the errors of a halved cache the loss grows faster, as the 1.5th to 1.8th power, and errors of keys, which
-# act together through the softmax, cost about eight times what they would one by one. With 1 and 1 the plan at 50 % was x1.121 instead of x1.080.
+# act together through the softmax, cost about eight times what they would one by one. Before the refit, plans
+# at 50 % gave x1.121 with 1 and 1, x1.079 with 1.3 and 8, x1.080 with 1.6 and 8.
 EXPONENT = 1.5
 KEY_WEIGHT = 8.0
 

@@ -206,7 +206,8 @@ def test_a_model_without_tokenizer(source, tmp_path):
     (["--cache-ratio", "1.2"], "out of range"), (["--cache-ratio", "0.01"], "floor of this model"), (["--cache-ratio", "0.5", "--rank", "3"], "exclude each other"),
     (["--cache-ratio", "0.5", "--base", "mean"], "plans the joint base only"), (["--base-width", "61"], "out of range"),
     (["--cache-ratio", "0.5", "--calibration", "none"], "on calibration text"), (["--cache-ratio", "0.5", "--metric", "plain"], "gradient of the loss"),
-    (["--max-width-k", "20"], "a limit of --cache-ratio"),
+    (["--max-width-k", "20"], "a limit of --cache-ratio"), (["--cache-ratio", "0.5", "--max-width-v", "0"], "at least 1 wide"),
+    (["--metric", "whitened", "--calibration", "none"], "made of calibration text"), (["--calibration-tokens", "0"], "tokens are none"),
     (["--base", "mean", "--base-width", "12"], "as wide as a head"), (["--base", "pooled", "--base-width", "20"], "rank 0"), (["--metric", "taste"], "unknown metric")])
 def test_budgets_and_widths_out_of_range(source, tmp_path, options, says):
     refused(source, tmp_path / "out", *options, says=says)

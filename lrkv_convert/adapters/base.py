@@ -2,6 +2,7 @@
 
 Shapes: H KV heads, G query heads per KV head, D model width, d head width. All matrices here act on row vectors: q = x W_Q + b_Q.
 """
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +40,7 @@ class AttentionWeights:
         return replace(self, **changes)
 
 
-class Adapter:
+class Adapter(ABC):
     """Locations and layouts of one family. Subclasses fill in the fields and the two directions `split` and `join`."""
 
     model_type: str             # of the original, e.g. "llama"
@@ -50,8 +51,9 @@ class Adapter:
     output: str                 # name of the output projection in the attention module, e.g. "o_proj"
     key_projection: str         # name of the module whose output holds the keys, e.g. "k_proj"
 
+    @abstractmethod
     def geometry(self, config) -> Geometry:
-        raise NotImplementedError
+        """Shapes of the model's attention."""
 
     def refuse(self, config) -> None:
         """Raise LrkvError for variants of the family that cannot be converted exactly."""
@@ -64,13 +66,13 @@ class Adapter:
         """Which columns of the key projection's output are keys, heads in order."""
         return slice(None)
 
+    @abstractmethod
     def split(self, read, layer: int, config) -> AttentionWeights:
         """Per-head weights of a layer; `read(name)` gives a tensor of the checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, weights: AttentionWeights) -> dict[str, Tensor]:
         """The query and output tensors of the converted attention module, by their names inside it (keys and values are the factors')."""
-        raise NotImplementedError
 
 
 def heads(weight: Tensor, *shape: int) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import LrkvError
+from ..errors import LrkvError, first_line
 
 
 def _location(model: str) -> tuple[str, dict]:
@@ -27,7 +27,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
     except Exception as error:      # safetensors, json, hub and transformers each raise their own
-        raise LrkvError(f"cannot load {model}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+        raise LrkvError(f"cannot load {model}: {first_line(error)}",
                         "is the folder whole?") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         bad = sorted(info["missing_keys"]) or sorted(info["mismatched_keys"])
@@ -40,5 +40,5 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, **extra)
     except Exception as error:
-        raise LrkvError(f"{model} has no tokenizer that loads: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+        raise LrkvError(f"{model} has no tokenizer that loads: {first_line(error)}",
                         "comparison needs one") from error
