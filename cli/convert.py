@@ -21,11 +21,13 @@ def convert(
     base_width_v: Annotated[int | None, typer.Option(help="Base width of values.")] = None,
     max_width_k: Annotated[int | None, typer.Option(help="With --cache-ratio: widest base of keys. Default: one head under RoPE, else four.")] = None,
     max_width_v: Annotated[int | None, typer.Option(help="With --cache-ratio: widest base of values. Default: four heads.")] = None,
+    keys: Annotated[str | None, typer.Option(help="How RoPE keys are cached: joint (default; best quality), per-head or rotary (less to rebuild when "
+                                             "read), full (as they are: only values are compressed).")] = None,
     base: Annotated[str | None, typer.Option(help="joint (default), aligned (C = I after a gauge), mean; pooled and grouped, to compare with.")] = None,
     metric: Annotated[str | None, typer.Option(help="Norm of the fit: fisher (default), attention, whitened or plain.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after the fit (default), or not.")] = None,
-    calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; none for the weights alone. Default: a text "
-                                                          "that ships with the package.")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; self for text sampled from the model; none for "
+                                                          "the weights alone. Default: a text that ships with the package.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 16384.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the source's, default), float32, bfloat16, float16 or float64.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -43,7 +45,7 @@ def convert(
 
     from . import display
     flags = {"cache_ratio": cache_ratio, "rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base_width": base_width, "base_width_k": base_width_k,
-             "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "base": base, "metric": metric, "refit": refit,
+             "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "keys": keys, "base": base, "metric": metric, "refit": refit,
              "calibration": calibration, "calibration_tokens": calibration_tokens,
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}

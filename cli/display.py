@@ -72,7 +72,15 @@ def show_plan(plan, model: str) -> None:
         table.add_row(str(i), f"{p.key_width} + {g.kv_heads}·{p.key_rank}", f"{p.value_width} + {g.kv_heads}·{p.value_rank}", str(after),
                       str(2 * g.kv_heads * g.head_dim))
     out.print(table)
-    out.print(f"cache per token: {_bytes(plan.bytes_before)} -> {_bytes(plan.bytes_after)} ({plan.ratio:.1%}). Nothing was refused, nothing written.")
+    _show_cost(out, plan.as_dict())
+    out.print("Nothing was refused, nothing written.")
+
+
+def _show_cost(out: Console, cache: dict) -> None:
+    """What a cached token takes: bytes to hold, flops to read in a decoding step."""
+    before, after = cache["kv_flops_per_token_before"], cache["kv_flops_per_token"]
+    out.print(f"cache per token: {_bytes(cache['kv_bytes_per_token_before'])} -> {_bytes(cache['kv_bytes_per_token'])} ({cache['kv_ratio']:.1%}); "
+              f"to read it: {before / 1e3:,.0f} -> {after / 1e3:,.0f} kflop ({after / cache['kv_bytes_per_token']:,.1f} per byte)")
 
 
 def show_conversion(record: dict, model: str, folder: Path, layers: bool = True) -> None:
@@ -83,8 +91,8 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
         for row in record["layers"]:
             table.add_row(str(row["layer"]), _ranks(row["keys"]), f"{row['keys']['error']:.3f}", _ranks(row["values"]), f"{row['values']['error']:.3f}")
         out.print(table)
-    out.print(f"cache per token: {_bytes(cache['kv_bytes_per_token_before'])} -> {_bytes(cache['kv_bytes_per_token'])} ({cache['kv_ratio']:.1%}); "
-              f"{record['seconds']:.0f} s, {_bytes(record['peak_memory_bytes'])} of memory")
+    _show_cost(out, cache)
+    out.print(f"{record['seconds']:.0f} s, {_bytes(record['peak_memory_bytes'])} of memory")
     if layers:
         print(f"next: lrkv compare {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
 

@@ -28,12 +28,20 @@ class Point:
 Curve = list[Point]
 
 
-def candidates(geometry: Geometry, cap: int) -> list[tuple[int, int]]:
-    """(m, r) along the path of one side: widths up to the cap without residual, then ranks at the cap; never more than the original caches."""
+def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[int, int]]:
+    """(m, r) along the path of one side: widths up to the cap without residual, then ranks at the cap; never more than the original caches.
+
+    keys: the form of keys (plan.KEYS); values are always "joint".
+    """
     H, d = geometry.kv_heads, geometry.head_dim
-    cap = min(cap, H * d)
-    widths = sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})
-    return [(m, 0) for m in widths] + [(cap, r) for r in range(RANK_STEP, d + 1, RANK_STEP) if cap + H * r <= H * d]
+    ranks = range(RANK_STEP, d + 1, max(RANK_STEP, d // 16 // RANK_STEP * RANK_STEP))
+    if keys == "full":
+        return [(0, d)]
+    if keys == "per-head":
+        return [(0, r) for r in ranks]
+    cap = d if keys == "rotary" else min(cap, H * d)
+    widths = [d] if keys == "rotary" else sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})
+    return [(m, 0) for m in widths] + [(cap, r) for r in ranks if cap + H * r <= H * d]
 
 
 def hull(curve: Curve) -> Curve:
@@ -53,7 +61,7 @@ def _gain(a: Point, b: Point) -> float:
     return (a.loss - b.loss) / (b.numbers - a.numbers)
 
 
-def allocate(curves: Iterable[tuple[Curve, Curve]], geometry: Geometry, element_size: int, cache_ratio: float) -> Plan:
+def allocate(curves: Iterable[tuple[Curve, Curve]], geometry: Geometry, element_size: int, cache_ratio: float, keys: str = "joint") -> Plan:
     """Plan widths and ranks from the (keys, values) curves of every layer so that the cache is at most `cache_ratio` of the original.
 
     Raises LrkvError for a budget below the smallest plan.
@@ -82,4 +90,4 @@ def allocate(curves: Iterable[tuple[Curve, Curve]], geometry: Geometry, element_
             chosen[step] += 1
     picked = [curve[c] for curve, c in zip(sides, chosen)]
     layers = tuple(LayerPlan(k.width, k.rank, v.width, v.rank) for k, v in zip(picked[::2], picked[1::2]))
-    return Plan(geometry, layers, element_size)
+    return Plan(geometry, layers, element_size, keys)

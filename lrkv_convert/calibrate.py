@@ -1,27 +1,30 @@
-"""Text -> metrics, one layer at a time.
+"""Text -> what the fit must know of each layer, one layer at a time.
 
 The original model is built on the meta device and its layers are filled in turn, so memory holds one layer, the hidden states of the
-calibration windows and one layer's sums. Attention runs eagerly, because the metrics need its weights.
+calibration windows and one layer's sums; what the layers gave lies in a Store. Attention runs eagerly, because the metrics need its weights.
 """
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter, AttentionWeights, Geometry
 from .checkpoint import Checkpoint
 from .errors import LrkvError
-from .metrics import MetricSums
+from .metrics import HeadMoments, MetricSums
+from .store import Store
 
 SEQ_LEN = 512
 BUILT_IN = "built-in"
+SELF = "self"       # as a calibration text: what the model itself writes
+SAMPLED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ def read_texts(paths: list[str]) -> list[Text]:
             except UnicodeDecodeError as error:
                 raise LrkvError(f"{file} is not UTF-8 text", "convert it, or give another text") from error
     return texts
+
+
+def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -> Text:
+    """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token."""
+    length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
+    starts = tokenizer.eos_token_id if starts is None else starts
+    rows = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for n in range(0, tokens // length + 1, SAMPLED_AT_ONCE):
+            count = min(SAMPLED_AT_ONCE, tokens // length + 1 - n)
+            first = torch.randint(len(tokenizer), (count, 1)) if starts is None else torch.full((count, 1), starts)
+            rows.extend(model.generate(first.to(model.device), attention_mask=torch.ones_like(first).to(model.device), do_sample=True, temperature=1.0, top_k=0,
+                                       top_p=1.0, max_new_tokens=length - 1, eos_token_id=None, pad_token_id=0))
+    return Text(SELF, "\n\n".join(tokenizer.decode(row, skip_special_tokens=True) for row in rows))
 
 
 def window_length(config) -> int:
@@ -99,20 +117,28 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list["Recorder"]]:
         """Everything before the first layer: tokens (n, T) -> hidden states (n, T, D), and what else each layer is called with."""
-        base = self.model.get_submodule(self.adapter.prefix.rstrip("."))
-        layers, recorders = self.layers, nn.ModuleList(Recorder(layer) for layer in self.layers)
-        where, name = self.adapter.layer_path.rsplit(".", 1)
-        setattr(self.model.get_submodule(where), name, recorders)
-        for child_name, child in base.named_children():
-            if child is not recorders:
-                self.fill(child, f"{self.adapter.prefix}{child_name}.")
-        hidden = []
-        for row in tokens:
-            base(input_ids=row.unsqueeze(0).to(self.device), use_cache=False)
-            hidden.append(recorders[0].hidden)
-        setattr(self.model.get_submodule(where), name, layers)
+        recorders, hidden = nn.ModuleList(Recorder(layer) for layer in self.layers), []
+        with self._around_layers(recorders) as base:
+            for row in tokens:
+                base(input_ids=row.unsqueeze(0).to(self.device), use_cache=False)
+                hidden.append(recorders[0].hidden)
         return torch.cat(hidden), list(recorders)
 
+    @contextmanager
+    def _around_layers(self, stand_in: nn.ModuleList, *left_out: nn.Module) -> Iterator[nn.Module]:
+        """The base model with everything but its layers in place, `stand_in` where they were."""
+        where, name = self.adapter.layer_path.rsplit(".", 1)
+        parent, base = self.model.get_submodule(where), self.model.get_submodule(self.adapter.prefix.rstrip("."))
+        setattr(parent, name, stand_in)
+        around = [(f"{self.adapter.prefix}{n}.", child) for n, child in base.named_children() if child not in (stand_in, *left_out)]
+        try:
+            for prefix, child in around:
+                self.fill(child, prefix)
+            yield base
+        finally:
+            setattr(parent, name, self.layers)
+            for _, child in around:
+                empty(child)
 
     @contextmanager
     def layer(self, i: int) -> Iterator[nn.Module]:
@@ -122,29 +148,33 @@ class Skeleton:
         try:
             yield layer
         finally:
-            layer.to("meta")
+            empty(layer)
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """What follows the last layer: a function (token ids (1, T), last hidden states (1, T, D)) -> logits (1, T, vocabulary)."""
-        injected = Injected()
-        where, name = self.adapter.layer_path.rsplit(".", 1)
-        setattr(self.model.get_submodule(where), name, nn.ModuleList([injected]))
-        for prefix, module in [(f"{where}.", self.model.get_submodule(where)), ("lm_head.", self.model.lm_head)]:
-            if f"{prefix}weight" in self.checkpoint.tensors or prefix != "lm_head.":
-                self.fill(module, prefix)
-        if self.model.lm_head.weight.is_meta:
-            self.model.lm_head.weight = self.model.get_input_embeddings().weight
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What follows the last layer: a function from last hidden states (1, T, D) to logits (1, T, vocabulary)."""
+        injected, head, embeddings = Injected(), self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        own = "lm_head.weight" in self.checkpoint.tensors
 
-        def run(ids: Tensor, hidden: Tensor) -> Tensor:
+        def run(hidden: Tensor) -> Tensor:
             injected.hidden = hidden
-            return self.model(input_ids=ids, use_cache=False).logits
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
 
-        try:
+        with self._around_layers(nn.ModuleList([injected]), *([embeddings] if own else [])):
+            if own:
+                self.fill(head, "lm_head.")
+            else:
+                head.weight = embeddings.weight
             yield run
-        finally:
-            setattr(self.model.get_submodule(where), name, self.layers)
-            self.model.lm_head.to("meta")
+            empty(head)
+
+
+def empty(module: nn.Module) -> None:
+    """Let a module's weights go; its buffers (RoPE frequencies) stay."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class Injected(nn.Module):
@@ -179,35 +209,46 @@ class Recorder(nn.Module):
 class CalibratedLayer:
     """One layer as calibration saw it.
 
-    weights: float64. With calibration text also the sums of its metrics, and what its attention module saw and did on each window: inputs and
-    heads, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which W_O reads), and the other arguments it was called with.
-    Without text these are None or empty.
+    weights: as stored in the checkpoint. With calibration text also the sums of its metrics (`MetricSums.state()`), and what its attention
+    module saw and did on each window: inputs and heads, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which W_O reads),
+    and the other arguments it was called with; moments where gradients were taken. Without text these are None or empty.
     """
 
     index: int
     weights: AttentionWeights
-    sums: MetricSums | None
-    inputs: list[Tensor]
-    heads: list[Tensor]
-    arguments: dict
+    sums: dict | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    arguments: dict = field(default_factory=dict)
+    moments: HeadMoments | None = None
+
+
+def chosen_rows(tokens: Tensor, count: int) -> Tensor:
+    """`count` of the windows (n, T), spread evenly: their indices."""
+    return torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).round().long()
 
 
 @torch.no_grad()
-def calibrated_layers(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None) -> Iterator[CalibratedLayer]:
-    """Each layer in turn; tokens (n, T), or None: weights alone decide."""
-    checkpoint, adapter = skeleton.checkpoint, skeleton.adapter
-    hidden, calls = skeleton.embed(tokens) if tokens is not None else (None, None)
-    for i in range(geometry.layers):
-        weights = adapter.split(checkpoint.tensor, i, checkpoint.config).to(skeleton.device, torch.float64)
-        if hidden is None:
-            yield CalibratedLayer(i, weights, None, [], [], {})
-            continue
-        sums, inputs, heads, arguments = MetricSums(weights, geometry), [], [], {}
+def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Collection[str], store: Store, keep: Tensor | None = None,
+              progress: Callable[[int, int], None] = lambda *_: None) -> None:
+    """Run every layer on all windows (n, T) and save what `calibrated_layer` reads, for the metrics called `wanted`.
+
+    keep: indices of windows whose hidden states before each layer are saved too, as "entering-i", and after the last as "entering-L".
+    """
+    if f"entering-{geometry.layers}" in store:
+        return
+    checkpoint, adapter, device = skeleton.checkpoint, skeleton.adapter, skeleton.device
+    hidden, calls = skeleton.embed(tokens)
+    state = store.load("forward") if "forward" in store else {"next": 0, "hidden": hidden}
+    hidden = state["hidden"].clone().to(device)
+    for i in range(state["next"], geometry.layers):
+        sums, inputs, heads, arguments = MetricSums(adapter.split(checkpoint.tensor, i, checkpoint.config), geometry, wanted, device), [], [], {}
+        entering = None if keep is None else hidden[keep]
 
         def see(module, args, kwargs, output):
             arguments.update(kwargs)
             inputs.append(arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0])
-            sums.add(inputs[-1], output[1])
+            sums.add(inputs[-1][0], output[1][0])
 
         with skeleton.layer(i) as layer:
             attention = layer.get_submodule(adapter.attention)
@@ -218,4 +259,23 @@ def calibrated_layers(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | N
                 hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output
             for hook in hooks:
                 hook.remove()
-        yield CalibratedLayer(i, weights, sums, inputs, heads, arguments)
+        if entering is not None:
+            store.save(f"entering-{i}", entering)
+        store.save(f"layer-{i}", {"sums": sums.state(), "inputs": inputs, "heads": heads, "arguments": arguments})
+        store.save("forward", {"next": i + 1, "hidden": hidden})
+        progress(i + 1, geometry.layers)
+    store.save(f"entering-{geometry.layers}", hidden[:0] if keep is None else hidden[keep])
+    store.remove("forward")
+
+
+def calibrated_layer(skeleton: Skeleton, store: Store, i: int) -> CalibratedLayer:
+    """Layer i as far as the store knows it: weights alone when nothing was calibrated."""
+    checkpoint, device = skeleton.checkpoint, skeleton.device
+    there = lambda value: value.to(device) if isinstance(value, Tensor) else value
+    weights = skeleton.adapter.split(checkpoint.tensor, i, checkpoint.config).to(device)
+    if f"layer-{i}" not in store:
+        return CalibratedLayer(i, weights)
+    seen = store.load(f"layer-{i}")
+    moments = HeadMoments(*map(there, store.load(f"moments-{i}"))) if f"moments-{i}" in store else None
+    arguments = {name: tuple(map(there, value)) if isinstance(value, tuple) else there(value) for name, value in seen["arguments"].items()}
+    return CalibratedLayer(i, weights, {name: there(value) for name, value in seen["sums"].items()}, seen["inputs"], seen["heads"], arguments, moments)

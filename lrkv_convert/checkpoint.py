@@ -6,45 +6,54 @@ and held in memory, as are pickled weights, which are opened with `weights_only`
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its name there, its shape and dtype."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The file is opened for this tensor alone: what an open file has read counts as memory of the process until it is closed."""
+        with safe_open(self.file, framework="pt") as handle:
+            return handle.get_tensor(self.name)
+
+
 @dataclass
 class Checkpoint:
     """An opened checkpoint.
 
-    path: the folder; config: the original model's; tensors: name -> (file that holds it, its name there), or the tensor itself, when in
-    memory; files: the weight files, in order; gguf: name of the GGUF file inside `path`, if that is what it is; source: as the user gave it.
+    path: the folder; config: the original model's; tensors: name -> where it is stored, or the tensor itself, when in memory; files: the weight files, in order; gguf: name of the GGUF file inside `path`, if that is what it is; source: as the user gave it.
     """
 
     path: Path
     config: PreTrainedConfig
-    tensors: dict[str, tuple[Path, str] | torch.Tensor]
+    tensors: dict[str, Stored | torch.Tensor]
     files: list[Path]
     gguf: str | None = None
     source: str = ""
-    _open: dict = field(default_factory=dict, repr=False)
 
     def with_prefix(self, prefix: str) -> "Checkpoint":
         """The same checkpoint with the names of a whole causal LM: old files of a bare base model lack its prefix ("transformer.")."""
         if any(name.startswith(prefix) for name in self.tensors):
             return self
         return replace(self, tensors={name if name.startswith("lm_head.") else prefix + name: held for name, held in self.tensors.items()})
-
-    def _handle(self, file: Path):
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as stored. Raises LrkvError for a missing name or unreadable bytes."""
@@ -53,20 +62,15 @@ class Checkpoint:
         held = self.tensors[name]
         if isinstance(held, torch.Tensor):
             return held
-        file, stored = held
         try:
-            return self._handle(file).get_tensor(stored)
+            return held.read()
         except (SafetensorError, OSError) as error:
-            raise LrkvError(f"cannot read {name} from {file.name}: {error}", "the file is truncated or corrupt; download it again") from error
+            raise LrkvError(f"cannot read {name} from {held.file.name}: {error}", "the file is truncated or corrupt; download it again") from error
 
     def shape_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor, without reading it."""
         held = self.tensors[name]
-        if isinstance(held, torch.Tensor):
-            return tuple(held.shape), held.dtype
-        file, stored = held
-        part = self._handle(file).get_slice(stored)
-        return tuple(part.get_shape()), part[:0].dtype if part.get_shape() else self.tensor(name).dtype
+        return tuple(held.shape), held.dtype
 
     def hash(self, progress=lambda done, total: None) -> str:
         """sha256 over the weight files in order."""
@@ -131,7 +135,10 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        if not any(path.glob("*.safetensors")):
+            snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
+        return path
     except Exception as error:      # any of the hub's many network and permission errors
         raise LrkvError(f"{hub_id} is neither a folder here nor can it be fetched from the hub: {first_line(error)}",
                         "check the spelling and the network, or give a local folder") from error
@@ -175,7 +182,10 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                tensors.update((name, (file, name)) for name in handle.keys())
+                for name in handle.keys():
+                    part = handle.get_slice(name)
+                    dtype = SAFETENSORS_DTYPES[part.get_dtype()]
+                    tensors[name] = Stored(file, name, tuple(part.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
             raise LrkvError(f"{source}: {file.name} is truncated or corrupt: {first_line(error)}", "download it again") from error
     return Checkpoint(path, config, tensors, files, source=source)

@@ -5,6 +5,10 @@ from .errors import LrkvError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SAFETENSORS_DTYPES = {     # names in the headers of safetensors files
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
 
 def pick_device(name: str) -> torch.device:
     """"auto" is CUDA where there is one. Raises LrkvError for a device that cannot be used."""

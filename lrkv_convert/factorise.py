@@ -1,14 +1,17 @@
 """Fit the factors of one side (keys or values) of one layer.
 
-    W_h ~ W_shared C_h + U_h B_h^T        minimising  sum_h || S (W_h - What_h) M_h ||_F^2,   S = Sigma^(1/2), M_h = M_h^(1/2)
+    W_h ~ W_shared C_h + U_h B_h^T        minimising  sum_h || Sigma^(1/2) (W_h - What_h) M_h ||_F^2,   M_h here for M_h^(1/2)
 
     joint     base and residuals fitted together (Joint and Individual Variation Explained, Lock et al. 2013): alternate the leading left
-              singular vectors of [A_1 - L_1 ... A_H - L_H] with rank-r truncations L_h of (I - Q Q^T) A_h, where A_h = S W_h M_h
+              singular vectors of [A_1 - L_1 ... A_H - L_H] with rank-r truncations L_h of (I - Q Q^T) A_h, where A_h = Sigma^(1/2) W_h M_h
     aligned   the paper's own form, C_h = I, after a gauge that the partner (W_Q or W_O) absorbs. Values and keys without RoPE: any invertible
               map. Keys under RoPE: one complex number per frequency pair, all that commutes with the rotation (PAPER section 4)
     mean      W_shared = the plain mean of W_h. Here to be compared with: it destroys pretrained models
     pooled    heads replaced by the means of groups of heads: multi-query and grouped-query attention, as "uptraining" starts. No residual
     grouped   one latent per group of heads, no residual: Palu's G-LRD. (m = 0 of joint is its M-LRD, r = 0 its J-LRD, the latent of MLA)
+
+No root of Sigma is ever taken. Every left vector that matters lies in the span of the A_h, q = [A_1 ... A_H] y, so the fit needs only the Gram
+matrix K = [A_1 ... A_H]^T [A_1 ... A_H] of n = H d columns, and W_shared = [W_1 M_1 ... W_H M_H] y comes back without an inverse.
 
 Everything is float64. Shapes: H heads, D width, d head width, m base width, r rank.
 """
@@ -22,6 +25,10 @@ from .metrics import Metric, rotation_average, square_root
 
 SWEEPS = 12
 GROUP_SIZE = 4
+STOP = 1e-5             # relative fall of the error below which the alternation ends
+EIGH_UP_TO = 1024       # columns; a full eigendecomposition is the faster way below, and exact
+OVERSAMPLE, START_STEPS, WARM_STEPS = 16, 8, 2
+RANK_FLOOR = 1e-14      # eigenvalues of K below this share of the largest are rounding
 GAUGE_FLOOR = 1e-3      # singular values of a gauge, relative to the largest: its inverse multiplies B, which must survive bf16
 
 
@@ -50,46 +57,113 @@ class Factors:
 
 def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = SWEEPS) -> Factors:
     """Joint fit of W (H, D, d)."""
-    A = metric.S.root @ W @ metric.M.root                                                   # (H, D, d)
-    Q, V, history = _alternate(A, m, r, sweeps)                                             # (D, m), (H, d, r)
-    W_shared, QA = metric.S.inverse @ Q, Q.T @ A                                            # (D, m), (H, m, d)
-    C = Q.T @ (metric.S.root @ W) if m else None                                            # (H, m, d)
-    # U_h B_h^T = S^-1 (A_h - Q Q^T A_h) V V^T M_h^-1, and S^-1 A_h is W_h M_h exactly: only the base goes through S^-1
-    return _finish(W, metric, W_shared, C, W @ metric.M.root @ V - W_shared @ (QA @ V), metric.M.inverse @ V, None, A.square().sum(), history)
+    H, D, d = W.shape
+    weighted, K = _gram(W, metric)                                                          # (D, n), (n, n)
+    y, V, history = _alternate(K, H, m, r, sweeps)                                          # (n, m), (H, d, r)
+    W_shared, QA = weighted @ y, (y.T @ K).view(m, H, d).transpose(0, 1)                    # (D, m), (H, m, d): Q^T A_h
+    # U_h B_h^T = Sigma^(-1/2) (A_h - Q Q^T A_h) V V^T M_h^-1
+    return _finish(W, metric, W_shared, QA @ metric.M.inverse if m else None, W @ metric.M.root @ V - W_shared @ (QA @ V), metric.M.inverse @ V,
+                   None, history)
 
 
 def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 4) -> list[float]:
     """Squared error of the joint fit, absolute, for each (m, r). Without residuals it is the discarded singular values of all heads."""
-    A = metric.S.root @ W @ metric.M.root
-    tail = torch.linalg.svdvals(_reduced(A)[1].transpose(0, 1).flatten(1)).square().flip(0).cumsum(0).flip(0)   # tail[m]: all beyond the first m
-    total = tail[0].item()
-    return [(tail[m].item() if m < len(tail) else 0.0) if r == 0 else _alternate(A, m, r, sweeps)[2][-1] ** 2 * total for m, r in shapes]
+    K, H = _gram(W, metric)[1], W.shape[0]
+    tail = torch.linalg.eigvalsh(K).clamp_min(0).cumsum(0).flip(0).tolist()                 # tail[m]: all beyond the first m
+    total = K.diagonal().sum().item()
+    first = {m: _leading(K, m, None) for m, r in shapes if r and m}
+    return [(tail[m] if m < len(tail) else 0.0) if r == 0 else _alternate(K, H, m, r, sweeps, first.get(m))[2][-1] ** 2 * total for m, r in shapes]
 
 
-def _reduced(A: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A (H, D, d) = basis (D, n) times (H, n, d) with n = H d, if that is smaller than D; else (None, A)."""
-    H, D, d = A.shape
-    if D <= H * d:
-        return None, A
-    basis, R = torch.linalg.qr(A.transpose(0, 1).reshape(D, H * d))
-    return basis, R.view(H * d, H, d).transpose(0, 1)
+def rotary_error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 4) -> list[float]:
+    """The same for bases that commute with RoPE (`aligned`), all d wide."""
+    total = _gram(W, metric)[1].diagonal().sum().item()
+    return [aligned(W, metric, m, r, rotary=True, sweeps=sweeps).error ** 2 * total for m, r in shapes]
 
 
-def _alternate(A: Tensor, m: int, r: int, sweeps: int) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """Q (D, m) and V (H, d, r) minimising sum_h || (I - Q Q^T) A_h (I - V_h V_h^T) ||^2 by alternation, and the relative error per sweep."""
-    basis, A = _reduced(A)
-    H, n, d = A.shape
-    total = A.square().sum().clamp_min(torch.finfo(A.dtype).tiny)
-    L, history = torch.zeros_like(A), []
+def _gram(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """[W_1 M_1 ... W_H M_H] (D, n) and K = [A_1 ... A_H]^T [A_1 ... A_H] (n, n), n = H d."""
+    weighted = (W @ metric.M.root).transpose(0, 1).flatten(1)                               # (D, n)
+    K = weighted.T @ (metric.sigma @ weighted)
+    return weighted, (K + K.T) / 2
+
+
+def _alternate(K: Tensor, H: int, m: int, r: int, sweeps: int, first: Tensor | None = None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """y (n, m) and V (H, d, r) minimising sum_h || (I - Q Q^T) A_h (I - V_h V_h^T) ||^2 with Q = [A_1 ... A_H] y, and the relative error per sweep.
+
+    y^T K y = I, but for columns beyond the rank of K, which are zero. first: the leading y of K, if it is known.
+    """
+    n = len(K)
+    d = n // H
+    total = K.diagonal().sum().clamp_min(torch.finfo(K.dtype).tiny)
+    own = K.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)                      # (H, d, d): A_h^T A_h
+    y, V, history = K.new_zeros(n, 0), K.new_zeros(H, d, 0), []
     for _ in range(sweeps if m and r else 1):
-        Q = _leading_left((A - L).transpose(0, 1).reshape(n, H * d), m)                     # (n, m)
-        rest = A - Q @ (Q.T @ A)                                                            # (H, n, d)
-        V = _leading_right(rest, r)                                                         # (H, d, r)
-        L = (rest @ V) @ V.mT                                                               # (H, n, d)
-        history.append(((rest - L).square().sum() / total).sqrt().item())
-        if len(history) > 1 and history[-2] - history[-1] < 1e-5 * history[-2]:
+        if m:
+            y = _leading(K, m, _Remaining(K, y, V)) if history else first if first is not None else _leading(K, m, None)
+        F = (y.T @ K).view(m, H, d).transpose(0, 1)                                         # (H, m, d): Q^T A_h
+        sizes, vectors = torch.linalg.eigh(own - F.mT @ F)                                  # of (I - Q Q^T) A_h, ascending
+        V = vectors[..., d - r:].flip(-1)                                                   # (H, d, r)
+        history.append((sizes[:, :d - r].clamp_min(0).sum() / total).sqrt().item())
+        if len(history) > 1 and history[-2] - history[-1] < STOP * history[-2]:
             break
-    return (Q if basis is None else basis @ Q), V, tuple(history)
+    return y, V, tuple(history)
+
+
+class _Remaining:
+    """What the base is left to explain: [A_1 - L_1 ...] = [A_1 ...] Z with Z = I - P + y F P, P = diag(V_h V_h^T), F = Q^T [A_1 ...]."""
+
+    def __init__(self, K: Tensor, y: Tensor, V: Tensor):
+        self.y, self.V, self.F = y, V, y.T @ K
+
+    def _project(self, X: Tensor) -> Tensor:
+        H, d, _ = self.V.shape
+        return (self.V @ (self.V.mT @ X.view(H, d, -1))).view(X.shape)
+
+    def times(self, X: Tensor) -> Tensor:
+        """Z X"""
+        P = self._project(X)
+        return X - P + self.y @ (self.F @ P)
+
+    def transposed_times(self, X: Tensor) -> Tensor:
+        """Z^T X"""
+        return X - self._project(X - self.F.T @ (self.y.T @ X))
+
+
+def _leading(K: Tensor, m: int, Z: _Remaining | None) -> Tensor:
+    """y (n, m) such that Q = A y are the leading left singular vectors of A Z, for A^T A = K; Z None is the identity.
+
+    Up to EIGH_UP_TO columns by an eigendecomposition; beyond, a few steps of subspace iteration, from the previous y where there is one (each
+    step lowers the error: tr Q^T G Q grows under Q <- orth(G Q) for positive G), from a random start otherwise (Halko et al. 2011).
+    """
+    n = len(K)
+    if n <= EIGH_UP_TO or m > n // 2:
+        T = K if Z is None else Z.transposed_times(Z.transposed_times(K).T)
+        sizes, v = (part[..., max(n - m, 0):].flip(-1) for part in torch.linalg.eigh((T + T.T) / 2))
+        return _scaled(v if Z is None else Z.times(v), sizes, m, K)
+    if Z is None or Z.y.shape[1] < m:
+        y, steps = torch.randn(n, m + OVERSAMPLE, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).to(K.device), START_STEPS
+    else:
+        y, steps = Z.y, WARM_STEPS
+    for _ in range(steps):
+        y = K @ y if Z is None else Z.times(Z.transposed_times(K @ y))
+        y = y @ _inverse_root(y.T @ (K @ y))
+    if y.shape[1] > m:          # Rayleigh-Ritz: the best m of the oversampled directions
+        right = K @ y if Z is None else Z.transposed_times(K @ y)
+        y = y @ torch.linalg.eigh(right.T @ right).eigenvectors.flip(1)[:, :m]
+    return y
+
+
+def _inverse_root(G: Tensor) -> Tensor:
+    """X with X^T G X = I on the span of G, zero beyond it."""
+    sizes, vectors = torch.linalg.eigh((G + G.T) / 2)
+    return vectors * torch.where(sizes > RANK_FLOOR * sizes[-1], sizes, torch.inf).rsqrt()
+
+
+def _scaled(y: Tensor, sizes: Tensor, m: int, K: Tensor) -> Tensor:
+    """Columns of y divided by their singular values, those beyond the rank of K and up to m zero."""
+    y = y * torch.where(sizes > RANK_FLOOR * K.diagonal().max(), sizes, torch.inf).rsqrt()
+    return torch.cat((y, y.new_zeros(len(y), m - y.shape[1])), dim=1)
 
 
 def aligned(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = SWEEPS) -> Factors:
@@ -129,12 +203,13 @@ def grouped(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
     H, D, d = W.shape
     check_shape("grouped", H, d, m, r)
     groups = _groups(H, group_count(H))
-    A, rho = metric.S.root @ W @ metric.M.root, m // len(groups)
+    (weighted, K), rho = _gram(W, metric), m // len(groups)
     C, shared = W.new_zeros(H, m, d), []
     for g, members in enumerate(groups):
-        Q = _leading_left(A[members].transpose(0, 1).reshape(D, -1), rho)                   # (D, rho)
-        C[members, g * rho:(g + 1) * rho] = Q.T @ metric.S.root @ W[members]
-        shared.append(metric.S.inverse @ Q)
+        columns = slice(members[0] * d, (members[-1] + 1) * d)
+        y = _leading(K[columns, columns], rho, None)                                        # (n / groups, rho)
+        C[members, g * rho:(g + 1) * rho] = (y.T @ K[columns, columns]).view(rho, -1, d).transpose(0, 1) @ metric.M.inverse[members]
+        shared.append(weighted[:, columns] @ y)
     return _finish(W, metric, torch.cat(shared, dim=1), C, W.new_zeros(H, D, 0), W.new_zeros(H, d, 0), None)
 
 
@@ -162,26 +237,11 @@ BASES: dict[str, Callable[..., Factors]] = {"joint": joint, "aligned": aligned, 
 UNALIGNED = ("aligned", "mean")     # bases with C = I
 
 
-def _leading_left(A: Tensor, m: int) -> Tensor:
-    """Leading m left singular vectors of A (D, n), through its Gram matrix; columns beyond the rank of A are zero."""
-    D, n = A.shape
-    if D <= n:
-        vectors = torch.linalg.eigh(A @ A.T).eigenvectors.flip(1)[:, :m]
-    else:
-        vectors = torch.linalg.qr(A @ torch.linalg.eigh(A.T @ A).eigenvectors.flip(1)[:, :m]).Q
-    return torch.cat((vectors, vectors.new_zeros(D, m - vectors.shape[1])), dim=1)
-
-
-def _leading_right(A: Tensor, r: int) -> Tensor:
-    """Leading r right singular vectors of each A_h (H, D, d) -> (H, d, r)."""
-    return torch.linalg.eigh(A.mT @ A).eigenvectors[..., A.shape[-1] - r:].flip(-1)
-
-
 def _residual_after(W: Tensor, metric: Metric, W_shared: Tensor, gauge: Tensor | None, r: int, inverse: Tensor | None = None) -> Factors:
-    """Given base and gauge, the best residual: truncated SVD of S (W_h - W_shared gauge_h) M_h, then taken into the gauge."""
+    """Given base and gauge, the best residual: truncated SVD of Sigma^(1/2) (W_h - W_shared gauge_h) M_h, then taken into the gauge."""
     base = W_shared if gauge is None else W_shared @ gauge                                  # (D, d) or (H, D, d)
-    rest = (W - base) @ metric.M.root                                                       # (H, D, d), without S
-    V = _leading_right(metric.S.root @ rest, r)                                             # (H, d, r)
+    rest = (W - base) @ metric.M.root                                                       # (H, D, d), without Sigma
+    V = _last(torch.linalg.eigh(rest.mT @ (metric.sigma @ rest)).eigenvectors, r)           # (H, d, r)
     U, B_T = rest @ V, V.mT @ metric.M.inverse                                              # (H, D, r), (H, r, d)
     if inverse is not None:
         B_T = B_T @ inverse
@@ -192,20 +252,26 @@ def _rotary_base(W: Tensor, metric: Metric, r: int, sweeps: int) -> tuple[Tensor
     """Base and gauge for RoPE keys. Per frequency pair, the heads' complex columns are approximated by one column times a number per head:
     a rank-1 SVD, alternated with the residuals, in the rotation average of the metric. Returns W_shared (D, d) and the gauge (H, d, d)."""
     H, D, d = W.shape
-    metric = Metric(metric.S, square_root(rotation_average(metric.M.root @ metric.M.root)))
-    A = metric.S.root @ W @ metric.M.root                                                   # (H, D, d); M is diagonal, equal in a pair
+    metric = Metric(metric.sigma, square_root(rotation_average(metric.M.root @ metric.M.root)))
+    weighted, K = _gram(W, metric)
+    root = square_root(K)                                                                   # A in n coordinates: same inner products
+    A = root.root.view(-1, H, d).transpose(0, 1)                                            # (H, n, d); M is diagonal, equal in a pair
     scale = metric.M.root.diagonal(dim1=-2, dim2=-1)[:, : d // 2]                           # (H, d/2)
     L = torch.zeros_like(A)
     for _ in range(max(sweeps, 1)):
-        columns = _complex(A - L).permute(2, 1, 0)                                          # (d/2, D, H)
+        columns = _complex(A - L).permute(2, 1, 0)                                          # (d/2, n, H)
         vectors = torch.linalg.eigh(columns.mH @ columns).eigenvectors[..., -1:]            # (d/2, H, 1)
-        shared = columns @ vectors                                                          # (d/2, D, 1)
-        base = _real((shared @ vectors.mH).permute(2, 1, 0))                                # (H, D, d)
-        rest = A - base
-        V = _leading_right(rest, r)
+        shared = columns @ vectors                                                          # (d/2, n, 1)
+        rest = A - _real((shared @ vectors.mH).permute(2, 1, 0))                            # (H, n, d)
+        V = _last(torch.linalg.eigh(rest.mT @ rest).eigenvectors, r)                        # (H, d, r)
         L = rest @ V @ V.mT
     coefficients = vectors.squeeze(-1).conj().T / scale                                     # (H, d/2)
-    return metric.S.inverse @ _real(shared.squeeze(-1).T.unsqueeze(0))[0], _pair_maps(coefficients)
+    return weighted @ (root.inverse @ _real(shared.squeeze(-1).T.unsqueeze(0))[0]), _pair_maps(coefficients)
+
+
+def _last(vectors: Tensor, r: int) -> Tensor:
+    """The last r of ascending eigenvectors (..., n), largest first."""
+    return vectors[..., vectors.shape[-1] - r:].flip(-1)
 
 
 def _complex(A: Tensor) -> Tensor:
@@ -224,9 +290,12 @@ def _pair_maps(c: Tensor) -> Tensor:
     return torch.cat((torch.cat((a, b), -1), torch.cat((-b, a), -1)), -2)
 
 
-def _finish(W, metric, W_shared, C, U, B, gauge, total=None, history=()) -> Factors:
+def _finish(W, metric, W_shared, C, U, B, gauge, history=()) -> Factors:
     """The factors with their error, measured on what they stand for."""
-    heads = Factors(W_shared, C, U, B, gauge, 0.0).heads()
-    error = (metric.S.root @ (W - heads) @ metric.M.root).square().sum()
-    total = (metric.S.root @ W @ metric.M.root).square().sum() if total is None else total
+    def squared(E):
+        E = E @ metric.M.root                                                               # (H, D, d)
+        return sum((e * (metric.sigma @ e)).sum() for e in E).clamp_min(0)
+
+    total = squared(W)
+    error = squared(W - Factors(W_shared, C, U, B, gauge, 0.0).heads())
     return Factors(W_shared, C, U, B, gauge, (error / total).sqrt().item() if total > 0 else 0.0, history)

@@ -12,6 +12,7 @@ compared with: "attention" has M_h = sum q q^T for keys (under RoPE its average 
 no gradient; "whitened" has Sigma = X^T X and M = I (Palu, SVD-LLM), "plain" the identity for both. float64 throughout.
 Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
 """
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from .adapters import AttentionWeights, Geometry
 
 METRICS = ("fisher", "attention", "whitened", "plain")
 SHRINKAGE = 0.01        # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference (benchmarks/NOTES.md)
-FLOOR = 1e-7            # smallest eigenvalue kept, relative to the largest: square roots must invert
+FLOOR = 1e-7            # smallest eigenvalue of M_h kept, relative to the largest: its root must invert
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Root:
 
 @dataclass(frozen=True)
 class Metric:
-    """Norm for one side (keys or values) of one layer: S = Sigma^(1/2) (D, D), M = M_h^(1/2) (H, d, d)."""
+    """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d). float64."""
 
-    S: Root
+    sigma: Tensor
     M: Root
 
 
@@ -65,52 +66,76 @@ def square_root(matrix: Tensor) -> Root:
 
 def shrink(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
     """Add a share of the mean eigenvalue to the diagonal."""
-    D = sigma.shape[-1]
-    return sigma + share * sigma.diagonal().mean() * torch.eye(D, dtype=sigma.dtype, device=sigma.device)
+    shrunk = sigma.clone()
+    shrunk.diagonal().add_(share * sigma.diagonal().mean())
+    return shrunk
 
 
 class MetricSums:
-    """Accumulates one layer's second moments over batches of (input, attention)."""
+    """Accumulates one layer's second moments over windows of (input, attention): those that the wanted metrics need, the others are None.
 
-    def __init__(self, weights: AttentionWeights, geometry: Geometry):
-        self.weights, self.geometry = weights, geometry
+    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
+    """
+
+    def __init__(self, weights: AttentionWeights, geometry: Geometry, wanted: Collection[str], device: torch.device):
         H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=weights.W_K.device)
-        self.inputs, self.keys, self.values, self.queries, self.tokens = zeros(D, D), zeros(D, D), zeros(D, D), zeros(H, d, d), 0
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
+        attended = not {"fisher", "attention"}.isdisjoint(wanted)
+        self.inputs = zeros(D, D) if "whitened" in wanted else None
+        self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
+        self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
+        self.weights = weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32) if self.queries is not None else None
 
     def add(self, x: Tensor, attention: Tensor) -> None:
-        """x (N, T, D): input of the attention module; attention (N, H G, T, T): its weights. float32 products, float64 sums."""
-        for x, a in zip(x, attention):                                                      # (T, D), (H G, T, T)
-            mass = a.sum((0, 1))                                                            # (T,)
-            self.inputs += (x.T @ x).double()                                               # (D, D)
-            self.keys += (x.T @ (mass.unsqueeze(1) * x)).double()                           # (D, D)
-            pooled = (a.mT @ a).sum(0)                                                      # (T, T): sum_h A_h^T A_h
-            self.values += (x.T @ (pooled @ x)).double()                                    # (D, D): sum_h Z_h^T Z_h
-            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q.to(x.dtype))              # (H, G, T, d)
+        """x (T, D): input of the attention module; attention (H G, T, T): its weights. float32 products, float64 sums."""
+        self.tokens += x.shape[0]
+        if self.inputs is not None:
+            self.inputs += x.T @ x                                                          # (D, D)
+        if self.keys is not None:
+            self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)                     # (D, D)
+            self.values += x.T @ (causal_gram(attention) @ x)                               # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+        if self.queries is not None:
+            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)                          # (H, G, T, d)
             if self.weights.b_Q is not None:
-                q = q + self.weights.b_Q.to(x.dtype).unsqueeze(2)
-            self.queries += torch.einsum("hgte,hgtf->hef", q, q).double()                   # (H, d, d)
-            self.tokens += x.shape[0]
+                q = q + self.weights.b_Q.unsqueeze(2)
+            self.queries += torch.einsum("hgte,hgtf->hef", q, q)                            # (H, d, d)
+
+    def state(self) -> dict:
+        """The sums alone, as plain tensors."""
+        return {name: getattr(self, name) for name in ("inputs", "keys", "values", "queries", "tokens")}
 
 
-def layer_metrics(weights: AttentionWeights, geometry: Geometry, name: str = "attention", sums: MetricSums | None = None,
+def causal_gram(attention: Tensor, blocks: int = 4) -> Tensor:
+    """sum_h A_h^T A_h (T, T) of causal attention weights (heads, T, T), without the products of zeros above the diagonal."""
+    T = attention.shape[-1]
+    gram = attention.new_zeros(T, T)
+    for rows in torch.arange(T).tensor_split(blocks):
+        end = int(rows[-1]) + 1 if len(rows) else 0
+        part = attention[:, end - len(rows):end, :end].reshape(-1, end)                     # (heads rows, end)
+        gram[:end, :end] += part.T @ part
+    return gram
+
+
+def layer_metrics(weights: AttentionWeights, geometry: Geometry, name: str = "attention", sums: dict | None = None,
                   moments: HeadMoments | None = None) -> LayerMetrics:
-    """The metrics called `name`. Without sums (no calibration text) inputs are taken as white and queries follow from W_Q; "fisher" needs moments."""
-    H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
-    white = torch.eye(D, dtype=torch.float64, device=weights.W_K.device)
-    W_Q, W_O, heads = weights.W_Q.double(), weights.W_O.double(), geometry.kv_heads * geometry.groups
-    sigma_K, sigma_V, queries = white, white, torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
-    if sums is not None:        # per token and query head, so that errors of different layers compare
-        sigma_K, sigma_V, queries = sums.keys / (heads * sums.tokens), sums.values / (heads * sums.tokens), sums.queries / sums.tokens
+    """The metrics called `name`, from `MetricSums.state()`. Without sums (no calibration text) inputs are taken as white and queries follow
+    from W_Q; "fisher" needs moments."""
+    H, D, d, device = geometry.kv_heads, geometry.width, geometry.head_dim, weights.W_K.device
+    white, heads = torch.eye(D, dtype=torch.float64, device=device), geometry.kv_heads * geometry.groups
     if name in ("whitened", "plain"):
-        sigma = square_root(shrink(sums.inputs / sums.tokens)) if name == "whitened" and sums is not None else Root(white, white)
-        identity = torch.eye(d, dtype=torch.float64, device=white.device).expand(H, d, d)
-        return LayerMetrics(*(Metric(sigma, Root(identity, identity)) for _ in range(2)))
-    keys = rotation_average(queries) if geometry.rotary else queries
-    values = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                       # (H, d, d)
+        identity = torch.eye(d, dtype=torch.float64, device=device).expand(H, d, d)
+        metric = Metric(shrink(sums["inputs"] / sums["tokens"]) if name == "whitened" and sums else white, Root(identity, identity))
+        return LayerMetrics(metric, metric)
     if name == "fisher":
         keys, values = moments.keys, moments.values
-    return LayerMetrics(Metric(square_root(shrink(sigma_K)), square_root(keys)), Metric(square_root(shrink(sigma_V)), square_root(values)))
+    else:
+        W_Q, W_O = weights.W_Q.double(), weights.W_O.double()
+        queries = sums["queries"] / sums["tokens"] if sums else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
+        keys = rotation_average(queries) if geometry.rotary else queries
+        values = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                   # (H, d, d)
+    # per token and query head, so that errors of different layers compare
+    sigma_K, sigma_V = (shrink(sums[side] / (heads * sums["tokens"])) if sums else white for side in ("keys", "values"))
+    return LayerMetrics(Metric(sigma_K, square_root(keys)), Metric(sigma_V, square_root(values)))
 
 
 def rotation_average(M: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .calibrate import CalibratedLayer
 
 RIDGE = 1e-2        # share of the mean eigenvalue of sum ô ô^T, pulling towards no change
+AT_ONCE = 4         # windows per forward pass
 NOTHING_LOST = 1e-6     # below this fitted error there is nothing to give back, and float32 activations would only add noise
 
 
@@ -25,12 +26,14 @@ def refit_output(layer: CalibratedLayer, attention: nn.Module, output: str, W_O:
     hook = attention.get_submodule(output).register_forward_pre_hook(lambda module, args: converted.append(args[0]))
     n = W_O.shape[0] * W_O.shape[1] * W_O.shape[2]
     gram, cross = (torch.zeros(n, n, dtype=torch.float64, device=W_O.device) for _ in range(2))
-    for x, original in zip(layer.inputs, layer.heads):
+    for start in range(0, len(layer.inputs), AT_ONCE):
+        x, original = (torch.cat(windows[start:start + AT_ONCE]).to(W_O.device) for windows in (layer.inputs, layer.heads))
         attention(x, **layer.arguments)
-        o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)                    # (T, H G d) each
-        gram += (o_hat.T @ o_hat).double()
-        cross += (o_hat.T @ o).double()
+        o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)                    # (windows T, H G d) each
+        gram += o_hat.T @ o_hat
+        cross += o_hat.T @ o
     hook.remove()
-    eye = ridge * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype, device=gram.device)
-    flat = W_O.reshape(n, -1)                                                               # (H G d, D)
-    return torch.linalg.solve(gram + eye, cross @ layer.weights.W_O.reshape(n, -1) + eye @ flat).view(W_O.shape)
+    pull, flat = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny), W_O.reshape(n, -1).double()                # (H G d, D)
+    gram.diagonal().add_(pull)
+    wanted = cross @ layer.weights.W_O.reshape(n, -1).double() + pull * flat
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram)).view(W_O.shape)

@@ -15,7 +15,6 @@ from .adapters import Adapter
 from .calibrate import Text
 from .checkpoint import Checkpoint
 from .errors import LrkvError
-from .factorise import Factors
 from .modeling import FAMILIES, auto_map
 from .plan import Plan
 from .writer import RECORD, write_json
@@ -24,17 +23,18 @@ FORMAT = 1
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config")
 
 
-def converted_config(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype: torch.dtype, alignment: bool):
+def converted_config(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype: torch.dtype, base: str):
     """The converted model's config: the source's, with its own model_type, the classes' places, and `lrkv`."""
     config_class, _, causal_class = FAMILIES[adapter.model_type]
     fields = {k: v for k, v in checkpoint.config.to_dict().items() if k not in NOT_CARRIED}
-    config = config_class(**fields, lrkv=plan.lrkv_config(alignment), dtype=str(dtype).removeprefix("torch."))
+    config = config_class(**fields, lrkv=plan.lrkv_config(base), dtype=str(dtype).removeprefix("torch."))
     config.architectures, config.auto_map = [causal_class.__name__], auto_map(adapter.model_type)
     return config
 
 
-def conversion_record(checkpoint: Checkpoint, plan: Plan, fitted: list[tuple[Factors, Factors]], options: dict, texts: list[Text],
-                      tokens: torch.Tensor | None, sha256: str, seconds: float, peak_bytes: int) -> dict:
+def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str, float]], options: dict, texts: list[Text],
+                      tokens: torch.Tensor | None, sha256: str, seconds: float, stages: dict[str, float],
+                      peak_bytes: int) -> dict:
     """The content of lrkv.json."""
     source = checkpoint.path / checkpoint.gguf if checkpoint.gguf else checkpoint.path
     return {
@@ -44,13 +44,15 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, fitted: list[tuple[Fac
         "versions": {"lrkv_convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
         "cache": {key: value for key, value in plan.as_dict().items() if key.startswith("kv_")},
-        "layers": [{"layer": i, "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": keys.error},
-                    "values": {"base_width": p.value_width, "rank": p.value_rank, "error": values.error}}
-                   for i, (p, (keys, values)) in enumerate(zip(plan.layers, fitted))],
+        "keys": plan.keys,
+        "layers": [{"layer": i, "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": error["keys"]},
+                    "values": {"base_width": p.value_width, "rank": p.value_rank, "error": error["values"]}}
+                   for i, (p, error) in enumerate(zip(plan.layers, errors))],
         "calibration": {"texts": [{"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())} for t in texts],
                         "tokens": tokens.numel() if tokens is not None else 0, "seq_len": tokens.shape[1] if tokens is not None else 0},
         "seed": None,       # nothing here is random: windows are spaced evenly, the fit starts from the data
         "seconds": round(seconds, 1),
+        "seconds_per_stage": {stage: round(spent, 1) for stage, spent in stages.items()},
         "peak_memory_bytes": peak_bytes,
         "history": [],      # healing appends to this
     }
@@ -63,7 +65,7 @@ def version(package: str) -> str:
         return "unknown"
 
 
-def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, out: Path) -> None:
+def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, name: str) -> None:
     """Everything but the weights."""
     config.save_pretrained(folder)
     generation_config(checkpoint).save_pretrained(folder)
@@ -78,7 +80,7 @@ def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, con
         for licence in checkpoint.path.glob("LICENSE*"):
             shutil.copy(licence, folder / licence.name)
     write_json(folder / RECORD, record)
-    (folder / "README.md").write_text(model_card(record, source_licence(checkpoint.path), out.name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record, source_licence(checkpoint.path), name), encoding="utf-8")
 
 
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:

@@ -7,8 +7,8 @@ from the model itself (the Fisher information). So the metric of the heads (metr
     values   M_h = E g g^T      g: gradient at the head's output, summed over the group
 
 in place of E q q^T and W_O W_O^T, which know nothing of what comes after the layer. Being in nats, they also compare layers with each other,
-which is what spending a byte budget needs (allocate.py). Hidden states of a few windows are kept per layer; each layer is then run once more,
-last to first, with one layer's graph in memory at a time.
+which is what spending a byte budget needs (allocate.py). Calibration keeps the hidden states of a few windows before each layer; the layers are then
+run once more, last to first, with one layer's graph in memory at a time.
 """
 from collections.abc import Callable
 
@@ -18,47 +18,56 @@ from torch import Tensor
 from .adapters import Geometry
 from .calibrate import Skeleton
 from .metrics import HeadMoments
+from .store import Store
 
 WINDOWS = 8     # of the calibration windows: second moments of d numbers settle within a few thousand tokens
 SEED = 0        # of the tokens drawn from the model
 
 
-def head_moments(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, progress: Callable[[int, int], None] = lambda *_: None) -> list[HeadMoments]:
-    """HeadMoments of every layer, first to last. tokens (n, T): WINDOWS of them are used, spread evenly."""
-    tokens = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).round().long()]
-    hidden, calls = skeleton.embed(tokens)
-    inputs = [hidden.clone()]
-    for i in range(geometry.layers):
-        with torch.no_grad(), skeleton.layer(i) as layer:
-            for n in range(len(hidden)):
-                hidden[n:n + 1] = _first(layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs))
-        inputs.append(hidden.clone())
-        progress(i + 1, 2 * geometry.layers)
-    gradient = _loss_gradient(skeleton, tokens, inputs.pop())
-    moments: list[HeadMoments] = []
-    for i in reversed(range(geometry.layers)):
+def head_moments(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, store: Store, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+    """Save the moments of every layer, "moments-i". tokens (n, T): the windows whose hidden states `calibrate` kept."""
+    if "moments-0" in store:
+        return
+    _, calls = skeleton.embed(tokens[:1])
+    if "backward" in store:
+        state = store.load("backward")
+    else:
+        state = {"next": geometry.layers - 1,
+                 "gradient": _loss_gradient(skeleton, store.load(f"entering-{geometry.layers}").to(skeleton.device))}
+    gradient = state["gradient"].to(skeleton.device)
+    for i in range(state["next"], -1, -1):
+        entering = store.load(f"entering-{i}").to(skeleton.device)
         with skeleton.layer(i) as layer:
-            moment, gradient = _backward(skeleton, layer, calls[i], inputs.pop(), gradient, geometry)
-        moments.append(moment)
-        progress(2 * geometry.layers - i, 2 * geometry.layers)
-    return moments[::-1]
+            moments, gradient = _backward(skeleton, layer, calls[i], entering, gradient, geometry)
+        store.save(f"moments-{i}", (moments.keys, moments.values))
+        store.save("backward", {"next": i - 1, "gradient": gradient})
+        store.remove(f"entering-{i}")
+        progress(geometry.layers - i, geometry.layers)
+    store.remove("backward")
 
 
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def _loss_gradient(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+def _loss_gradient(skeleton: Skeleton, hidden: Tensor) -> Tensor:
     """d(-log p of tokens drawn from the model) / d(last hidden states), (n, T, D)."""
     generator, gradient = torch.Generator().manual_seed(SEED), torch.zeros_like(hidden)
     with skeleton.head() as head, torch.enable_grad():
-        for n in range(len(tokens)):
-            x = hidden[n:n + 1].requires_grad_(True)
-            logits = head(tokens[n:n + 1].to(x.device), x)[0].float()                       # (T, vocabulary)
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(x.device)
-            loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-            gradient[n:n + 1] = torch.autograd.grad(loss, x)[0]
+        for n in range(len(hidden)):
+            x = hidden[n:n + 1].clone().requires_grad_(True)
+            logits = head(x)                                                                # (1, T, vocabulary)
+            change = logits.detach()[0].float().softmax(-1)                                 # of the loss with the logits: p - 1 at the drawn token
+            change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
+            gradient[n:n + 1] = torch.autograd.grad(logits, x, change.unsqueeze(0).to(logits.dtype))[0]
     return gradient
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index (T, 1) from each row of probabilities (T, n). For large n faster than torch.multinomial by far."""
+    total = probabilities.cumsum(-1)                                                        # (T, n)
+    level = torch.rand(len(total), 1, generator=generator).to(total) * total[:, -1:]
+    return torch.searchsorted(total, level).clamp_max(total.shape[1] - 1)
 
 
 def _backward(skeleton: Skeleton, layer, call, inputs: Tensor, gradient: Tensor, geometry: Geometry) -> tuple[HeadMoments, Tensor]:
@@ -70,7 +79,7 @@ def _backward(skeleton: Skeleton, layer, call, inputs: Tensor, gradient: Tensor,
     keys, values = (torch.zeros(H, d, d, dtype=torch.float64, device=inputs.device) for _ in range(2))
     below = torch.empty_like(gradient)
     for n in range(len(inputs)):
-        x = inputs[n:n + 1].requires_grad_(True)
+        x = inputs[n:n + 1].clone().requires_grad_(True)
         with torch.enable_grad():
             output = _first(layer(x, *call.args, **call.kwargs))
         below[n:n + 1], g_keys, g_heads = torch.autograd.grad(output, (x, seen["keys"], seen["heads"]), gradient[n:n + 1])

@@ -1,15 +1,14 @@
-"""Look at every layer before any rank is chosen: loss curves for the planner, the calibration itself kept on disk for the fit that follows."""
-from collections.abc import Callable, Iterator
-from pathlib import Path
+"""Look at every layer before any rank is chosen: loss curves for the planner."""
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
 
 import torch
 
-from .adapters import Geometry
+from .adapters import AttentionWeights, Geometry
 from .allocate import Curve, Point, candidates
-from .calibrate import CalibratedLayer
-from .errors import LrkvError
-from .factorise import error_curve
+from .factorise import error_curve, rotary_error_curve
 from .metrics import LayerMetrics, Metric
+from .store import Store
 
 # From squared error to loss, measured on SmolLM2-135M (all layers' keys, or all values, truncated at eight shapes in all; benchmarks/NOTES.md). The Fisher
 # metric is the loss to second order; at the errors of a halved cache the loss grows faster, as the 1.5th to 1.8th power, and errors of keys, which
@@ -26,23 +25,22 @@ def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tupl
     return keys or (d if geometry.rotary else 4 * d), values or 4 * d
 
 
-def survey(layers: Iterator[CalibratedLayer], measure: Callable[[CalibratedLayer], LayerMetrics], geometry: Geometry, caps: tuple[int, int],
-           spill: Path, progress: Callable[[int], None] = lambda *_: None) -> tuple[list[tuple[Curve, Curve]], Iterator[CalibratedLayer]]:
-    """(keys, values) curves of every layer, and the layers again, read back from `spill` one at a time. Raises LrkvError if it is full."""
+def survey(layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]], geometry: Geometry, caps: tuple[int, int], keys: str, store: Store,
+           progress: Callable[[int], None] = lambda *_: None) -> list[tuple[Curve, Curve]]:
+    """(keys, values) curves of every layer; keys: their form (plan.KEYS). Finished layers are kept in the store as "curves-i"."""
     curves = []
-    for layer in layers:
-        metrics = measure(layer)
-        curves.append((curve(layer.weights.W_K, metrics.keys, geometry, caps[0], KEY_WEIGHT),
-                       curve(layer.weights.W_V, metrics.values, geometry, caps[1], 1.0)))
-        try:
-            torch.save(layer, spill / f"{layer.index}.pt")
-        except (OSError, RuntimeError) as error:
-            raise LrkvError(f"cannot keep the calibration in {spill}: {error}", "set TMPDIR to a disk with more room, or give fewer --calibration-tokens") from error
-        progress(layer.index + 1)
-    return curves, (torch.load(spill / f"{i}.pt", weights_only=False) for i in range(len(curves)))     # our own file, written a moment ago
+    for i, layer in enumerate(layers):
+        if f"curves-{i}" not in store:
+            weights, metrics = layer()
+            store.save(f"curves-{i}", [[astuple(point) for point in side] for side in (
+                curve(weights.W_K, metrics.keys, geometry, caps[0], KEY_WEIGHT, keys), curve(weights.W_V, metrics.values, geometry, caps[1], 1.0))])
+        curves.append(tuple([Point(*point) for point in side] for side in store.load(f"curves-{i}")))
+        progress(i + 1)
+    return curves
 
 
-def curve(W: torch.Tensor, metric: Metric, geometry: Geometry, cap: int, weight: float) -> Curve:
+def curve(W: torch.Tensor, metric: Metric, geometry: Geometry, cap: int, weight: float, keys: str = "joint") -> Curve:
     """Predicted loss along one side's path of widths and ranks: weight * (half the squared error in the Fisher metric) ** EXPONENT."""
-    shapes = candidates(geometry, cap)
-    return [Point(m, r, m + geometry.kv_heads * r, weight * (error / 2) ** EXPONENT) for (m, r), error in zip(shapes, error_curve(W, metric, shapes))]
+    shapes, W = candidates(geometry, cap, keys), W.double()
+    errors = [0.0] if keys == "full" else rotary_error_curve(W, metric, shapes) if keys == "rotary" else error_curve(W, metric, shapes)
+    return [Point(m, r, m + geometry.kv_heads * r, weight * (error / 2) ** EXPONENT) for (m, r), error in zip(shapes, errors)]

@@ -13,8 +13,10 @@ Every method is a shape of the same factorisation (factorise.py), so all are con
 A method may name its metric, as in `latent:whitened`, Palu's own. No method but budget differs between layers.
 """
 import csv
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,17 +24,19 @@ from transformers import PreTrainedModel
 
 from .adapters import Geometry
 from .allocate import allocate
-from .calibrate import BUILT_IN, CalibratedLayer, Skeleton, Text, calibrated_layers, read_texts, window_length, windows
-from .conversion import convert_layer, empty_target, open_model
+from .assemble import convert_layer, empty_target
+from .calibrate import BUILT_IN, Skeleton, Text, calibrate, calibrated_layer, chosen_rows, read_texts, window_length, windows
+from .conversion import open_model, survey_layer
 from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
 from .evaluate.load import load_model
-from .factorise import UNALIGNED, group_count
+from .factorise import group_count
 from .metrics import METRICS, layer_metrics
 from .plan import LayerPlan, Plan
 from .report import converted_config
-from .sensitivity import head_moments
-from .survey import KEY_WEIGHT, curve, width_caps
+from .sensitivity import WINDOWS, head_moments
+from .store import Store
+from .survey import survey, width_caps
 from .writer import write_json
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)
@@ -65,7 +69,7 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
           progress: Callable[[str, int, int], None] = lambda *_: None) -> dict:
     """Convert `model` at every rank by every method in memory and measure each on `text`. Returns what `save` writes. Raises LrkvError.
 
-    All layers' calibration is held in memory: this is for choosing on a model that fits there several times over.
+    Both models are held in memory: this is for choosing on a model that fits there twice, in float32.
     """
     checkpoint, adapter = open_model(model)
     geometry = adapter.geometry(checkpoint.config)
@@ -81,21 +85,20 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
     skeleton = Skeleton(checkpoint, adapter, device)
     checkpoint.check(skeleton.expected())
     tokens = windows(read_texts([BUILT_IN] if calibration is None else calibration), tokenizer, window_length(checkpoint.config), calibration_tokens)
-    moments = head_moments(skeleton, geometry, tokens, lambda done, total: progress("gradients", done, total))
-    layers = []
-    for layer in calibrated_layers(skeleton, geometry, tokens):
-        layers.append(layer)
-        progress("calibrating", layer.index + 1, geometry.layers)
-    original = load_model(model, device, torch.float32)
-    outcomes, total, base = [], len(ranks) * len(chosen), None
-    for i, (rank, (method, metric)) in enumerate((r, m) for r in ranks for m in chosen):
-        metrics = [layer_metrics(x.weights, geometry, metric, x.sums, moments[x.index]) for x in layers]
-        plan = plan_for(method, rank, geometry, layers, metrics)
-        converted = build(original, checkpoint, adapter, plan, layers, metrics, METHODS[method][0] if method != "budget" else "joint", refit)
-        (base, other), predicted = measure([original, converted], batches)
-        nll = [s.nll / predicted for s in (base, other)]
-        outcomes.append(Outcome(method, metric, rank, plan.ratio, float(torch.tensor(nll[1]).exp()), float(torch.tensor(nll[1] - nll[0]).exp()), other.kl / predicted))
-        progress("sweeping", i + 1, total)
+    original, rows = load_model(model, device, torch.float32), chosen_rows(tokens, WINDOWS)
+    outcomes, total = [], len(ranks) * len(chosen)
+    with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
+        store = Store(Path(folder), {})
+        calibrate(skeleton, geometry, tokens, {metric for _, metric in chosen}, store, rows, lambda done, total: progress("calibrating", done, total))
+        head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))
+        for i, (rank, (method, metric)) in enumerate((r, m) for r in ranks for m in chosen):
+            plan = budget_plan(rank, skeleton, geometry, store) if method == "budget" else matching_plan(method, rank, geometry)
+            converted = build(original, skeleton, plan, metric, store, METHODS[method][0] if method != "budget" else "joint", refit)
+            (base, other), predicted = measure([original, converted], batches)
+            nll = [s.nll / predicted for s in (base, other)]
+            outcomes.append(Outcome(method, metric, rank, plan.ratio, float(torch.tensor(nll[1]).exp()), float(torch.tensor(nll[1] - nll[0]).exp()),
+                                    other.kl / predicted))
+            progress("sweeping", i + 1, total)
     return {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "refit": refit,
             "calibration_tokens": tokens.numel(), "base_perplexity": float(torch.tensor(base.nll / predicted).exp()),
             "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]), "points": [asdict(o) for o in outcomes]}
@@ -110,26 +113,29 @@ def parse(name: str) -> tuple[str, str]:
     return method, metric
 
 
-def plan_for(method: str, rank: int, geometry: Geometry, layers: list[CalibratedLayer], metrics: list) -> Plan:
-    """The plan of a method that caches no more than LRKV does at `rank`."""
+def matching_plan(method: str, rank: int, geometry: Geometry) -> Plan:
+    """The plan of a method with one shape for all layers that caches no more than LRKV does at `rank`."""
     H, d = geometry.kv_heads, geometry.head_dim
-    numbers = min(d + H * rank, H * d)
-    if method == "budget":
-        key_cap, value_cap = width_caps(geometry, None, None)
-        curves = [(curve(x.weights.W_K, m.keys, geometry, key_cap, KEY_WEIGHT), curve(x.weights.W_V, m.values, geometry, value_cap, 1.0))
-                  for x, m in zip(layers, metrics)]
-        return allocate(curves, geometry, 4, numbers / (H * d))
-    m, r = METHODS[method][1](numbers, H, d)
+    m, r = METHODS[method][1](min(d + H * rank, H * d), H, d)
     return Plan(geometry, (LayerPlan(m, r, m, r),) * geometry.layers, 4)
 
 
-def build(original: PreTrainedModel, checkpoint, adapter, plan: Plan, layers: list[CalibratedLayer], metrics: list, base: str, refit: bool) -> PreTrainedModel:
+def budget_plan(rank: int, skeleton: Skeleton, geometry: Geometry, store: Store) -> Plan:
+    """Widths and ranks per layer, in the bytes of LRKV at `rank`."""
+    look = [partial(survey_layer, skeleton, geometry, "fisher", store, i) for i in range(geometry.layers)]
+    curves = survey(look, geometry, width_caps(geometry, None, None), "joint", store)
+    return allocate(curves, geometry, 4, matching_plan("lrkv", rank, geometry).ratio)
+
+
+def build(original: PreTrainedModel, skeleton: Skeleton, plan: Plan, metric: str, store: Store, base: str, refit: bool) -> PreTrainedModel:
     """The converted model in memory; what the conversion leaves alone is shared with `original`."""
-    model = empty_target(converted_config(checkpoint, adapter, plan, torch.float32, alignment=base not in UNALIGNED))
+    adapter = skeleton.adapter
+    model = empty_target(converted_config(skeleton.checkpoint, adapter, plan, torch.float32, base))
     state = dict(original.named_parameters())
-    for layer, metric in zip(layers, metrics):
-        prefix = adapter.module(layer.index)
-        _, attention = convert_layer(layer, metric, plan.layers[layer.index], base, adapter, plan.geometry, model.get_submodule(prefix.rstrip(".")), refit)
+    for i in range(plan.geometry.layers):
+        prefix, layer = adapter.module(i), calibrated_layer(skeleton, store, i)
+        metrics = layer_metrics(layer.weights, plan.geometry, metric, layer.sums, layer.moments)
+        _, attention = convert_layer(layer, metrics, plan, base, adapter, model.get_submodule(prefix.rstrip(".")), refit)
         state |= {prefix + name: tensor.float() for name, tensor in attention.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in names}, strict=False, assign=True)

@@ -1,5 +1,6 @@
 """Write a model folder that is either whole or not there: everything goes to <out>.partial, which is renamed when complete."""
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
 
 RECORD = "lrkv.json"    # stands in every folder this project writes, and in no other
+WORK = "work"           # inside the partial folder: what a run in progress has worked out
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
@@ -31,62 +33,96 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` if the block ends well and removed if it does not, Ctrl-C included. Raises LrkvError."""
-    partial = out.with_name(out.name + ".partial")
+    """A folder to write into, renamed to `out` if the block ends well and removed if it fails. Raises LrkvError.
+
+    What a run that was killed or interrupted had worked out (the Store in `partial / WORK`) stays and is found again; the interruption says so.
+    """
+    partial = partial_folder(out)
     missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
     try:
-        shutil.rmtree(partial, ignore_errors=True)      # left by a run that was killed
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         yield partial
+        shutil.rmtree(partial / WORK, ignore_errors=True)
         previous = out.with_name(out.name + ".previous")
         if out.exists():
             shutil.rmtree(previous, ignore_errors=True)
             out.rename(previous)
         partial.rename(out)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
-    finally:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and any((partial / WORK).glob("*.pt")):
+            raise KeyboardInterrupt(f"interrupted; the same command goes on from {partial}, which holds what is done") from None
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing if not out.exists() else ():
+        for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, OSError):
+            raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
+        raise
+
+
+def partial_folder(out: Path) -> Path:
+    """Where `out` is written until it is whole."""
+    return out.with_name(out.name + ".partial")
 
 
 class ShardWriter:
-    """Collects tensors in any order and writes each safetensors shard as soon as it is complete.
+    """Writes every tensor to its place in its safetensors shard as it comes, in any order, so that memory never holds a shard.
 
-    folder: where; shapes: name -> (shape, dtype) of all tensors there will be; max_shard_size: bytes or a string like "5GB".
+    folder: where, which may hold the shards of an earlier run with the same `shapes`; shapes: name -> (shape, dtype) of all tensors there will
+    be; max_shard_size: bytes or a string like "5GB".
     """
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int | str):
         empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
         plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
-        self.folder, self.shapes = folder, shapes
-        self.file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}
-        self.missing = {file: set(names) for file, names in plan.filename_to_tensors.items()}
-        self.held: dict[str, dict[str, Tensor]] = {file: {} for file in self.missing}
-        self.index = {"metadata": plan.metadata, "weight_map": self.file_of} if plan.is_sharded else None
+        self.shapes, self.late, self.place = shapes, set(shapes), {}
+        for file, names in plan.filename_to_tensors.items():
+            offsets, size = _layout(names, shapes)
+            header = _header(offsets, shapes)
+            with open(folder / file, "r+b" if (folder / file).exists() else "w+b") as stream:
+                stream.write(header)
+                stream.truncate(len(header) + size)
+            self.place |= {name: (folder / file, len(header) + offset) for name, offset in offsets.items()}
+        if plan.is_sharded:
+            file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}
+            write_json(folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": file_of})
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Hand over one tensor; it is cast to its planned dtype. An unplanned name or shape is our own error."""
+        """Write one tensor, cast to its planned dtype. An unplanned name or shape is our own error."""
         shape, dtype = self.shapes[name]
         assert tuple(tensor.shape) == tuple(shape), f"{name}: planned {shape}, got {tuple(tensor.shape)}"
-        file = self.file_of[name]
-        self.missing[file].remove(name)
-        self.held[file][name] = tensor.to("cpu", dtype).contiguous()
-        if not self.missing[file]:
-            try:
-                save_file(self.held.pop(file), self.folder / file, metadata={"format": "pt"})
-            except Exception as error:      # safetensors reports a full disk as its own SafetensorError
-                raise OSError(getattr(error, "errno", None) or 0, f"{file}: {error}") from error
+        self.done(name)
+        file, offset = self.place[name]
+        with open(file, "r+b") as stream:
+            stream.seek(offset)
+            stream.write(memoryview(tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()))
+
+    def done(self, name: str) -> None:
+        """This tensor is in place, from now or from an earlier run."""
+        self.late.remove(name)
 
     def finish(self) -> None:
-        """Write the index. Every tensor must have come."""
-        late = [name for names in self.missing.values() for name in names]
-        assert not late, f"never written: {late[:3]}"
-        if self.index is not None:
-            write_json(self.folder / "model.safetensors.index.json", self.index)
+        """Every tensor must have come."""
+        assert not self.late, f"never written: {sorted(self.late)[:3]}"
+
+
+def _layout(names: list[str], shapes: dict) -> tuple[dict[str, int], int]:
+    """Offsets of the tensors in a shard's data, widest dtypes first so that all are aligned, and its size in bytes."""
+    offsets, end = {}, 0
+    for name in sorted(names, key=lambda n: -shapes[n][1].itemsize):
+        offsets[name], end = end, end + math.prod(shapes[name][0]) * shapes[name][1].itemsize
+    return offsets, end
+
+
+def _header(offsets: dict[str, int], shapes: dict) -> bytes:
+    """The head of a safetensors file: eight bytes of length, then JSON padded to a multiple of eight (the format's own documentation)."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    entries = {name: {"dtype": names[shapes[name][1]], "shape": list(shapes[name][0]),
+                      "data_offsets": [at, at + math.prod(shapes[name][0]) * shapes[name][1].itemsize]} for name, at in offsets.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_json(path: Path, content) -> None:

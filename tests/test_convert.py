@@ -221,3 +221,108 @@ def test_gguf_is_read(tmp_path):
     ours, theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model.eval()(ids).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["source"]["path"].endswith("tiny.gguf")
+
+
+KEY_FORMS = [dict(keys="per-head", rank=9), dict(keys="rotary", rank=7), dict(keys="rotary", rank=0), dict(keys="full", rank_v=7),
+             dict(keys="rotary", cache_ratio=0.6), dict(keys="full", cache_ratio=0.7), dict(keys="per-head", cache_ratio=0.5)]
+
+
+@pytest.mark.parametrize("options", KEY_FORMS, ids=str)
+def test_every_form_of_keys_is_planned_cached_and_decoded(options, tiny, tmp_path):
+    plan = convert(str(tiny("llama-bias")), tmp_path / "out", calibration_tokens=1024, **options).plan
+    assert plan.keys == options["keys"] and plan.ratio <= options.get("cache_ratio", 1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert cache_bytes(model(prompt(10)).past_key_values) == 10 * plan.bytes_after
+    greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
+    assert torch.equal(model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy))
+
+
+@pytest.mark.parametrize("keys", ["rotary", "full"])
+@pytest.mark.parametrize("family", ["llama-bias", "llama-mha-yarn", "mistral", "qwen2"])
+def test_rotated_cached_keys_are_exact(keys, family, tiny, tmp_path):
+    """At full rank, with left padding and cached in two steps past the sliding window: the original's logits."""
+    convert(str(tiny(family)), tmp_path / "out", keys=keys, force=True, calibration=[], **({"rank": 20} if keys == "rotary" else {"rank_v": 20}))
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", tiny(family)))
+    ids, mask = prompt(40, batch=2), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :5] = 0
+    cached = []
+    for model in (ours, theirs):
+        first = model(ids[:, :31], attention_mask=mask[:, :31], use_cache=True)
+        rest = [model(ids[:, i:i + 1], attention_mask=mask[:, :i + 1], past_key_values=first.past_key_values).logits for i in range(31, 40)]
+        cached.append(torch.cat([first.logits, *rest], 1)[mask.bool()])
+    assert (cached[0] - cached[1]).abs().max() < 1e-4 * cached[1].abs().max()
+
+
+def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
+    """Flops to read a token back: full < rotary < per-head < joint at the same bytes of keys; before: two products of H G d."""
+    plans = {keys: convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[], **options).plan for keys, options in {
+        "joint": dict(rank=7), "rotary": dict(keys="rotary", rank=7), "per-head": dict(keys="per-head", rank_k=14, rank_v=7),
+        "full": dict(keys="full", rank_v=7)}.items()}
+    flops = {keys: plan.flops_after for keys, plan in plans.items()}
+    assert flops["full"] < flops["rotary"] < flops["per-head"] < flops["joint"]
+    H, G, d, L = 3, 2, 20, 2
+    assert plans["joint"].flops_before == 2 * L * 2 * H * G * d
+    assert flops["joint"] == 2 * L * (H * (20 + 7) * d + H * G * d + H * G * (20 + 7))
+
+
+@pytest.mark.parametrize("moment, kept", [("forward", "layer-0"), ("entering-2", "layer-1"), ("moments-1", "layer-1"), ("backward", "moments-1"),
+                                          ("curves-0", "curves-0"), ("fitted-0", "fitted-0")])
+def test_a_killed_conversion_goes_on_and_ends_the_same(moment, kept, tiny, converted, tmp_path):
+    """Killed right after `moment` was first saved: the second run does not work out again what was `kept`, and writes the same bytes."""
+    code = f"""
+import os, signal
+from lrkv_convert import convert
+from lrkv_convert.store import Store
+save, seen = Store.save, []
+def saves(self, name, value):
+    save(self, name, value)
+    seen.append(name)
+    if name == {{kill!r}}: os.kill(os.getpid(), signal.SIGKILL)
+Store.save = saves
+convert({str(tiny())!r}, {str(tmp_path / "out")!r}, cache_ratio=0.5, calibration_tokens=1024)
+print(" ".join(seen))
+"""
+    run = lambda kill: subprocess.run([sys.executable, "-c", code.format(kill=kill)], capture_output=True, text=True)
+    assert run(moment).returncode == -9 and not (tmp_path / "out").exists()
+    done = run(None)
+    assert done.returncode == 0, done.stderr
+    assert kept not in done.stdout.split() and "fitted-1" in done.stdout.split()
+    whole = converted(cache_ratio=0.5, rank=None)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"out"} and {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_what_was_left_of_another_conversion_is_not_used(tiny, converted, tmp_path):
+    from lrkv_convert.store import Store
+    store = Store(tmp_path / "out.partial" / "work", {"options": "others"})
+    store.save("fitted-0", {"keys": 0.0, "values": 0.0})
+    convert(str(tiny()), tmp_path / "out", rank=7, calibration_tokens=1024)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted() / "model.safetensors").read_bytes()
+
+
+def test_calibration_on_the_models_own_text(tiny, tmp_path):
+    done = convert(str(tiny()), tmp_path / "out", rank=7, calibration=["self"], calibration_tokens=1024)
+    again = convert(str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024, dry_run=False)
+    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record["calibration"]["tokens"] >= 512
+    assert done.record["calibration"]["texts"] == again.record["calibration"]["texts"]       # sampling is seeded
+
+
+def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
+    """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings; the same when its gradients are taken."""
+    import lrkv_convert.sensitivity as sensitivity
+    from lrkv_convert.calibrate import Skeleton
+    from lrkv_convert.metrics import MetricSums
+    made, seen = [], []
+    build, add, backward = Skeleton.__init__, MetricSums.add, sensitivity._backward
+
+    def look():
+        model = made[-1].model
+        there = {name.split(".")[2] for name, p in model.named_parameters() if name.startswith("model.layers.") and not p.is_meta}
+        assert len(there) == 1 and all(p.is_meta for name, p in model.named_parameters() if not name.startswith("model.layers."))
+        seen.append(*there)
+
+    monkeypatch.setattr(Skeleton, "__init__", lambda self, *a: (build(self, *a), made.append(self))[0])
+    monkeypatch.setattr(MetricSums, "add", lambda self, *a: (look(), add(self, *a))[1])
+    monkeypatch.setattr(sensitivity, "_backward", lambda *a: (look(), backward(*a))[1])
+    convert(str(tiny("llama-bias")), tmp_path / "out", rank=7, calibration_tokens=1024)
+    assert seen == ["0", "0", "1", "1", "1", "0"]       # two windows forward, then each layer once backward

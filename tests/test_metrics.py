@@ -4,9 +4,10 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.calibrate import Skeleton, calibrated_layers
+from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
 from lrkv_convert.metrics import FLOOR, rotation_average, shrink, square_root
+from lrkv_convert.store import Store
 
 FLOAT32 = 1e-5      # sums are float32 products
 
@@ -41,11 +42,13 @@ def test_rotation_average_is_the_mean_over_angles():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_calibration_sums_follow_their_definitions(family, tiny):
+def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
     """Layer by layer on the skeleton = straight from the original model's hidden states and attention weights."""
     checkpoint, adapter = open_model(str(tiny(family)))
     geometry, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    layers = list(calibrated_layers(Skeleton(checkpoint, adapter, torch.device("cpu")), geometry, tokens))
+    skeleton, store = Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    calibrate(skeleton, geometry, tokens, {"fisher", "attention", "whitened"}, store)
+    layers = [calibrated_layer(skeleton, store, i) for i in range(geometry.layers)]
     seen = [layer.sums for layer in layers]
     model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
     out = model(tokens, output_hidden_states=True, output_attentions=True)
@@ -57,9 +60,10 @@ def test_calibration_sums_follow_their_definitions(family, tiny):
         a = out.attentions[i].double()                                                  # (N, H G, T, T)
         z = torch.einsum("nhst,ntd->nhsd", a, x)
         keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
-        assert relative(sums.keys, keys) < FLOAT32 and relative(sums.values, values) < FLOAT32
-        q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q)
+        assert relative(sums["keys"], keys) < FLOAT32 and relative(sums["values"], values) < FLOAT32
+        assert relative(sums["inputs"], torch.einsum("ntd,nte->de", x, x)) < FLOAT32
+        q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q.double())
         if layers[i].weights.b_Q is not None:
             q = q + layers[i].weights.b_Q.unsqueeze(2)
-        assert relative(sums.queries, torch.einsum("nhgtd,nhgte->hde", q, q)) < FLOAT32
-        assert sums.tokens == tokens.numel()
+        assert relative(sums["queries"], torch.einsum("nhgtd,nhgte->hde", q, q)) < FLOAT32
+        assert sums["tokens"] == tokens.numel()

@@ -170,8 +170,9 @@ def test_widths_and_ranks_may_differ_between_sides_and_layers(tiny):
 
 def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     """aligned folds a gauge into W_Q and W_O; without truncation nothing may change, keys under RoPE and biases included (float64 algebra)."""
-    from lrkv_convert.calibrate import Skeleton, calibrated_layers
-    from lrkv_convert.conversion import convert_layer, empty_target, open_model
+    from lrkv_convert.assemble import convert_layer, empty_target
+    from lrkv_convert.calibrate import CalibratedLayer
+    from lrkv_convert.conversion import open_model
     from lrkv_convert.metrics import layer_metrics
     from lrkv_convert.plan import uniform_plan
     from lrkv_convert.report import converted_config
@@ -179,15 +180,16 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
         checkpoint, adapter = open_model(str(tiny(family)))
         geometry = adapter.geometry(checkpoint.config)
         plan = uniform_plan(geometry, 8, rank=20, force=True)
-        target = empty_target(converted_config(checkpoint, adapter, plan, torch.float64, alignment=False))
-        layer = next(calibrated_layers(Skeleton(checkpoint, adapter, torch.device("cpu")), geometry, None))
-        (keys, values), tensors = convert_layer(layer, layer_metrics(layer.weights, geometry), plan.layers[0], "aligned", adapter, geometry,
-                                                target.get_submodule(adapter.module(0).rstrip(".")), refit=False)
-        assert keys.gauge is not None and (keys.gauge - torch.eye(20)).abs().max() > 0.1    # not the trivial one
+        target = empty_target(converted_config(checkpoint, adapter, plan, torch.float64, "aligned"))
+        layer = CalibratedLayer(0, adapter.split(checkpoint.tensor, 0, checkpoint.config).to(torch.float64))
+        _, tensors = convert_layer(layer, layer_metrics(layer.weights, geometry), plan, "aligned", adapter,
+                                   target.get_submodule(adapter.module(0).rstrip(".")), refit=False)
+        q_name = "q_attn.weight" if family == "gpt2" else "q_proj.weight"
+        assert relative(tensors[q_name], adapter.join(layer.weights)[q_name]) > 0.1         # the gauge is not the trivial one
         w, x = layer.weights, torch.randn(1, 5, geometry.width, dtype=torch.float64)
         heads = lambda side: torch.einsum("td,hde->hte", x[0], tensors[f"{side}.W_shared.weight"].T + tensors[f"{side}.U.weight"].T.reshape(
             geometry.width, 3, 20).transpose(0, 1) @ tensors[f"{side}.B"].mT) + (tensors[f"{side}.bias"].unsqueeze(1) if w.b_K is not None else 0)
-        q = (x[0] @ tensors["q_attn.weight"] if family == "gpt2" else x[0] @ tensors["q_proj.weight"].T).view(5, 3, -1, 20)
+        q = (x[0] @ tensors[q_name] if family == "gpt2" else x[0] @ tensors[q_name].T).view(5, 3, -1, 20)
         b_q = tensors["q_attn.bias" if family == "gpt2" else "q_proj.bias"].view(3, -1, 20)
         scores = torch.einsum("shge,hte->hgst", q + b_q, heads("keys"))
         plain_q = torch.einsum("sd,hgde->shge", x[0], w.W_Q) + w.b_Q

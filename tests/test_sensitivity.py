@@ -4,18 +4,22 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.calibrate import Skeleton
+from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.sensitivity import SEED, head_moments
+from lrkv_convert.sensitivity import SEED, draw, head_moments
+from lrkv_convert.store import Store
 
 FLOAT32 = 1e-4      # gradients through a few float32 layers
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "gpt2"])
-def test_moments_equal_those_of_the_whole_model(family, tiny):
+def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
     checkpoint, adapter = open_model(str(tiny(family)))
     g, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    found = head_moments(Skeleton(checkpoint, adapter, torch.device("cpu")), g, tokens)
+    skeleton, store = Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    calibrate(skeleton, g, tokens, {"fisher"}, store, keep=torch.arange(2))
+    head_moments(skeleton, g, tokens, store)
+    found = [calibrated_layer(skeleton, store, i).moments for i in range(g.layers)]
 
     model, generator = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval(), torch.Generator().manual_seed(SEED)
     seen = {}
@@ -26,7 +30,7 @@ def test_moments_equal_those_of_the_whole_model(family, tiny):
     sums = {}
     for row in tokens:
         logits = model(row.unsqueeze(0)).logits[0]
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        drawn = draw(logits.detach().softmax(-1), generator).squeeze(1)
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for place, gradient in zip(seen, torch.autograd.grad(loss, list(seen.values()))):
             gradient = gradient[0][:, adapter.key_columns(g)] if place[0] == "keys" else gradient[0]
@@ -35,6 +39,12 @@ def test_moments_equal_those_of_the_whole_model(family, tiny):
     for i, moments in enumerate(found):
         assert relative(moments.keys, sums["keys", i] / tokens.numel()) < FLOAT32
         assert relative(moments.values, sums["values", i] / tokens.numel()) < FLOAT32
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    found = draw(p.expand(20000, -1), torch.Generator().manual_seed(0)).flatten().bincount(minlength=4) / 20000
+    assert found[1] == 0 and (found - p).abs().max() < 0.02       # five standard deviations
 
 
 def test_the_fisher_metric_fits_closer_than_attention_alone(tiny, converted):

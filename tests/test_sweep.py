@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lrkv_cli.main import app
 from lrkv_convert.calibrate import Text
 from lrkv_convert.evaluate import compare
-from lrkv_convert.sweep import METHODS, Outcome, knee, plan_for, sweep
+from lrkv_convert.sweep import METHODS, Outcome, knee, matching_plan, sweep
 from lrkv_convert.adapters import Geometry
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(tiny, converted, tm
 def test_no_method_caches_more_than_lrkv_at_its_rank(method):
     g = Geometry(layers=2, width=576, kv_heads=8, groups=1, head_dim=64, rotary=True)
     for rank in (0, 8, 24, 40):
-        assert plan_for(method, rank, g, [], []).ratio <= plan_for("lrkv", rank, g, [], []).ratio
+        assert matching_plan(method, rank, g).ratio <= matching_plan("lrkv", rank, g).ratio
 
 
 def test_the_knee_is_where_the_curve_bends():

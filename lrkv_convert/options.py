@@ -1,0 +1,103 @@
+"""What a user may ask of a conversion, and which wishes contradict one another. Checked before anything is read in full."""
+from dataclasses import asdict, dataclass
+
+from .adapters import Geometry
+from .errors import LrkvError
+from .factorise import BASES, check_shape
+from .metrics import METRICS
+from .plan import Plan, check_keys, uniform_plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert. The defaults halve the cache.
+
+    cache_ratio: byte budget, as a share of the original cache, spent over layers, keys and values where the loss minds most (default: 0.5, with
+    full keys 0.75); max_width_k, max_width_v: how wide its bases may be (default: one head for keys under RoPE, four otherwise).
+    rank, rank_k, rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default:
+    one head). keys: the form in which keys are cached (plan.KEYS). base: how the base is found (factorise.py). metric: in which norm
+    (metrics.py). refit: correct W_O in closed form afterwards; needs calibration text. calibration: text files or folders, "self" for text
+    sampled from the model, [] for none, None for the text that ships with the package. dtype: of the output, "auto" keeps the source's. force:
+    allow a cache that does not shrink. recipe: name to record.
+    """
+
+    cache_ratio: float | None = None
+    rank: int | None = None
+    rank_k: int | None = None
+    rank_v: int | None = None
+    base_width: int | None = None
+    base_width_k: int | None = None
+    base_width_v: int | None = None
+    max_width_k: int | None = None
+    max_width_v: int | None = None
+    keys: str = "joint"
+    base: str = "joint"
+    metric: str = "fisher"
+    refit: bool = True
+    calibration: list[str] | None = None
+    calibration_tokens: int = 16384
+    dtype: str = "auto"
+    max_shard_size: int | str = "5GB"
+    force: bool = False
+    recipe: str | None = None
+
+    @property
+    def uniform(self) -> dict:
+        """The options that give every layer the same shape, as `uniform_plan` takes them."""
+        return {"rank": self.rank, "rank_k": self.rank_k, "rank_v": self.rank_v,
+                "width": self.base_width, "width_k": self.base_width_k, "width_v": self.base_width_v}
+
+    @property
+    def budget(self) -> float | None:
+        """The byte budget as a share of the original cache; None for the same shape in every layer."""
+        planned = self.base == "joint" and self.metric == "fisher" and self.calibration != []
+        if self.cache_ratio is not None or not planned or any(value is not None for value in self.uniform.values()):
+            return self.cache_ratio
+        return 0.75 if self.keys == "full" else 0.5         # keys alone are half of the cache
+
+    def check(self, geometry: Geometry, config) -> None:
+        """Raise LrkvError for values out of range and for options that contradict one another."""
+        for value, known, name in ((self.base, BASES, "base"), (self.metric, METRICS, "metric")):
+            if value not in known:
+                raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
+        check_keys(self.keys, self.base, geometry, config)
+        if self.cache_ratio is not None:
+            self._check_budget()
+        if self.metric == "whitened" and self.calibration == []:
+            raise LrkvError("the whitened metric is made of calibration text, and there is none", "give --calibration, or another --metric")
+        if any(width is not None and width < 1 for width in (self.max_width_k, self.max_width_v)):
+            raise LrkvError("the widest base is at least 1 wide", "see --max-width-k and --max-width-v")
+        if self.calibration_tokens < 1:
+            raise LrkvError(f"{self.calibration_tokens} calibration tokens are none", "give --calibration none for the weights alone")
+        if self.budget is None and (self.max_width_k or self.max_width_v):
+            raise LrkvError("the widest base is a limit of --cache-ratio, and there is none here", "with --rank, give --base-width")
+
+    def _check_budget(self) -> None:
+        if any(value is not None for value in self.uniform.values()):
+            raise LrkvError("a cache ratio and ranks or base widths exclude each other", "give --cache-ratio, or --rank with --base-width")
+        if not 0 < self.cache_ratio < 1:
+            raise LrkvError(f"a cache ratio of {self.cache_ratio} is out of range", "it lies between 0 and 1")
+        if self.base != "joint":
+            raise LrkvError(f"a cache ratio plans the joint base only, not {self.base}", "give --rank with the other bases")
+        if self.metric != "fisher" or self.calibration == []:
+            raise LrkvError("a cache ratio compares layers by the gradient of the loss, on calibration text",
+                            "give --rank without text or with other metrics")
+
+    def uniform_plan(self, geometry: Geometry, element_size: int) -> Plan | None:
+        """The plan, where it is the same in every layer; None where it waits for calibration. Raises LrkvError for shapes that cannot be."""
+        if self.budget is not None:
+            return None
+        plan = uniform_plan(geometry, element_size, **self.uniform, keys=self.keys, force=self.force)
+        layer = plan.layers[0]
+        try:
+            check_shape(self.base, geometry.kv_heads, geometry.head_dim, layer.value_width, layer.value_rank)
+            if self.keys == "joint":
+                check_shape(self.base, geometry.kv_heads, geometry.head_dim, layer.key_width, layer.key_rank)
+        except ValueError as error:
+            raise LrkvError(str(error), "see --base-width and --rank") from error
+        return plan
+
+    def record(self) -> dict:
+        """What lrkv.json keeps: everything that decides the result. Where shards end does not."""
+        kept = {name: value for name, value in asdict(self).items() if name != "max_shard_size"}
+        return {**kept, "name": kept.pop("recipe")}

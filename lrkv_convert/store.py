@@ -1,0 +1,46 @@
+"""What a conversion has worked out so far, on disk: a run that was killed goes on from there, and memory holds one layer at a time."""
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import LrkvError
+
+FINGERPRINT = "run.json"
+
+
+class Store:
+    """Values by name, each a file that is whole or absent.
+
+    folder: made if missing; fingerprint: what the values depend on. Values of another fingerprint are removed first.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict):
+        self.folder = folder
+        text = json.dumps(fingerprint, sort_keys=True)
+        if (folder / FINGERPRINT).is_file() and (folder / FINGERPRINT).read_text(encoding="utf-8") == text:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        (folder / FINGERPRINT).write_text(text, encoding="utf-8")
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / f"{name}.pt").is_file()
+
+    def save(self, name: str, value) -> None:
+        """Keep tensors, numbers, strings and containers of them. Raises LrkvError where there is no room."""
+        temporary = self.folder / f"{name}.tmp"
+        try:
+            torch.save(value, temporary)
+            os.replace(temporary, self.folder / f"{name}.pt")
+        except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
+            raise LrkvError(f"cannot keep the calibration in {self.folder}: {error}", "make room there, or give fewer --calibration-tokens") from error
+
+    def load(self, name: str):
+        """What was saved under that name; tensors are read from the disk when they are used."""
+        return torch.load(self.folder / f"{name}.pt", weights_only=True, mmap=True)
+
+    def remove(self, name: str) -> None:
+        (self.folder / f"{name}.pt").unlink(missing_ok=True)
