@@ -25,6 +25,7 @@ SEQ_LEN = 512
 BUILT_IN = "built-in"
 SELF = "self"       # as a calibration text: what the model itself writes
 SAMPLED_AT_ONCE = 16
+KEPT_AS = torch.bfloat16    # activations that wait on disk for the refit: they are the bulk of what a conversion stores
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ class CalibratedLayer:
     """One layer as calibration saw it.
 
     weights: as stored in the checkpoint. With calibration text also the sums of its metrics (`MetricSums.state()`), and what its attention
-    module saw and did on each window: inputs and heads, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which W_O reads),
-    and the other arguments it was called with; moments where gradients were taken. Without text these are None or empty.
+    module saw and did on each window: inputs and heads, bfloat16, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which
+    W_O reads), and the other arguments it was called with; moments where gradients were taken. Without text these are None or empty.
     """
 
     index: int
@@ -247,13 +248,14 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
 
         def see(module, args, kwargs, output):
             arguments.update(kwargs)
-            inputs.append(arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0])
-            sums.add(inputs[-1][0], output[1][0])
+            x = arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            inputs.append(x.to(KEPT_AS))
+            sums.add(x[0], output[1][0])
 
         with skeleton.layer(i) as layer:
             attention = layer.get_submodule(adapter.attention)
             hooks = [attention.register_forward_hook(see, with_kwargs=True),
-                     attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0]))]
+                     attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0].to(KEPT_AS)))]
             for n in range(len(hidden)):
                 output = layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs)
                 hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output

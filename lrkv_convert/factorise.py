@@ -66,7 +66,7 @@ def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweep
                    None, history)
 
 
-def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 4) -> list[float]:
+def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2) -> list[float]:
     """Squared error of the joint fit, absolute, for each (m, r). Without residuals it is the discarded singular values of all heads."""
     K, H = _gram(W, metric)[1], W.shape[0]
     tail = torch.linalg.eigvalsh(K).clamp_min(0).cumsum(0).flip(0).tolist()                 # tail[m]: all beyond the first m
@@ -75,7 +75,7 @@ def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps
     return [(tail[m] if m < len(tail) else 0.0) if r == 0 else _alternate(K, H, m, r, sweeps, first.get(m))[2][-1] ** 2 * total for m, r in shapes]
 
 
-def rotary_error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 4) -> list[float]:
+def rotary_error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2) -> list[float]:
     """The same for bases that commute with RoPE (`aligned`), all d wide."""
     total = _gram(W, metric)[1].diagonal().sum().item()
     return [aligned(W, metric, m, r, rotary=True, sweeps=sweeps).error ** 2 * total for m, r in shapes]

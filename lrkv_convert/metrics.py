@@ -105,7 +105,7 @@ class MetricSums:
         return {name: getattr(self, name) for name in ("inputs", "keys", "values", "queries", "tokens")}
 
 
-def causal_gram(attention: Tensor, blocks: int = 4) -> Tensor:
+def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
     """sum_h A_h^T A_h (T, T) of causal attention weights (heads, T, T), without the products of zeros above the diagonal."""
     T = attention.shape[-1]
     gram = attention.new_zeros(T, T)

@@ -27,7 +27,7 @@ def refit_output(layer: CalibratedLayer, attention: nn.Module, output: str, W_O:
     n = W_O.shape[0] * W_O.shape[1] * W_O.shape[2]
     gram, cross = (torch.zeros(n, n, dtype=torch.float64, device=W_O.device) for _ in range(2))
     for start in range(0, len(layer.inputs), AT_ONCE):
-        x, original = (torch.cat(windows[start:start + AT_ONCE]).to(W_O.device) for windows in (layer.inputs, layer.heads))
+        x, original = (torch.cat(windows[start:start + AT_ONCE]).to(W_O.device, torch.float32) for windows in (layer.inputs, layer.heads))
         attention(x, **layer.arguments)
         o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)                    # (windows T, H G d) each
         gram += o_hat.T @ o_hat

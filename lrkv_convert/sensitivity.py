@@ -20,7 +20,7 @@ from .calibrate import Skeleton
 from .metrics import HeadMoments
 from .store import Store
 
-WINDOWS = 8     # of the calibration windows: second moments of d numbers settle within a few thousand tokens
+WINDOWS = 8     # of the calibration windows: 4 were worse in domain, 16 no better out of it (benchmarks/NOTES.md)
 SEED = 0        # of the tokens drawn from the model
 
 

@@ -32,11 +32,15 @@ class Store:
     def save(self, name: str, value) -> None:
         """Keep tensors, numbers, strings and containers of them. Raises LrkvError where there is no room."""
         temporary = self.folder / f"{name}.tmp"
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)        # they take longer than the disk
         try:
             torch.save(value, temporary)
             os.replace(temporary, self.folder / f"{name}.pt")
         except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
             raise LrkvError(f"cannot keep the calibration in {self.folder}: {error}", "make room there, or give fewer --calibration-tokens") from error
+        finally:
+            torch.serialization.set_crc32_options(checksums)
 
     def load(self, name: str):
         """What was saved under that name; tensors are read from the disk when they are used."""

@@ -10,6 +10,7 @@ from lrkv_convert.metrics import FLOOR, rotation_average, shrink, square_root
 from lrkv_convert.store import Store
 
 FLOAT32 = 1e-5      # sums are float32 products
+BFLOAT16 = 2**-8    # activations are kept in bfloat16
 
 
 def test_square_root_squares_back_and_inverts():
@@ -56,7 +57,7 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
     for i, sums in enumerate(seen):
         norm = model.get_submodule(adapter.layer_path)[i].get_submodule("ln_1" if family == "gpt2" else "input_layernorm")
         x = norm(out.hidden_states[i]).double()                                         # (N, T, D)
-        assert relative(torch.cat(layers[i].inputs), x) < FLOAT32
+        assert relative(torch.cat(layers[i].inputs), x) < BFLOAT16
         a = out.attentions[i].double()                                                  # (N, H G, T, T)
         z = torch.einsum("nhst,ntd->nhsd", a, x)
         keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
