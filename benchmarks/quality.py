@@ -25,14 +25,17 @@ GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [    # (label, calibration text, options)
     ("`--cache-ratio 0.58`", GIVEN, {"cache_ratio": 0.58}),
     ("default: half the cache", GIVEN, {}),
+    ("`--cache-ratio 0.42`", GIVEN, {"cache_ratio": 0.42}),
     ("default: half the cache", BUILT_IN, {}),
     ("`--rank 16`", GIVEN, {"rank": 16}),
     ("`--rank-k 8 --rank-v 24`", GIVEN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank 16 --base aligned`", GIVEN, {"rank": 16, "base": "aligned"}),
     ("`--rank 16 --base mean`", GIVEN, {"rank": 16, "base": "mean"}),
-    ("`--rank 16 --base mean --no-refit`", GIVEN, {"rank": 16, "base": "mean", "refit": False}),
     ("`--rank 16 --base mean --calibration none`", NONE, {"rank": 16, "base": "mean"}),
+    ("`--cache-ratio 0.58 --keys per-head`", GIVEN, {"cache_ratio": 0.58, "keys": "per-head"}),
+    ("`--cache-ratio 0.58 --keys rotary`", GIVEN, {"cache_ratio": 0.58, "keys": "rotary"}),
+    ("`--cache-ratio 0.75 --keys full`", GIVEN, {"cache_ratio": 0.75, "keys": "full"}),
 ]
 
 
@@ -51,7 +54,8 @@ def main() -> None:
         for i, (label, calibration, options) in enumerate(WAYS):
             texts = {GIVEN: args.calibration, BUILT_IN: None, NONE: []}[calibration]
             done = convert(args.model, Path(folder) / str(i), calibration=texts, dtype="float32", device=str(device), **options)
-            rows.append({"way": label, "calibration": calibration, "seconds": done.record["seconds"], "peak_memory_bytes": done.record["peak_memory_bytes"]})
+            rows.append({"way": label, "calibration": calibration, "seconds": done.record["seconds"], "peak_memory_bytes": done.record["peak_memory_bytes"],
+                         "kflop": done.plan.flops_after / 1e3})
             print(f"# {label} ({calibration}): {done.record['seconds']:.0f} s", flush=True)
         for text in read_texts(args.text):
             results.append(compare([args.model, *(str(Path(folder) / str(i)) for i in range(len(WAYS)))], text, max_tokens=args.tokens,
@@ -59,13 +63,13 @@ def main() -> None:
     tokens = sum(r["tokens"] for r in results)
     pooled = lambda i, key: sum(r["models"][i][key] * r["tokens"] for r in results) / tokens
     base = pooled(0, "nll")
-    print(f"\n| conversion | calibration | cache | perplexity ratio | {' | '.join(r['text']['name'] for r in results)} | KL |")
-    print("|---|---|---|---|" + "---|" * (len(results) + 1))
+    print(f"\n| conversion | calibration | cache | kflop to read a token | perplexity ratio | {' | '.join(r['text']['name'] for r in results)} | KL |")
+    print("|---|---|---|---|---|" + "---|" * (len(results) + 1))
     for i, row in enumerate(rows, 1):
         row |= {"kv_ratio": results[0]["models"][i]["kv_ratio"], "ratio": float(torch.tensor(pooled(i, "nll") - base).exp()), "kl": pooled(i, "kl"),
                 "ratio_per_text": [r["models"][i]["ratio"] for r in results]}
         each = " | ".join(f"×{x:.3f}" for x in row["ratio_per_text"])
-        print(f"| {row['way']} | {row['calibration']} | {row['kv_ratio']:.1%} | **×{row['ratio']:.3f}** | {each} | {row['kl']:.3f} |")
+        print(f"| {row['way']} | {row['calibration']} | {row['kv_ratio']:.1%} | {row['kflop']:,.0f} | **×{row['ratio']:.3f}** | {each} | {row['kl']:.3f} |")
     print(f"\n{tokens:,} tokens predicted, windows of 512, float32, {device}; original perplexity {float(torch.tensor(base).exp()):.2f}")
     if args.json:
         write_json(args.json, {

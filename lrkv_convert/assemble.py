@@ -37,12 +37,12 @@ def convert_layer(layer: CalibratedLayer, metrics: LayerMetrics, plan: Plan, bas
         if weights.b_K is not None:
             factored["keys.bias"] = weights.b_K
     else:
-        fit = BASES[plan.key_base(base)](weights.W_K.double(), metrics.keys, shape.key_width, shape.key_rank, rotary=rotary)
+        fit = BASES[plan.key_base(base)](weights.W_K, metrics.keys, shape.key_width, shape.key_rank, rotary=rotary)
         if fit.gauge is not None:           # q (k gauge)^T = (q gauge^T) k^T
             weights = weights.replace(W_Q=torch.einsum("hgDe,hfe->hgDf", weights.W_Q.double(), fit.gauge),
                                       b_Q=None if weights.b_Q is None else torch.einsum("hge,hfe->hgf", weights.b_Q.double(), fit.gauge))
         factored, key_error = side_tensors("keys", fit, weights.b_K), fit.error
-    fit = BASES[base](weights.W_V.double(), metrics.values, shape.value_width, shape.value_rank)
+    fit = BASES[base](weights.W_V, metrics.values, shape.value_width, shape.value_rank)
     if fit.gauge is not None:               # (v gauge) W_O = v (gauge W_O)
         weights = weights.replace(W_O=torch.einsum("hef,hgfD->hgeD", fit.gauge, weights.W_O.double()))
     factored, errors = factored | side_tensors("values", fit, weights.b_V), {"keys": key_error, "values": fit.error}

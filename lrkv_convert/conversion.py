@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, check_finite, open_checkpoint
 from .device import pick_device, pick_dtype
 from .errors import LrkvError
 from .evaluate.load import load_model
-from .metrics import LayerMetrics, layer_metrics
+from .metrics import LayerMetrics
 from .options import Options
 from .plan import Plan
 from .report import conversion_record, converted_config, version, write_companions
@@ -138,7 +138,7 @@ def plan_budget(skeleton: Skeleton, geometry: Geometry, options: Options, stored
 
 def survey_layer(skeleton: Skeleton, geometry: Geometry, metric: str, store: Store, i: int) -> tuple[AttentionWeights, LayerMetrics]:
     layer = calibrated_layer(skeleton, store, i)
-    return layer.weights, layer_metrics(layer.weights, geometry, metric, layer.sums, layer.moments)
+    return layer.weights, LayerMetrics(layer.weights, geometry, metric, layer.sums, layer.moments)
 
 
 def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Store, options: Options, folder: Path, clock: Clock,
@@ -160,7 +160,7 @@ def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: St
         else:
             with clock("fit"):
                 layer = calibrated_layer(skeleton, store, i)
-                metrics = layer_metrics(layer.weights, geometry, options.metric, layer.sums, layer.moments)
+                metrics = LayerMetrics(layer.weights, geometry, options.metric, layer.sums, layer.moments)
                 fitted, attention = convert_layer(layer, metrics, plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
             with clock("write"):
                 for tensor, value in attention.items():

@@ -13,10 +13,10 @@
 No root of Sigma is ever taken. Every left vector that matters lies in the span of the A_h, q = [A_1 ... A_H] y, so the fit needs only the Gram
 matrix K = [A_1 ... A_H]^T [A_1 ... A_H] of n = H d columns, and W_shared = [W_1 M_1 ... W_H M_H] y comes back without an inverse.
 
-Everything is float64. Shapes: H heads, D width, d head width, m base width, r rank.
+Everything is float64, whatever W comes in. Shapes: H heads, D width, d head width, m base width, r rank.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,9 +50,14 @@ class Factors:
 
     def heads(self) -> Tensor:
         """The matrices the factors stand for, in the original gauge, (H, D, d)."""
-        W = (self.W_shared if self.C is None else self.W_shared @ self.C) if self.W_shared.shape[1] else 0
-        W = W + self.U @ self.B.mT                                                          # (H, D, d)
-        return W if self.gauge is None else W @ self.gauge
+        return torch.stack([self.head(h) for h in range(len(self.B))])
+
+    def head(self, h: int) -> Tensor:
+        """One of them, (D, d)."""
+        W = self.U[h] @ self.B[h].T
+        if self.W_shared.shape[1]:
+            W = W + (self.W_shared if self.C is None else self.W_shared @ self.C[h])
+        return W if self.gauge is None else W @ self.gauge[h]
 
 
 def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = SWEEPS) -> Factors:
@@ -60,10 +65,12 @@ def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweep
     H, D, d = W.shape
     weighted, K = _gram(W, metric)                                                          # (D, n), (n, n)
     y, V, history = _alternate(K, H, m, r, sweeps)                                          # (n, m), (H, d, r)
-    W_shared, QA = weighted @ y, (y.T @ K).view(m, H, d).transpose(0, 1)                    # (D, m), (H, m, d): Q^T A_h
+    W_shared, QA, total = weighted @ y, (y.T @ K).view(m, H, d).transpose(0, 1), K.diagonal().sum()     # (D, m), (H, m, d): Q^T A_h
+    del K
     # U_h B_h^T = Sigma^(-1/2) (A_h - Q Q^T A_h) V V^T M_h^-1
-    return _finish(W, metric, W_shared, QA @ metric.M.inverse if m else None, W @ metric.M.root @ V - W_shared @ (QA @ V), metric.M.inverse @ V,
-                   None, history)
+    U = torch.stack([part @ v - W_shared @ (qa @ v) for part, qa, v in zip(weighted.split(d, dim=1), QA, V)])
+    del weighted
+    return _finish(W, metric, W_shared, QA @ metric.M.inverse if m else None, U, metric.M.inverse @ V, None, total, history)
 
 
 def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2) -> list[float]:
@@ -83,9 +90,8 @@ def rotary_error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]],
 
 def _gram(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """[W_1 M_1 ... W_H M_H] (D, n) and K = [A_1 ... A_H]^T [A_1 ... A_H] (n, n), n = H d."""
-    weighted = (W @ metric.M.root).transpose(0, 1).flatten(1)                               # (D, n)
-    K = weighted.T @ (metric.sigma @ weighted)
-    return weighted, (K + K.T) / 2
+    weighted = torch.cat([w.double() @ M for w, M in zip(W, metric.M.root)], dim=1)         # (D, n)
+    return weighted, weighted.T @ (metric.sigma @ weighted)
 
 
 def _alternate(K: Tensor, H: int, m: int, r: int, sweeps: int, first: Tensor | None = None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
@@ -184,13 +190,14 @@ def aligned(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
 def mean(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = 0) -> Factors:
     """The plain mean as base, C = I, residuals truncated in the metric."""
     check_shape("mean", W.shape[0], W.shape[2], m, r)
-    return _residual_after(W, metric, W.mean(0), None, r)
+    return _residual_after(W, metric, W.double().mean(0), None, r)
 
 
 def pooled(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = 0) -> Factors:
     """Mean-pooled heads: m / d groups of heads share their mean; one group is multi-query, several are grouped-query attention."""
     H, D, d = W.shape
     check_shape("pooled", H, d, m, r)
+    W = W.double()
     groups = _groups(H, m // d)
     C = W.new_zeros(H, m, d)
     for g, members in enumerate(groups):
@@ -202,6 +209,7 @@ def grouped(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
     """One latent per group of about four heads, at least two groups (Palu's G-LRD), each m / groups wide."""
     H, D, d = W.shape
     check_shape("grouped", H, d, m, r)
+    W = W.double()
     groups = _groups(H, group_count(H))
     (weighted, K), rho = _gram(W, metric), m // len(groups)
     C, shared = W.new_zeros(H, m, d), []
@@ -240,7 +248,7 @@ UNALIGNED = ("aligned", "mean")     # bases with C = I
 def _residual_after(W: Tensor, metric: Metric, W_shared: Tensor, gauge: Tensor | None, r: int, inverse: Tensor | None = None) -> Factors:
     """Given base and gauge, the best residual: truncated SVD of Sigma^(1/2) (W_h - W_shared gauge_h) M_h, then taken into the gauge."""
     base = W_shared if gauge is None else W_shared @ gauge                                  # (D, d) or (H, D, d)
-    rest = (W - base) @ metric.M.root                                                       # (H, D, d), without Sigma
+    rest = (W.double() - base) @ metric.M.root                                              # (H, D, d), without Sigma
     V = _last(torch.linalg.eigh(rest.mT @ (metric.sigma @ rest)).eigenvectors, r)           # (H, d, r)
     U, B_T = rest @ V, V.mT @ metric.M.inverse                                              # (H, D, r), (H, r, d)
     if inverse is not None:
@@ -290,12 +298,13 @@ def _pair_maps(c: Tensor) -> Tensor:
     return torch.cat((torch.cat((a, b), -1), torch.cat((-b, a), -1)), -2)
 
 
-def _finish(W, metric, W_shared, C, U, B, gauge, history=()) -> Factors:
-    """The factors with their error, measured on what they stand for."""
-    def squared(E):
-        E = E @ metric.M.root                                                               # (H, D, d)
-        return sum((e * (metric.sigma @ e)).sum() for e in E).clamp_min(0)
+def _finish(W, metric, W_shared, C, U, B, gauge, total=None, history=()) -> Factors:
+    """The factors with their error, measured on what they stand for, a head at a time. total: sum_h || Sigma^(1/2) W_h M_h ||^2, if it is known."""
+    def squared(head):
+        parts = (head(h) @ metric.M.root[h] for h in range(len(W)))                         # (D, d) each
+        return sum((E * (metric.sigma @ E)).sum() for E in parts).clamp_min(0)
 
-    total = squared(W)
-    error = squared(W - Factors(W_shared, C, U, B, gauge, 0.0).heads())
-    return Factors(W_shared, C, U, B, gauge, (error / total).sqrt().item() if total > 0 else 0.0, history)
+    factors = Factors(W_shared, C, U, B, gauge, 0.0, history)
+    total = squared(lambda h: W[h].double()) if total is None else total
+    error = squared(lambda h: W[h].double() - factors.head(h))
+    return replace(factors, error=(error / total).sqrt().item() if total > 0 else 0.0)

@@ -42,12 +42,6 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class LayerMetrics:
-    keys: Metric
-    values: Metric
-
-
-@dataclass(frozen=True)
 class HeadMoments:
     """Gradient second moments per token of one layer, (H, d, d) float64 each (sensitivity.py)."""
 
@@ -64,11 +58,10 @@ def square_root(matrix: Tensor) -> Root:
     return Root((vectors * half.unsqueeze(-2)) @ vectors.mT, (vectors / half.unsqueeze(-2)) @ vectors.mT)
 
 
-def shrink(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
-    """Add a share of the mean eigenvalue to the diagonal."""
-    shrunk = sigma.clone()
-    shrunk.diagonal().add_(share * sigma.diagonal().mean())
-    return shrunk
+def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """A matrix of ours (n, n) with a share of its mean eigenvalue added to the diagonal, in place."""
+    sigma.diagonal().add_(share * sigma.diagonal().mean())
+    return sigma
 
 
 class MetricSums:
@@ -101,8 +94,9 @@ class MetricSums:
             self.queries += torch.einsum("hgte,hgtf->hef", q, q)                            # (H, d, d)
 
     def state(self) -> dict:
-        """The sums alone, as plain tensors."""
-        return {name: getattr(self, name) for name in ("inputs", "keys", "values", "queries", "tokens")}
+        """The sums alone, as plain float32 tensors: what shrinkage adds is far above their rounding."""
+        sums = {name: getattr(self, name) for name in ("inputs", "keys", "values", "queries")}
+        return {"tokens": self.tokens, **{name: value if value is None else value.float() for name, value in sums.items()}}
 
 
 def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
@@ -116,26 +110,52 @@ def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
     return gram
 
 
-def layer_metrics(weights: AttentionWeights, geometry: Geometry, name: str = "attention", sums: dict | None = None,
-                  moments: HeadMoments | None = None) -> LayerMetrics:
-    """The metrics called `name`, from `MetricSums.state()`. Without sums (no calibration text) inputs are taken as white and queries follow
-    from W_Q; "fisher" needs moments."""
-    H, D, d, device = geometry.kv_heads, geometry.width, geometry.head_dim, weights.W_K.device
-    white, heads = torch.eye(D, dtype=torch.float64, device=device), geometry.kv_heads * geometry.groups
-    if name in ("whitened", "plain"):
-        identity = torch.eye(d, dtype=torch.float64, device=device).expand(H, d, d)
-        metric = Metric(shrink(sums["inputs"] / sums["tokens"]) if name == "whitened" and sums else white, Root(identity, identity))
-        return LayerMetrics(metric, metric)
-    if name == "fisher":
-        keys, values = moments.keys, moments.values
-    else:
-        W_Q, W_O = weights.W_Q.double(), weights.W_O.double()
-        queries = sums["queries"] / sums["tokens"] if sums else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
-        keys = rotation_average(queries) if geometry.rotary else queries
-        values = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                   # (H, d, d)
-    # per token and query head, so that errors of different layers compare
-    sigma_K, sigma_V = (shrink(sums[side] / (heads * sums["tokens"])) if sums else white for side in ("keys", "values"))
-    return LayerMetrics(Metric(sigma_K, square_root(keys)), Metric(sigma_V, square_root(values)))
+@dataclass(frozen=True)
+class LayerMetrics:
+    """The metrics called `name` of one layer's keys and values, each made when it is asked for: they are large.
+
+    sums: `MetricSums.state()`; without them (no calibration text) inputs are taken as white and queries follow from W_Q. "fisher" needs moments.
+    """
+
+    weights: AttentionWeights
+    geometry: Geometry
+    name: str = "attention"
+    sums: dict | None = None
+    moments: HeadMoments | None = None
+
+    @property
+    def keys(self) -> Metric:
+        M = None
+        if self.name == "fisher":
+            M = self.moments.keys
+        elif self.name == "attention":
+            W_Q = self.weights.W_Q.double()
+            M = self.sums["queries"].double() / self.sums["tokens"] if self.sums else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
+            M = rotation_average(M) if self.geometry.rotary else M
+        return Metric(self._sigma("keys"), self._root(M))
+
+    @property
+    def values(self) -> Metric:
+        M = None
+        if self.name == "fisher":
+            M = self.moments.values
+        elif self.name == "attention":
+            W_O = self.weights.W_O.double()
+            M = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                    # (H, d, d)
+        return Metric(self._sigma("values"), self._root(M))
+
+    def _sigma(self, side: str) -> Tensor:
+        name = {"plain": None, "whitened": "inputs"}.get(self.name, side)
+        if not self.sums or name is None:
+            return torch.eye(self.geometry.width, dtype=torch.float64, device=self.weights.W_K.device)
+        # per token and, where heads attend, per query head, so that errors of different layers compare
+        count = self.sums["tokens"] * (1 if name == "inputs" else self.geometry.kv_heads * self.geometry.groups)
+        return shrunk(self.sums[name].double().div_(count))
+
+    def _root(self, M: Tensor | None) -> Root:
+        H, d = self.geometry.kv_heads, self.geometry.head_dim
+        identity = torch.eye(d, dtype=torch.float64, device=self.weights.W_K.device).expand(H, d, d)
+        return Root(identity, identity) if M is None else square_root(M)
 
 
 def rotation_average(M: Tensor) -> Tensor:

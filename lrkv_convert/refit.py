@@ -33,7 +33,7 @@ def refit_output(layer: CalibratedLayer, attention: nn.Module, output: str, W_O:
         gram += o_hat.T @ o_hat
         cross += o_hat.T @ o
     hook.remove()
-    pull, flat = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny), W_O.reshape(n, -1).double()                # (H G d, D)
+    pull = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(pull)
-    wanted = cross @ layer.weights.W_O.reshape(n, -1).double() + pull * flat
+    wanted = cross @ layer.weights.W_O.reshape(n, -1).double() + pull * W_O.reshape(n, -1).double()         # (H G d, D)
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram)).view(W_O.shape)

@@ -40,6 +40,6 @@ def survey(layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]]
 
 def curve(W: torch.Tensor, metric: Metric, geometry: Geometry, cap: int, weight: float, keys: str = "joint") -> Curve:
     """Predicted loss along one side's path of widths and ranks: weight * (half the squared error in the Fisher metric) ** EXPONENT."""
-    shapes, W = candidates(geometry, cap, keys), W.double()
+    shapes = candidates(geometry, cap, keys)
     errors = [0.0] if keys == "full" else rotary_error_curve(W, metric, shapes) if keys == "rotary" else error_curve(W, metric, shapes)
     return [Point(m, r, m + geometry.kv_heads * r, weight * (error / 2) ** EXPONENT) for (m, r), error in zip(shapes, errors)]

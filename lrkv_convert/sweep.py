@@ -31,7 +31,7 @@ from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
 from .evaluate.load import load_model
 from .factorise import group_count
-from .metrics import METRICS, layer_metrics
+from .metrics import METRICS, LayerMetrics
 from .plan import LayerPlan, Plan
 from .report import converted_config
 from .sensitivity import WINDOWS, head_moments
@@ -134,7 +134,7 @@ def build(original: PreTrainedModel, skeleton: Skeleton, plan: Plan, metric: str
     state = dict(original.named_parameters())
     for i in range(plan.geometry.layers):
         prefix, layer = adapter.module(i), calibrated_layer(skeleton, store, i)
-        metrics = layer_metrics(layer.weights, plan.geometry, metric, layer.sums, layer.moments)
+        metrics = LayerMetrics(layer.weights, plan.geometry, metric, layer.sums, layer.moments)
         _, attention = convert_layer(layer, metrics, plan, base, adapter, model.get_submodule(prefix.rstrip(".")), refit)
         state |= {prefix + name: tensor.float() for name, tensor in attention.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

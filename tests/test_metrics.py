@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.metrics import FLOOR, rotation_average, shrink, square_root
+from lrkv_convert.metrics import FLOOR, rotation_average, shrunk, square_root
 from lrkv_convert.store import Store
 
 FLOAT32 = 1e-5      # sums are float32 products
@@ -27,7 +27,7 @@ def test_zero_energy_directions_do_not_blow_up():
 
 
 def test_shrinkage_adds_a_share_of_the_mean_eigenvalue():
-    assert torch.allclose(shrink(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+    assert torch.allclose(shrunk(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0])))
 
 
 def test_rotation_average_is_the_mean_over_angles():

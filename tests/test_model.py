@@ -173,7 +173,7 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     from lrkv_convert.assemble import convert_layer, empty_target
     from lrkv_convert.calibrate import CalibratedLayer
     from lrkv_convert.conversion import open_model
-    from lrkv_convert.metrics import layer_metrics
+    from lrkv_convert.metrics import LayerMetrics
     from lrkv_convert.plan import uniform_plan
     from lrkv_convert.report import converted_config
     for family in ("llama-bias", "qwen2", "gpt2"):
@@ -182,7 +182,7 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
         plan = uniform_plan(geometry, 8, rank=20, force=True)
         target = empty_target(converted_config(checkpoint, adapter, plan, torch.float64, "aligned"))
         layer = CalibratedLayer(0, adapter.split(checkpoint.tensor, 0, checkpoint.config).to(torch.float64))
-        _, tensors = convert_layer(layer, layer_metrics(layer.weights, geometry), plan, "aligned", adapter,
+        _, tensors = convert_layer(layer, LayerMetrics(layer.weights, geometry), plan, "aligned", adapter,
                                    target.get_submodule(adapter.module(0).rstrip(".")), refit=False)
         q_name = "q_attn.weight" if family == "gpt2" else "q_proj.weight"
         assert relative(tensors[q_name], adapter.join(layer.weights)[q_name]) > 0.1         # the gauge is not the trivial one
