@@ -7,18 +7,25 @@ Nothing is tuned on the texts it measures on; give others than those of --calibr
 """
 import argparse
 import datetime
+import math
 import platform
 import tempfile
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils import logging
 
-from lrkv_convert import convert
-from lrkv_convert.calibrate import read_texts
+from lrkv_convert.calibrate import Skeleton, read_texts, window_length, windows
+from lrkv_convert.conversion import observe, open_model, plan_budget
 from lrkv_convert.device import pick_device
-from lrkv_convert.evaluate import compare, load_tokenizer
+from lrkv_convert.evaluate.compare import measure, text_windows
+from lrkv_convert.evaluate.load import load_model, load_tokenizer
+from lrkv_convert.options import Options
+from lrkv_convert.store import Store
+from lrkv_convert.sweep import build
 from lrkv_convert.writer import write_json
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
@@ -27,16 +34,44 @@ WAYS = [    # (label, calibration text, options)
     ("default: half the cache", GIVEN, {}),
     ("`--cache-ratio 0.42`", GIVEN, {"cache_ratio": 0.42}),
     ("default: half the cache", BUILT_IN, {}),
+    ("`--cache-ratio 0.58`", BUILT_IN, {"cache_ratio": 0.58}),
     ("`--rank 16`", GIVEN, {"rank": 16}),
     ("`--rank-k 8 --rank-v 24`", GIVEN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank 16 --base aligned`", GIVEN, {"rank": 16, "base": "aligned"}),
     ("`--rank 16 --base mean`", GIVEN, {"rank": 16, "base": "mean"}),
-    ("`--rank 16 --base mean --calibration none`", NONE, {"rank": 16, "base": "mean"}),
+    ("`--rank 16 --base mean --calibration none`", NONE, {"rank": 16, "base": "mean", "calibration": []}),
     ("`--cache-ratio 0.58 --keys per-head`", GIVEN, {"cache_ratio": 0.58, "keys": "per-head"}),
     ("`--cache-ratio 0.58 --keys rotary`", GIVEN, {"cache_ratio": 0.58, "keys": "rotary"}),
     ("`--cache-ratio 0.75 --keys full`", GIVEN, {"cache_ratio": 0.75, "keys": "full"}),
 ]
+
+
+class Workbench:
+    """One calibration per set of texts, and the original beside everything converted from it."""
+
+    def __init__(self, model: str, given: list[str], tokens: int, device: torch.device, folder: Path):
+        checkpoint, adapter = open_model(model)
+        self.geometry, self.skeleton = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, device)
+        self.original, self.tokens, self.folder, self.texts = load_model(model, device, torch.float32), tokens, folder, {GIVEN: given, BUILT_IN: [BUILT_IN]}
+
+    @cache
+    def store(self, calibration: str) -> Store:
+        store = Store(self.folder / calibration, {})
+        if calibration != NONE:
+            texts = read_texts(self.texts[calibration])
+            checkpoint = self.skeleton.checkpoint
+            rows = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), self.tokens)
+            observe(self.skeleton, self.geometry, rows, "fisher", store, lambda *_: None)
+        return store
+
+    def convert(self, calibration: str, fields: dict):
+        """(plan, model): what `lrkv convert` with these options writes, in memory and float32."""
+        options, store = Options(**fields), self.store(calibration)
+        options.check(self.geometry, self.skeleton.checkpoint.config)
+        plan = options.uniform_plan(self.geometry, 4) or plan_budget(self.skeleton, self.geometry, options, torch.float32, store, lambda *_: None)
+        metric = "attention" if calibration == NONE else options.metric
+        return plan, build(self.original, self.skeleton, plan, metric, store, options.base, options.refit)
 
 
 def main() -> None:
@@ -45,32 +80,37 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=8704, help="of each text")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()
-    device, tokenizer = pick_device("auto"), load_tokenizer(args.model)
-    rows, results = [], []
+    device, tokenizer, results = pick_device("auto"), load_tokenizer(args.model), []
     with tempfile.TemporaryDirectory() as folder:
-        for i, (label, calibration, options) in enumerate(WAYS):
-            texts = {GIVEN: args.calibration, BUILT_IN: None, NONE: []}[calibration]
-            done = convert(args.model, Path(folder) / str(i), calibration=texts, dtype="float32", device=str(device), **options)
-            rows.append({"way": label, "calibration": calibration, "seconds": done.record["seconds"], "peak_memory_bytes": done.record["peak_memory_bytes"],
-                         "kflop": done.plan.flops_after / 1e3})
-            print(f"# {label} ({calibration}): {done.record['seconds']:.0f} s", flush=True)
+        bench = Workbench(args.model, args.calibration, args.calibration_tokens, device, Path(folder))
+        rows, models = [], [bench.original]
+        for label, calibration, options in WAYS:
+            began = time.perf_counter()
+            plan, model = bench.convert(calibration, options)
+            models.append(model)
+            rows.append({"way": label, "calibration": calibration, "kv_ratio": plan.ratio, "kflop": plan.flops_after / 1e3})
+            print(f"# {label} ({calibration}): {time.perf_counter() - began:.0f} s", flush=True)
         for text in read_texts(args.text):
-            results.append(compare([args.model, *(str(Path(folder) / str(i)) for i in range(len(WAYS)))], text, max_tokens=args.tokens,
-                                   device=device, dtype=torch.float32))
+            ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])[:args.tokens]
+            sums, predicted = measure(models, text_windows(ids, 512, 1))
+            results.append({"text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted,
+                            "models": [{"nll": s.nll / predicted, "kl": s.kl / predicted} for s in sums]})
     tokens = sum(r["tokens"] for r in results)
     pooled = lambda i, key: sum(r["models"][i][key] * r["tokens"] for r in results) / tokens
     base = pooled(0, "nll")
     print(f"\n| conversion | calibration | cache | kflop to read a token | perplexity ratio | {' | '.join(r['text']['name'] for r in results)} | KL |")
     print("|---|---|---|---|---|" + "---|" * (len(results) + 1))
     for i, row in enumerate(rows, 1):
-        row |= {"kv_ratio": results[0]["models"][i]["kv_ratio"], "ratio": float(torch.tensor(pooled(i, "nll") - base).exp()), "kl": pooled(i, "kl"),
-                "ratio_per_text": [r["models"][i]["ratio"] for r in results]}
+        row |= {"ratio": math.exp(pooled(i, "nll") - base), "kl": pooled(i, "kl"),
+                "ratio_per_text": [math.exp(r["models"][i]["nll"] - r["models"][0]["nll"]) for r in results]}
         each = " | ".join(f"×{x:.3f}" for x in row["ratio_per_text"])
         print(f"| {row['way']} | {row['calibration']} | {row['kv_ratio']:.1%} | {row['kflop']:,.0f} | **×{row['ratio']:.3f}** | {each} | {row['kl']:.3f} |")
-    print(f"\n{tokens:,} tokens predicted, windows of 512, float32, {device}; original perplexity {float(torch.tensor(base).exp()):.2f}")
+    print(f"\n{tokens:,} tokens predicted, windows of 512, float32, {device}; original perplexity {math.exp(base):.2f}; "
+          f"the original reads a token back with {plan.flops_before / 1e3:,.0f} kflop")
     if args.json:
         write_json(args.json, {
             "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",

@@ -14,8 +14,8 @@ class Refusals(TyperGroup):
         signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill cleans up as Ctrl-C does
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted; nothing was left behind", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(stop if stop.args and isinstance(stop.args[0], str) else "interrupted; nothing was left behind", file=sys.stderr)
             ctx.exit(130)
         except Exception as error:
             if type(error).__name__ == "LrkvError":     # by name: importing the class would import torch

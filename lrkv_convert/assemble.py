@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from .adapters import Adapter
 from .calibrate import CalibratedLayer, empty
+from .device import give_back_memory
 from .factorise import BASES, Factors
 from .metrics import LayerMetrics
 from .modeling import FAMILIES
@@ -47,6 +48,7 @@ def convert_layer(layer: CalibratedLayer, metrics: LayerMetrics, plan: Plan, bas
         weights = weights.replace(W_O=torch.einsum("hef,hgfD->hgeD", fit.gauge, weights.W_O.double()))
     factored, errors = factored | side_tensors("values", fit, weights.b_V), {"keys": key_error, "values": fit.error}
     del fit
+    give_back_memory()
     if refit and layer.inputs and max(errors.values()) > NOTHING_LOST:
         state = {name: tensor.float() for name, tensor in (adapter.join(weights) | factored).items()}
         attention.load_state_dict(state, strict=False, assign=True)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter, AttentionWeights, Geometry
 from .checkpoint import Checkpoint
+from .device import give_back_memory
 from .errors import LrkvError
 from .metrics import HeadMoments, MetricSums
 from .store import Store
@@ -150,6 +151,7 @@ class Skeleton:
             yield layer
         finally:
             empty(layer)
+            give_back_memory()
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .adapters import Adapter, AttentionWeights, Geometry, adapter_for
 from .allocate import allocate
@@ -23,7 +24,7 @@ from .assemble import convert_layer, empty_target, tensor_shapes
 from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, chosen_rows, read_texts, sample_text, window_length,
                         windows)
 from .checkpoint import Checkpoint, check_finite, open_checkpoint
-from .device import pick_device, pick_dtype
+from .device import give_back_memory, pick_device, pick_dtype
 from .errors import LrkvError
 from .evaluate.load import load_model
 from .metrics import LayerMetrics
@@ -152,28 +153,35 @@ def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: St
             if not tensor.startswith(adapter.layer_path + "."):
                 writer.add(tensor, checkpoint.tensor(tensor))
     for i in range(geometry.layers):
-        prefix = adapter.module(i)
-        names = [tensor for tensor in writer.shapes if tensor.startswith(f"{adapter.layer_path}.{i}.")]
-        if f"fitted-{i}" in store:          # by an earlier run, which was killed: its tensors are in place
-            for tensor in names:
-                writer.done(tensor)
-        else:
-            with clock("fit"):
-                layer = calibrated_layer(skeleton, store, i)
-                metrics = LayerMetrics(layer.weights, geometry, options.metric, layer.sums, layer.moments)
-                fitted, attention = convert_layer(layer, metrics, plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
-            with clock("write"):
-                for tensor, value in attention.items():
-                    writer.add(prefix + tensor, check_finite(prefix + tensor, value.to(stored)))
-                for tensor in names:
-                    if tensor.removeprefix(prefix) not in attention:
-                        writer.add(tensor, checkpoint.tensor(tensor))
-                store.save(f"fitted-{i}", fitted)
-                store.remove(f"layer-{i}")
+        if f"fitted-{i}" not in store:
+            write_layer(skeleton, plan, stored, store, options, target, writer, i, clock)
+            give_back_memory()
+        else:           # by an earlier run, which was killed: its tensors are in place
+            for tensor in writer.shapes:
+                if tensor.startswith(f"{adapter.layer_path}.{i}."):
+                    writer.done(tensor)
         errors.append(store.load(f"fitted-{i}"))
         progress("converting", i + 1, geometry.layers)
     writer.finish()
     return errors
+
+
+def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Store, options: Options, target: PreTrainedModel, writer: ShardWriter,
+                i: int, clock: Clock) -> None:
+    """Fit layer i and write all of its tensors. target: the converted model, whose attention module is filled for a while."""
+    adapter, prefix = skeleton.adapter, skeleton.adapter.module(i)
+    with clock("fit"):
+        layer = calibrated_layer(skeleton, store, i)
+        metrics = LayerMetrics(layer.weights, plan.geometry, options.metric, layer.sums, layer.moments)
+        errors, attention = convert_layer(layer, metrics, plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
+    with clock("write"):
+        for name, value in attention.items():
+            writer.add(prefix + name, check_finite(prefix + name, value.to(stored)))
+        for name in writer.shapes:
+            if name.startswith(f"{adapter.layer_path}.{i}.") and name.removeprefix(prefix) not in attention:
+                writer.add(name, skeleton.checkpoint.tensor(name))
+        store.save(f"fitted-{i}", errors)
+        store.remove(f"layer-{i}")
 
 
 def fingerprint(checkpoint: Checkpoint, options: Options, texts: list[Text], stored: torch.dtype) -> dict:

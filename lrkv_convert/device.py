@@ -1,4 +1,6 @@
-"""Devices and dtypes as users name them."""
+"""Devices, their memory, and dtypes as users name them."""
+import ctypes
+
 import torch
 
 from .errors import LrkvError
@@ -26,3 +28,11 @@ def pick_dtype(name: str) -> torch.dtype | str:
     if name != "auto" and name not in DTYPES:
         raise LrkvError(f"unknown dtype {name!r}", f"choose from auto, {', '.join(DTYPES)}")
     return DTYPES.get(name, name)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system. glibc keeps freed blocks of up to 32 MB for itself, which adds up over the layers of a large model."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):       # another C library
+        pass

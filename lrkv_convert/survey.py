@@ -26,14 +26,14 @@ def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tupl
 
 def survey(layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]], geometry: Geometry, caps: tuple[int, int], keys: str, store: Store,
            progress: Callable[[int], None] = lambda *_: None) -> list[tuple[Curve, Curve]]:
-    """(keys, values) curves of every layer; keys: their form (plan.KEYS). Finished layers are kept in the store as "curves-i"."""
+    """(keys, values) curves of every layer; keys: their form (plan.KEYS). Finished layers are kept in the store."""
     curves = []
     for i, layer in enumerate(layers):
-        if f"curves-{i}" not in store:
+        if (name := f"curves-{keys}-{i}") not in store:
             weights, metrics = layer()
-            store.save(f"curves-{i}", [[astuple(point) for point in side] for side in (
+            store.save(name, [[astuple(point) for point in side] for side in (
                 curve(weights.W_K, metrics.keys, geometry, caps[0], KEY_WEIGHT, keys), curve(weights.W_V, metrics.values, geometry, caps[1], 1.0))])
-        curves.append(tuple([Point(*point) for point in side] for side in store.load(f"curves-{i}")))
+        curves.append(tuple([Point(*point) for point in side] for side in store.load(name)))
         progress(i + 1)
     return curves
 

@@ -13,6 +13,7 @@ Every method is a shape of the same factorisation (factorise.py), so all are con
 A method may name its metric, as in `latent:whitened`, Palu's own. No method but budget differs between layers.
 """
 import csv
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -69,7 +70,7 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
           progress: Callable[[str, int, int], None] = lambda *_: None) -> dict:
     """Convert `model` at every rank by every method in memory and measure each on `text`. Returns what `save` writes. Raises LrkvError.
 
-    Both models are held in memory: this is for choosing on a model that fits there twice, in float32.
+    The original and one rank's conversions are held in memory, in float32; what they do not change is shared.
     """
     checkpoint, adapter = open_model(model)
     geometry = adapter.geometry(checkpoint.config)
@@ -91,16 +92,18 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
         store = Store(Path(folder), {})
         calibrate(skeleton, geometry, tokens, {metric for _, metric in chosen}, store, rows, lambda done, total: progress("calibrating", done, total))
         head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))
-        for i, (rank, (method, metric)) in enumerate((r, m) for r in ranks for m in chosen):
-            plan = budget_plan(rank, skeleton, geometry, store) if method == "budget" else matching_plan(method, rank, geometry)
-            converted = build(original, skeleton, plan, metric, store, METHODS[method][0] if method != "budget" else "joint", refit)
-            (base, other), predicted = measure([original, converted], batches)
-            nll = [s.nll / predicted for s in (base, other)]
-            outcomes.append(Outcome(method, metric, rank, plan.ratio, float(torch.tensor(nll[1]).exp()), float(torch.tensor(nll[1] - nll[0]).exp()),
-                                    other.kl / predicted))
-            progress("sweeping", i + 1, total)
+        for i, rank in enumerate(ranks):
+            plans, models = [], []
+            for j, (method, metric) in enumerate(chosen):
+                plans.append(budget_plan(rank, skeleton, geometry, store) if method == "budget" else matching_plan(method, rank, geometry))
+                models.append(build(original, skeleton, plans[-1], metric, store, METHODS[method][0] if method != "budget" else "joint", refit))
+                progress("sweeping", i * len(chosen) + j + 1, total)
+            (base, *sums), predicted = measure([original, *models], batches)
+            for (method, metric), plan, other in zip(chosen, plans, sums):
+                outcomes.append(Outcome(method, metric, rank, plan.ratio, math.exp(other.nll / predicted), math.exp((other.nll - base.nll) / predicted),
+                                        other.kl / predicted))
     return {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "refit": refit,
-            "calibration_tokens": tokens.numel(), "base_perplexity": float(torch.tensor(base.nll / predicted).exp()),
+            "calibration_tokens": tokens.numel(), "base_perplexity": math.exp(base.nll / predicted),
             "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]), "points": [asdict(o) for o in outcomes]}
 
 

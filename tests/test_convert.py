@@ -266,7 +266,7 @@ def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("moment, kept", [("forward", "layer-0"), ("entering-2", "layer-1"), ("moments-1", "layer-1"), ("backward", "moments-1"),
-                                          ("curves-0", "curves-0"), ("fitted-0", "fitted-0")])
+                                          ("curves-joint-0", "curves-joint-0"), ("fitted-0", "fitted-0")])
 def test_a_killed_conversion_goes_on_and_ends_the_same(moment, kept, tiny, converted, tmp_path):
     """Killed right after `moment` was first saved: the second run does not work out again what was `kept`, and writes the same bytes."""
     code = f"""

@@ -263,6 +263,23 @@ def test_a_disk_that_fills_in_mid_write(source, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_after_calibration_says_how_to_go_on(source, tmp_path, stop):
+    """What took long is kept, and the same command takes it up; with other options it is begun anew."""
+    code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out")).replace('"--calibration", "none"', '"--calibration-tokens", "1024"')
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline().strip() == "fitting"
+    time.sleep(0.2)
+    child.send_signal(stop)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in errors
+    assert "interrupted" in errors and "same command" in errors and str(tmp_path / "out.partial") in errors
+    assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial" / "work").glob("moments-*.pt"))
+    done = runner.invoke(app, ["convert", str(source), "--out", str(tmp_path / "out"), "--rank", "5", "--calibration", "none"])
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
     code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out"))
@@ -323,3 +340,33 @@ def test_compare_refuses_an_empty_text(tiny, tmp_path):
     result = runner.invoke(app, ["eval", str(tiny()), "--text", str(tmp_path / "text.txt")])
     assert result.exit_code == 1 and "empty or too short" in result.stderr
 
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--keys", "some"], "unknown form of keys"),
+    (["--keys", "rotary", "--base", "aligned"], "joint base only"),
+    (["--keys", "per-head", "--base-width-k", "20"], "how wide keys are"),
+    (["--keys", "full", "--rank-k", "3"], "how wide keys are"),
+    (["--keys", "full", "--cache-ratio", "0.4"], "below the smallest plan"),
+])
+def test_forms_of_keys_that_do_not_fit(source, tmp_path, options, says):
+    refused(source, tmp_path / "out", *options, says=says)
+
+
+def test_rotary_keys_need_rope_that_stays(tiny, tmp_path):
+    from lrkv_convert import LrkvError, convert
+    with pytest.raises(LrkvError, match="needs RoPE"):
+        convert(str(tiny("gpt2")), tmp_path / "out", keys="rotary", rank=7)
+    copy = tmp_path / "model"
+    shutil.copytree(tiny(), copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LrkvError, match="dynamic RoPE"):
+        convert(str(copy), tmp_path / "out", keys="rotary", rank=7)
+
+
+def test_a_base_width_alone_asks_for_a_rank(tiny, tmp_path):
+    from lrkv_convert import LrkvError, convert
+    with pytest.raises(LrkvError, match="needs a rank"):
+        convert(str(tiny()), tmp_path / "out", base_width=33)
