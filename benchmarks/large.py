@@ -60,18 +60,19 @@ def main() -> None:
             make(place / "source", args.layers)
         subprocess.run([sys.executable, "-c", CONVERT, str(place / "source"), "--out", str(place / "out"), "--overwrite", *options], check=True)
         record = json.loads((place / "out" / "lrkv.json").read_text())
+        layers = json.loads((place / "source" / "config.json").read_text())["num_hidden_layers"]
         size = sum(f.stat().st_size for f in (place / "source").glob("*.safetensors"))
     layer = 4 * (4 * 4096**2 + 3 * 4096 * 11008)                        # in the float32 it is run in
     # hidden states of all windows, and inputs and head outputs of one layer; hidden states and gradients of the gradient windows are no more
     activations = 3 * 4 * 4096 * record["calibration"]["tokens"]
     peak, bound = record["peak_memory_bytes"], 1.5e9 + 3 * layer + activations
-    print(f"checkpoint {size / 1e9:.2f} GB, {args.layers} layers; peak memory {peak / 1e9:.2f} GB = {peak / size:.0%} of it; "
+    print(f"checkpoint {size / 1e9:.2f} GB, {layers} layers; peak memory {peak / 1e9:.2f} GB = {peak / size:.0%} of it; "
           f"bound 1.5 GB + 3 layers of {layer / 1e9:.2f} GB + activations = {bound / 1e9:.2f} GB; {record['seconds']:.0f} s")
     print(f"options: {' '.join(options)}; seconds per stage: {record['seconds_per_stage']}")
     if args.json:
         write_json(args.json, {
             "date": datetime.date.today().isoformat(), "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "layers": args.layers, "options": options,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "layers": layers, "options": options,
             "checkpoint_bytes": size, "bound_bytes": int(bound), **{k: record[k] for k in ("peak_memory_bytes", "seconds", "seconds_per_stage")}})
 
 

@@ -44,6 +44,14 @@ def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[
     return [(m, 0) for m in widths] + [(cap, r) for r in ranks if cap + H * r <= H * d]
 
 
+def check_floor(geometry: Geometry, caps: tuple[int, int], keys: str, cache_ratio: float) -> None:
+    """Raise LrkvError for a budget below the smallest plan there is. caps: the widest bases of keys and values."""
+    H, d = geometry.kv_heads, geometry.head_dim
+    smallest = [min(m + H * r for m, r in candidates(geometry, cap, form)) for cap, form in zip(caps, (keys, "joint"))]
+    if sum(smallest) > cache_ratio * 2 * H * d:
+        raise LrkvError(f"a cache ratio of {cache_ratio} is below the smallest plan", f"the floor of this model is {sum(smallest) / (2 * H * d):.3f}")
+
+
 def hull(curve: Curve) -> Curve:
     """The lower convex hull of a curve, by numbers: the points worth stopping at."""
     kept: Curve = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .adapters import Adapter, AttentionWeights, Geometry
 from .checkpoint import Checkpoint
@@ -42,11 +42,12 @@ class Text:
 
 
 def read_texts(paths: list[str]) -> list[Text]:
-    """Texts from files and folders (every *.txt and *.md inside), or the text that ships with this package. Raises LrkvError."""
-    if paths == [BUILT_IN]:
-        return [Text(BUILT_IN, resources.files("lrkv_convert").joinpath("data/calibration.txt").read_text(encoding="utf-8"))]
+    """Texts from files and folders (every *.txt and *.md inside), and BUILT_IN for the text that ships with this package. Raises LrkvError."""
     texts = []
     for path in map(Path, paths):
+        if str(path) == BUILT_IN:
+            texts.append(Text(BUILT_IN, resources.files("lrkv_convert").joinpath("data/calibration.txt").read_text(encoding="utf-8")))
+            continue
         files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
         if not files:
             raise LrkvError(f"{path} holds no .txt or .md file", "give text files, or a folder of them")
@@ -64,11 +65,12 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
     """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token."""
     length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
     starts = tokenizer.eos_token_id if starts is None else starts
-    rows = []
+    rows, documents = [], tokens // length + 2          # decoding and tokenising again may lose a few tokens
+    model.generation_config = GenerationConfig()        # its own may bend the distribution
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for n in range(0, tokens // length + 1, SAMPLED_AT_ONCE):
-            count = min(SAMPLED_AT_ONCE, tokens // length + 1 - n)
+        for n in range(0, documents, SAMPLED_AT_ONCE):
+            count = min(SAMPLED_AT_ONCE, documents - n)
             first = torch.randint(len(tokenizer), (count, 1)) if starts is None else torch.full((count, 1), starts)
             rows.extend(model.generate(first.to(model.device), attention_mask=torch.ones_like(first).to(model.device), do_sample=True, temperature=1.0, top_k=0,
                                        top_p=1.0, max_new_tokens=length - 1, eos_token_id=None, pad_token_id=0))
@@ -233,10 +235,11 @@ def chosen_rows(tokens: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Collection[str], store: Store, keep: Tensor | None = None,
-              progress: Callable[[int, int], None] = lambda *_: None) -> None:
+              activations: bool = True, progress: Callable[[int, int], None] = lambda *_: None) -> None:
     """Run every layer on all windows (n, T) and save what `calibrated_layer` reads, for the metrics called `wanted`.
 
-    keep: indices of windows whose hidden states before each layer are saved too, as "entering-i", and after the last as "entering-L".
+    keep: indices of windows whose hidden states before each layer are saved too, as "entering-i", and after the last as "entering-L". activations:
+    whether inputs and heads are saved, which only the refit reads.
     """
     if f"entering-{geometry.layers}" in store:
         return
@@ -251,13 +254,14 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
         def see(module, args, kwargs, output):
             arguments.update(kwargs)
             x = arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-            inputs.append(x.to(KEPT_AS))
+            if activations:
+                inputs.append(x.to(KEPT_AS))
             sums.add(x[0], output[1][0])
 
         with skeleton.layer(i) as layer:
             attention = layer.get_submodule(adapter.attention)
             hooks = [attention.register_forward_hook(see, with_kwargs=True),
-                     attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0].to(KEPT_AS)))]
+                     attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0].to(KEPT_AS)) if activations else None)]
             for n in range(len(hidden)):
                 output = layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs)
                 hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output
@@ -273,7 +277,7 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
 
 
 def calibrated_layer(skeleton: Skeleton, store: Store, i: int) -> CalibratedLayer:
-    """Layer i as far as the store knows it: weights alone when nothing was calibrated."""
+    """Layer i as far as the store knows it: weights alone where there was no text."""
     checkpoint, device = skeleton.checkpoint, skeleton.device
     there = lambda value: value.to(device) if isinstance(value, Tensor) else value
     weights = skeleton.adapter.split(checkpoint.tensor, i, checkpoint.config).to(device)

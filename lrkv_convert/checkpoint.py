@@ -22,12 +22,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: its name there, its shape and dtype."""
+    """A tensor in a safetensors file: its name there, its shape and dtype (None for one that no model here could use)."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def read(self) -> torch.Tensor:
         """The file is opened for this tensor alone: what an open file has read counts as memory of the process until it is closed."""
@@ -184,7 +184,7 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():
                     part = handle.get_slice(name)
-                    dtype = SAFETENSORS_DTYPES[part.get_dtype()]
+                    dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                     tensors[name] = Stored(file, name, tuple(part.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
             raise LrkvError(f"{source}: {file.name} is truncated or corrupt: {first_line(error)}", "download it again") from error

@@ -4,6 +4,7 @@
 
 Layer by layer throughout, and every finished step lies in a Store inside the unfinished folder, so that a killed conversion goes on from there.
 """
+import hashlib
 import resource
 import tempfile
 import time
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import Adapter, AttentionWeights, Geometry, adapter_for
-from .allocate import allocate
+from .allocate import allocate, check_floor
 from .assemble import convert_layer, empty_target, tensor_shapes
 from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, chosen_rows, read_texts, sample_text, window_length,
                         windows)
@@ -34,7 +35,7 @@ from .report import conversion_record, converted_config, version, write_companio
 from .sensitivity import WINDOWS, head_moments
 from .store import Store
 from .survey import survey, width_caps
-from .writer import WORK, ShardWriter, check_output, new_folder
+from .writer import ShardWriter, check_output, new_folder
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
 
@@ -61,12 +62,14 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     geometry, stored = adapter.geometry(checkpoint.config), stored_dtype(checkpoint, adapter, options.dtype)
     options.check(geometry, checkpoint.config)
     plan = options.uniform_plan(geometry, stored.itemsize)
+    if plan is None:
+        check_floor(geometry, width_caps(geometry, options.max_width_k, options.max_width_v), options.keys, options.budget)
     check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
     checkpoint.check(skeleton.expected())
     if dry_run and plan:
         return Conversion(plan, out, None)
-    texts = gather_texts(options, model, skeleton)
+    texts = gather_texts(options.calibration, options.calibration_tokens, model, skeleton)
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.calibration_tokens) if texts else None
     if tokens is None and options.metric == "fisher":
         options = replace(options, metric="attention")      # no text, no gradient: the record says what was used
@@ -76,12 +79,11 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
             store = Store(Path(folder), {})
-            observe(skeleton, geometry, tokens, options.metric, store, progress)
+            observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=False)
             return Conversion(plan_budget(skeleton, geometry, options, stored, store, progress), out, None)
-    with new_folder(out) as folder:
-        store = Store(folder / WORK, fingerprint(checkpoint, options, texts, stored))
+    with new_folder(out, fingerprint(checkpoint, options, tokens, stored)) as (folder, store):
         with clock("calibrate"):
-            observe(skeleton, geometry, tokens, options.metric, store, progress)
+            observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=options.refit)
         with clock("fit"):
             plan = plan or plan_budget(skeleton, geometry, options, stored, store, progress)
         errors = write_weights(skeleton, plan, stored, store, options, folder, clock, progress)
@@ -110,21 +112,22 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def gather_texts(options: Options, model: str, skeleton: Skeleton) -> list[Text]:
+def gather_texts(calibration: list[str] | None, tokens: int, model: str, skeleton: Skeleton) -> list[Text]:
     """The calibration texts. Raises LrkvError for one that cannot be read."""
-    given = [BUILT_IN] if options.calibration is None else options.calibration
+    given = [BUILT_IN] if calibration is None else calibration
     texts = read_texts([name for name in given if name != SELF])
     if SELF in given:       # the only step that holds the whole model in memory
-        texts.append(sample_text(load_model(model, skeleton.device), skeleton.checkpoint.tokenizer(), options.calibration_tokens // len(given)))
+        texts.append(sample_text(load_model(model, skeleton.device), skeleton.checkpoint.tokenizer(), tokens // len(given)))
     return texts
 
 
-def observe(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None, metric: str, store: Store, progress: Progress) -> None:
+def observe(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None, metric: str, store: Store, progress: Progress,
+            for_refit: bool = True) -> None:
     """Calibration: what every layer sees and, for the Fisher metric, what the loss minds. Nothing without text."""
     if tokens is None:
         return
     rows = chosen_rows(tokens, WINDOWS) if metric == "fisher" else None
-    calibrate(skeleton, geometry, tokens, {metric}, store, rows, lambda done, total: progress("calibrating", done, total))
+    calibrate(skeleton, geometry, tokens, {metric}, store, rows, for_refit, lambda done, total: progress("calibrating", done, total))
     if rows is not None:
         head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))
 
@@ -180,14 +183,17 @@ def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Stor
         for name in writer.shapes:
             if name.startswith(f"{adapter.layer_path}.{i}.") and name.removeprefix(prefix) not in attention:
                 writer.add(name, skeleton.checkpoint.tensor(name))
+        if "shards" not in store:
+            store.save("shards", writer.sizes)
         store.save(f"fitted-{i}", errors)
         store.remove(f"layer-{i}")
 
 
-def fingerprint(checkpoint: Checkpoint, options: Options, texts: list[Text], stored: torch.dtype) -> dict:
+def fingerprint(checkpoint: Checkpoint, options: Options, tokens: Tensor | None, stored: torch.dtype) -> dict:
     """What a half-finished conversion depends on: with any of it different, it is begun anew."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
-    return {"files": files, "options": asdict(options), "texts": [t.sha256 for t in texts], "dtype": str(stored),
+    return {"files": files, "config": checkpoint.config.to_dict(), "options": asdict(options), "dtype": str(stored),
+            "tokens": tokens if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "versions": [version("lrkv-convert"), torch.__version__, transformers.__version__]}
 
 
@@ -201,7 +207,7 @@ def open_model(model: str) -> tuple[Checkpoint, Adapter]:
 
 
 def stored_dtype(checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> torch.dtype:
-    """The output's dtype: as asked, or that of the source's attention output projection."""
+    """The output's dtype: as asked, or that of the source's first attention weight."""
     if dtype != "auto":
         return pick_dtype(dtype)
     names = [n for n in checkpoint.tensors if n.startswith(adapter.module(0)) and n.endswith("weight")]

@@ -1,4 +1,4 @@
-"""In which norm a key or value matrix is fitted: the one attention itself uses (DESIGN: the metric decides the quality, not the rank alone).
+"""In which norm a key or value matrix is fitted: the one attention itself uses.
 
 For one layer, minimise  sum_h || Sigma^(1/2) (W_h - What_h) M_h^(1/2) ||_F^2  with
 
@@ -104,7 +104,9 @@ def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
     T = attention.shape[-1]
     gram = attention.new_zeros(T, T)
     for rows in torch.arange(T).tensor_split(blocks):
-        end = int(rows[-1]) + 1 if len(rows) else 0
+        if not len(rows):
+            continue
+        end = int(rows[-1]) + 1
         part = attention[:, end - len(rows):end, :end].reshape(-1, end)                     # (heads rows, end)
         gram[:end, :end] += part.T @ part
     return gram
@@ -155,7 +157,11 @@ class LayerMetrics:
     def _root(self, M: Tensor | None) -> Root:
         H, d = self.geometry.kv_heads, self.geometry.head_dim
         identity = torch.eye(d, dtype=torch.float64, device=self.weights.W_K.device).expand(H, d, d)
-        return Root(identity, identity) if M is None else square_root(M)
+        if M is None:
+            return Root(identity, identity)
+        sizes = M.diagonal(dim1=-2, dim2=-1).sum(-1)                                        # (H,)
+        floor = torch.where(sizes > 0, 0.0, FLOOR * sizes.max() / d)    # a dead head counts for next to nothing, not for as much as the identity
+        return square_root(M + floor[:, None, None] * identity)
 
 
 def rotation_average(M: Tensor) -> Tensor:

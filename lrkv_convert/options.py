@@ -1,4 +1,5 @@
 """What a user may ask of a conversion, and which wishes contradict one another. Checked before anything is read in full."""
+import re
 from dataclasses import asdict, dataclass
 
 from .adapters import Geometry
@@ -48,9 +49,13 @@ class Options:
                 "width": self.base_width, "width_k": self.base_width_k, "width_v": self.base_width_v}
 
     @property
+    def without_text(self) -> bool:
+        return self.calibration is not None and not len(self.calibration)
+
+    @property
     def budget(self) -> float | None:
         """The byte budget as a share of the original cache; None for the same shape in every layer."""
-        planned = self.base == "joint" and self.metric == "fisher" and self.calibration != []
+        planned = self.base == "joint" and self.metric == "fisher" and not self.without_text
         if self.cache_ratio is not None or not planned or any(value is not None for value in self.uniform.values()):
             return self.cache_ratio
         return 0.75 if self.keys == "full" else 0.5         # keys alone are half of the cache
@@ -63,10 +68,14 @@ class Options:
         check_keys(self.keys, self.base, geometry, config)
         if self.cache_ratio is not None:
             self._check_budget()
-        if self.metric == "whitened" and self.calibration == []:
+        if self.metric == "whitened" and self.without_text:
             raise LrkvError("the whitened metric is made of calibration text, and there is none", "give --calibration, or another --metric")
         if any(width is not None and width < 1 for width in (self.max_width_k, self.max_width_v)):
             raise LrkvError("the widest base is at least 1 wide", "see --max-width-k and --max-width-v")
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(self.max_shard_size)) or str(self.max_shard_size).strip("0") == "":
+            raise LrkvError(f"a shard size of {self.max_shard_size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
+        if self.keys != "joint" and self.max_width_k is not None:
+            raise LrkvError(f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out")
         if self.calibration_tokens < 1:
             raise LrkvError(f"{self.calibration_tokens} calibration tokens are none", "give --calibration none for the weights alone")
         if self.budget is None and (self.max_width_k or self.max_width_v):
@@ -79,7 +88,7 @@ class Options:
             raise LrkvError(f"a cache ratio of {self.cache_ratio} is out of range", "it lies between 0 and 1")
         if self.base != "joint":
             raise LrkvError(f"a cache ratio plans the joint base only, not {self.base}", "give --rank with the other bases")
-        if self.metric != "fisher" or self.calibration == []:
+        if self.metric != "fisher" or self.without_text:
             raise LrkvError("a cache ratio compares layers by the gradient of the loss, on calibration text",
                             "give --rank without text or with other metrics")
 
@@ -99,5 +108,5 @@ class Options:
 
     def record(self) -> dict:
         """What lrkv.json keeps: everything that decides the result. Where shards end does not."""
-        kept = {name: value for name, value in asdict(self).items() if name != "max_shard_size"}
-        return {**kept, "name": kept.pop("recipe")}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("max_shard_size", "recipe")}
+        return {**kept, "cache_ratio": self.budget, "name": self.recipe}

@@ -8,10 +8,10 @@ from .adapters import Geometry
 from .errors import LrkvError
 from .factorise import UNALIGNED
 
-KEY_SHARE = 0.25        # of all residual rank, when none is given: values need about three times the rank of keys (DESIGN.md section 1)
+KEY_SHARE = 0.25        # of all residual rank, when none is given: values need about three times the rank of keys
 
 
-# How RoPE keys are cached: quality, bytes and the work of reading one back differ (DESIGN.md section 3)
+# How RoPE keys are cached: quality, bytes and the work of reading one back differ
 KEYS = {
     "joint": "base and residual before rotation, rebuilt and rotated when read: the best quality per byte",
     "per-head": "residual only, before rotation: less to rebuild",
@@ -138,8 +138,10 @@ def uniform_plan(geometry: Geometry, element_size: int, rank: int | None = None,
     d, H = geometry.head_dim, geometry.kv_heads
     if keys != "joint" and (width, width_k) != (None, None) or keys == "full" and rank_k is not None:
         raise LrkvError(f"--keys {keys} says already how wide keys are", "leave --base-width-k out, and with full keys --rank-k")
-    if keys in ("per-head", "full"):
-        width_k, rank_k = 0, d if keys == "full" else rank_k
+    if keys == "full":
+        width_k, rank_k = 0, d
+    elif keys == "per-head":        # the numbers of a base one head wide, as ranks
+        width_k, default_k = 0, min(d, (d + H * default_k) // H) if rank is None else rank
     sides = {"key": (first(width_k, width, d), first(rank_k, default_k)), "value": (first(width_v, width, d), first(rank_v, default_v))}
     largest = (H - 1) * d // H - (1 if (H - 1) * d % H == 0 else 0)
     for name, (m, r) in sides.items():

@@ -3,7 +3,7 @@
     W_O' = argmin sum_s || ô_s W_O' - o_s W_O ||^2 + ridge || W_O' - W_O ||^2
 
 o_s, ô_s: concatenated head outputs of the original and of the converted attention on the same calibration inputs. One solve per layer. It
-uses correlations between heads, which the per-head metric cannot see (DESIGN.md section 2).
+uses correlations between heads, which the per-head metric cannot see.
 """
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .calibrate import CalibratedLayer
 
 RIDGE = 1e-2        # share of the mean eigenvalue of sum ô ô^T, pulling towards no change
 AT_ONCE = 4         # windows per forward pass
-NOTHING_LOST = 1e-6     # below this fitted error there is nothing to give back, and float32 activations would only add noise
+NOTHING_LOST = 1e-6     # below this fitted error there is nothing to give back, and the rounding of activations would only add noise
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a conversion has worked out so far, on disk: a run that was killed goes on from there, and memory holds one layer at a time."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,18 +14,30 @@ FINGERPRINT = "run.json"
 class Store:
     """Values by name, each a file that is whole or absent.
 
-    folder: made if missing; fingerprint: what the values depend on. Values of another fingerprint are removed first.
+    folder: made if missing; fingerprint: what the values depend on. Values of another fingerprint are never found.
     """
 
     def __init__(self, folder: Path, fingerprint: dict):
         self.folder = folder
-        text = json.dumps(fingerprint, sort_keys=True)
-        if (folder / FINGERPRINT).is_file() and (folder / FINGERPRINT).read_text(encoding="utf-8") == text:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
-        (folder / FINGERPRINT).write_text(text, encoding="utf-8")
+        if not self.holds(folder, fingerprint):
+            self.discard(folder)
+            folder.mkdir(parents=True)
+            (folder / FINGERPRINT).write_text(self._text(fingerprint), encoding="utf-8")
+
+    @staticmethod
+    def _text(fingerprint: dict) -> str:
+        return json.dumps(fingerprint, sort_keys=True, default=str)
+
+    @classmethod
+    def holds(cls, folder: Path, fingerprint: dict) -> bool:
+        """Whether the values there are those of this fingerprint."""
+        return (folder / FINGERPRINT).is_file() and (folder / FINGERPRINT).read_text(encoding="utf-8") == cls._text(fingerprint)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Remove a store; the fingerprint first, so that half of one is never taken for a whole one."""
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / f"{name}.pt").is_file()
@@ -43,8 +56,8 @@ class Store:
             torch.serialization.set_crc32_options(checksums)
 
     def load(self, name: str):
-        """What was saved under that name; tensors are read from the disk when they are used."""
-        return torch.load(self.folder / f"{name}.pt", weights_only=True, mmap=True)
+        """What was saved under that name, on the CPU; tensors are read from the disk when they are used."""
+        return torch.load(self.folder / f"{name}.pt", weights_only=True, mmap=True, map_location="cpu")
 
     def remove(self, name: str) -> None:
         (self.folder / f"{name}.pt").unlink(missing_ok=True)

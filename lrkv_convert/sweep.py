@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from .adapters import Geometry
 from .allocate import allocate
 from .assemble import convert_layer, empty_target
-from .calibrate import BUILT_IN, Skeleton, Text, calibrate, calibrated_layer, chosen_rows, read_texts, window_length, windows
-from .conversion import open_model, survey_layer
+from .calibrate import Skeleton, Text, calibrate, calibrated_layer, chosen_rows, window_length, windows
+from .conversion import gather_texts, open_model, survey_layer
 from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
 from .evaluate.load import load_model
@@ -85,12 +85,12 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
         raise LrkvError(f"the text {text.name} is empty or too short", "perplexity needs at least two tokens")
     skeleton = Skeleton(checkpoint, adapter, device)
     checkpoint.check(skeleton.expected())
-    tokens = windows(read_texts([BUILT_IN] if calibration is None else calibration), tokenizer, window_length(checkpoint.config), calibration_tokens)
+    tokens = windows(gather_texts(calibration, calibration_tokens, model, skeleton), tokenizer, window_length(checkpoint.config), calibration_tokens)
     original, rows = load_model(model, device, torch.float32), chosen_rows(tokens, WINDOWS)
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
-        calibrate(skeleton, geometry, tokens, {metric for _, metric in chosen}, store, rows, lambda done, total: progress("calibrating", done, total))
+        calibrate(skeleton, geometry, tokens, {"fisher"} | {metric for _, metric in chosen}, store, rows, refit, lambda done, total: progress("calibrating", done, total))
         head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))
         for i, rank in enumerate(ranks):
             plans, models = [], []

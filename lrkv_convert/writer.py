@@ -13,14 +13,17 @@ from torch import Tensor
 
 from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
+from .store import Store
 
 RECORD = "lrkv.json"    # stands in every folder this project writes, and in no other
+PARTIAL, PREVIOUS = ".partial", ".previous"     # appended to the output's name: until it is whole; while it is being replaced
 WORK = "work"           # inside the partial folder: what a run in progress has worked out
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse an output folder that must not be written. Raises LrkvError."""
-    if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
+    taken = [out.with_name(out.name + end).resolve() for end in ("", PARTIAL, PREVIOUS)]
+    if source is not None and any(place == source.resolve() or place in source.resolve().parents for place in taken):
         raise LrkvError(f"the output {out} is the input, or holds it", "give another --out")
     if out.is_file():
         raise LrkvError(f"the output {out} is a file", "give a folder that does not exist yet")
@@ -32,18 +35,23 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` if the block ends well and removed if it fails. Raises LrkvError.
+def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
+    """A folder to write into, renamed to `out` if the block ends well and removed if it fails, and a Store inside it. Raises LrkvError.
 
-    What a run that was killed or interrupted had worked out (the Store in `partial / WORK`) stays and is found again; the interruption says so.
+    What a run with this fingerprint that was killed or interrupted left there is found again (the interruption says so), what any other left is
+    removed.
     """
-    partial = partial_folder(out)
+    partial = out.with_name(out.name + PARTIAL)
     missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
     try:
+        if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
+            Store.discard(partial / WORK)
+            shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        yield partial
-        shutil.rmtree(partial / WORK, ignore_errors=True)
-        previous = out.with_name(out.name + ".previous")
+        store = Store(partial / WORK, fingerprint)
+        yield partial, store
+        Store.discard(partial / WORK)
+        previous = out.with_name(out.name + PREVIOUS)
         if out.exists():
             shutil.rmtree(previous, ignore_errors=True)
             out.rename(previous)
@@ -61,28 +69,30 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def partial_folder(out: Path) -> Path:
-    """Where `out` is written until it is whole."""
-    return out.with_name(out.name + ".partial")
+def shards_whole(partial: Path, store: Store) -> bool:
+    """Whether the shards a ShardWriter began are all there, at their full length."""
+    return "shards" not in store or all((partial / file).is_file() and (partial / file).stat().st_size == size
+                                        for file, size in store.load("shards").items())
 
 
 class ShardWriter:
     """Writes every tensor to its place in its safetensors shard as it comes, in any order, so that memory never holds a shard.
 
     folder: where, which may hold the shards of an earlier run with the same `shapes`; shapes: name -> (shape, dtype) of all tensors there will
-    be; max_shard_size: bytes or a string like "5GB".
+    be; max_shard_size: bytes or a string like "5GB". Afterwards `sizes` has the bytes of every file.
     """
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int | str):
         empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
         plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
-        self.shapes, self.late, self.place = shapes, set(shapes), {}
+        self.shapes, self.late, self.place, self.sizes = shapes, set(shapes), {}, {}
         for file, names in plan.filename_to_tensors.items():
             offsets, size = _layout(names, shapes)
             header = _header(offsets, shapes)
             with open(folder / file, "r+b" if (folder / file).exists() else "w+b") as stream:
                 stream.write(header)
                 stream.truncate(len(header) + size)
+            self.sizes[file] = len(header) + size
             self.place |= {name: (folder / file, len(header) + offset) for name, offset in offsets.items()}
         if plan.is_sharded:
             file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}

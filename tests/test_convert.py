@@ -235,6 +235,10 @@ def test_every_form_of_keys_is_planned_cached_and_decoded(options, tiny, tmp_pat
     assert cache_bytes(model(prompt(10)).past_key_values) == 10 * plan.bytes_after
     greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
     assert torch.equal(model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy))
+    assert torch.equal(model.generate(prompt(9), cache_implementation="static", **greedy), model.generate(prompt(9), **greedy))
+    alone, padded = prompt(9), torch.cat((torch.full((1, 4), 258), prompt(9)), 1)
+    mask = (padded != 258).long()
+    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 13:], model.generate(alone, **greedy)[:, 9:])
 
 
 @pytest.mark.parametrize("keys", ["rotary", "full"])
@@ -270,7 +274,8 @@ def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
 def test_a_killed_conversion_goes_on_and_ends_the_same(moment, kept, tiny, converted, tmp_path):
     """Killed right after `moment` was first saved: the second run does not work out again what was `kept`, and writes the same bytes."""
     code = f"""
-import os, signal
+import os, signal, torch
+torch.set_num_threads({torch.get_num_threads()})
 from lrkv_convert import convert
 from lrkv_convert.store import Store
 save, seen = Store.save, []
@@ -296,8 +301,11 @@ def test_what_was_left_of_another_conversion_is_not_used(tiny, converted, tmp_pa
     from lrkv_convert.store import Store
     store = Store(tmp_path / "out.partial" / "work", {"options": "others"})
     store.save("fitted-0", {"keys": 0.0, "values": 0.0})
+    for stray in ("model-00001-of-00002.safetensors", "modeling_lrkv_gpt2.py"):
+        (tmp_path / "out.partial" / stray).write_text("old")
     convert(str(tiny()), tmp_path / "out", rank=7, calibration_tokens=1024)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted() / "model.safetensors").read_bytes()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in converted().iterdir()}
 
 
 def test_calibration_on_the_models_own_text(tiny, tmp_path):

@@ -202,9 +202,8 @@ class LrkvRotaryAttention(LrkvAttention):
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, lrkv_rotations=None, **kwargs):
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)   # (N, H G, T, d)
-        rotations = (position_embeddings, position_embeddings)      # rotated keys in the cache keep the positions they were given
-        if lrkv_rotations is not None and self.keys.form != "full":
-            rotations = lrkv_rotations[self.layer_idx]
+        # keys that lie rotated in the cache keep the positions they were given
+        rotations = lrkv_rotations[self.layer_idx] if lrkv_rotations is not None else (position_embeddings, position_embeddings)
         output, weights = self.factored_attention(query, hidden_states, attention_mask, past_key_values, rotations,
                                                   self.attention_dropout, **self.window(), **kwargs)
         return self.o_proj(output), weights
@@ -260,10 +259,13 @@ class LrkvRotaryModel(LrkvModel):
     """
 
     def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
+        form = self.config.lrkv["keys"].get("form")
+        if form == "full":
+            return {}
         x = inputs_embeds if inputs_embeds is not None else self.embed_tokens.weight
         T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
         sizes = [cache.get_mask_sizes(T, i) for i in range(self.config.num_hidden_layers)]          # (length, offset) per layer
-        if all(size == (T, 0) for size in sizes) and self.config.lrkv["keys"].get("form") != "rotary":
+        if all(size == (T, 0) for size in sizes) and form != "rotary":
             return {}
         query = self.rotary_emb(x, (torch.arange(T, device=x.device) + cache.get_seq_length()).unsqueeze(0))
         keys = {size: self.rotary_emb(x, (torch.arange(size[0], device=x.device) + size[1]).unsqueeze(0)) for size in set(sizes)}
