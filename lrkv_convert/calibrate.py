@@ -228,11 +228,6 @@ class CalibratedLayer:
     moments: HeadMoments | None = None
 
 
-def chosen_rows(tokens: Tensor, count: int) -> Tensor:
-    """`count` of the windows (n, T), spread evenly: their indices."""
-    return torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).round().long()
-
-
 @torch.no_grad()
 def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Collection[str], store: Store, keep: Tensor | None = None,
               activations: bool = True, progress: Callable[[int, int], None] = lambda *_: None) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .adapters import Adapter, AttentionWeights, Geometry, adapter_for
 from .allocate import allocate, check_floor
 from .assemble import convert_layer, empty_target, tensor_shapes
-from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, chosen_rows, read_texts, sample_text, window_length,
+from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, read_texts, sample_text, window_length,
                         windows)
 from .checkpoint import Checkpoint, check_finite, open_checkpoint
 from .device import give_back_memory, pick_device, pick_dtype
@@ -32,7 +32,7 @@ from .metrics import LayerMetrics
 from .options import Options
 from .plan import Plan
 from .report import conversion_record, converted_config, version, write_companions
-from .sensitivity import WINDOWS, head_moments
+from .sensitivity import gradient_rows, head_moments
 from .store import Store
 from .survey import survey, width_caps
 from .writer import ShardWriter, check_output, new_folder
@@ -126,7 +126,7 @@ def observe(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None, metri
     """Calibration: what every layer sees and, for the Fisher metric, what the loss minds. Nothing without text."""
     if tokens is None:
         return
-    rows = chosen_rows(tokens, WINDOWS) if metric == "fisher" else None
+    rows = gradient_rows(tokens) if metric == "fisher" else None
     calibrate(skeleton, geometry, tokens, {metric}, store, rows, for_refit, lambda done, total: progress("calibrating", done, total))
     if rows is not None:
         head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .adapters import Geometry
 from .allocate import allocate
 from .assemble import convert_layer, empty_target
-from .calibrate import Skeleton, Text, calibrate, calibrated_layer, chosen_rows, window_length, windows
+from .calibrate import Skeleton, Text, calibrate, calibrated_layer, window_length, windows
 from .conversion import gather_texts, open_model, survey_layer
 from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
@@ -35,7 +35,7 @@ from .factorise import group_count
 from .metrics import METRICS, LayerMetrics
 from .plan import LayerPlan, Plan
 from .report import converted_config
-from .sensitivity import WINDOWS, head_moments
+from .sensitivity import gradient_rows, head_moments
 from .store import Store
 from .survey import survey, width_caps
 from .writer import write_json
@@ -86,7 +86,7 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
     skeleton = Skeleton(checkpoint, adapter, device)
     checkpoint.check(skeleton.expected())
     tokens = windows(gather_texts(calibration, calibration_tokens, model, skeleton), tokenizer, window_length(checkpoint.config), calibration_tokens)
-    original, rows = load_model(model, device, torch.float32), chosen_rows(tokens, WINDOWS)
+    original, rows = load_model(model, device, torch.float32), gradient_rows(tokens)
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
