@@ -3,14 +3,12 @@
     python benchmarks/convert.py MODEL [--calibration TEXT...] [--cache-ratio 0.5] [--json FILE]
 """
 import argparse
-import datetime
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from environment import environment
 from transformers.utils import logging
 
 from lrkv_convert import convert
@@ -57,8 +55,7 @@ def main() -> None:
           f"{torch.get_num_threads()} threads")
     if args.json:
         write_json(args.json, {
-            "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-            "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **environment(device),
             "model": Path(args.model).name, "calibration_tokens": record["calibration"]["tokens"], "forward_seconds": round(forward, 1),
             "ratio": round(record["seconds"] / forward, 2), **{k: record[k] for k in ("seconds", "seconds_per_stage", "peak_memory_bytes")}})
 

@@ -6,17 +6,15 @@ of its own.
 With 14 layers the checkpoint has 6.2 GB. The bound is 1.5 GB + three times the largest layer + activations, whatever the number of layers.
 """
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import init_empty_weights
+from environment import environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -71,8 +69,7 @@ def main() -> None:
     print(f"options: {' '.join(options)}; seconds per stage: {record['seconds_per_stage']}")
     if args.json:
         write_json(args.json, {
-            "date": datetime.date.today().isoformat(), "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "layers": layers, "options": options,
+            **environment(torch.device("cpu")), "layers": layers, "options": options,
             "checkpoint_bytes": size, "bound_bytes": int(bound), **{k: record[k] for k in ("peak_memory_bytes", "seconds", "seconds_per_stage")}})
 
 

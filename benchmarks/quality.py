@@ -6,16 +6,14 @@ Converts MODEL in every way below, measures all of them on the first --tokens to
 Nothing is tuned on the texts it measures on; give others than those of --calibration.
 """
 import argparse
-import datetime
 import math
-import platform
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 
 import torch
-import transformers
+from environment import environment
 from transformers.utils import logging
 
 from lrkv_convert.calibrate import Skeleton, read_texts, window_length, windows
@@ -113,8 +111,7 @@ def main() -> None:
           f"the original reads a token back with {plan.flops_before / 1e3:,.0f} kflop")
     if args.json:
         write_json(args.json, {
-            "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-            "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **environment(device),
             "model": Path(args.model).name, "calibration": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.calibration)],
             "texts": [r["text"] for r in results], "tokens": tokens, "base_nll": base, "rows": rows})
 

@@ -19,7 +19,7 @@ from .adapters import Adapter, AttentionWeights, Geometry
 from .checkpoint import Checkpoint
 from .device import give_back_memory
 from .errors import LrkvError
-from .metrics import HeadMoments, MetricSums
+from .metrics import HeadMoments, LayerMetrics, MetricSums
 from .store import Store
 
 SEQ_LEN = 512
@@ -182,6 +182,11 @@ def empty(module: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
+def first_of(output):
+    """The hidden states a decoder layer gives, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Injected(nn.Module):
     """Stands in for all decoder layers: gives out the hidden states it was handed."""
 
@@ -227,6 +232,10 @@ class CalibratedLayer:
     arguments: dict = field(default_factory=dict)
     moments: HeadMoments | None = None
 
+    def metrics(self, geometry: Geometry, name: str) -> LayerMetrics:
+        """The metrics called `name` (metrics.METRICS)."""
+        return LayerMetrics(self.weights, geometry, name, self.sums, self.moments)
+
 
 @torch.no_grad()
 def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Collection[str], store: Store, keep: Tensor | None = None,
@@ -240,9 +249,11 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
         return
     checkpoint, adapter, device = skeleton.checkpoint, skeleton.adapter, skeleton.device
     hidden, calls = skeleton.embed(tokens)
-    state = store.load("forward") if "forward" in store else {"next": 0, "hidden": hidden}
-    hidden = state["hidden"].clone().to(device)
-    for i in range(state["next"], geometry.layers):
+    begin = 0
+    if "forward" in store:
+        state = store.load("forward")
+        begin, hidden = state["next"], state.pop("hidden").clone().to(device)
+    for i in range(begin, geometry.layers):
         sums, inputs, heads, arguments = MetricSums(adapter.split(checkpoint.tensor, i, checkpoint.config), geometry, wanted, device), [], [], {}
         entering = None if keep is None else hidden[keep]
 
@@ -258,8 +269,7 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
             hooks = [attention.register_forward_hook(see, with_kwargs=True),
                      attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: heads.append(args[0].to(KEPT_AS)) if activations else None)]
             for n in range(len(hidden)):
-                output = layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs)
-                hidden[n:n + 1] = output[0] if isinstance(output, tuple) else output
+                hidden[n:n + 1] = first_of(layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs))
             for hook in hooks:
                 hook.remove()
         if entering is not None:

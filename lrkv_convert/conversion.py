@@ -142,7 +142,7 @@ def plan_budget(skeleton: Skeleton, geometry: Geometry, options: Options, stored
 
 def survey_layer(skeleton: Skeleton, geometry: Geometry, metric: str, store: Store, i: int) -> tuple[AttentionWeights, LayerMetrics]:
     layer = calibrated_layer(skeleton, store, i)
-    return layer.weights, LayerMetrics(layer.weights, geometry, metric, layer.sums, layer.moments)
+    return layer.weights, layer.metrics(geometry, metric)
 
 
 def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Store, options: Options, folder: Path, clock: Clock,
@@ -175,8 +175,7 @@ def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Stor
     adapter, prefix = skeleton.adapter, skeleton.adapter.module(i)
     with clock("fit"):
         layer = calibrated_layer(skeleton, store, i)
-        metrics = LayerMetrics(layer.weights, plan.geometry, options.metric, layer.sums, layer.moments)
-        errors, attention = convert_layer(layer, metrics, plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
+        errors, attention = convert_layer(layer, layer.metrics(plan.geometry, options.metric), plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
     with clock("write"):
         for name, value in attention.items():
             writer.add(prefix + name, check_finite(prefix + name, value.to(stored)))

@@ -37,7 +37,7 @@ def frontier(result: dict, file: Path) -> None:
     axes.set_yticks(ticks, minor=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("KV cache, share of the original")
     axes.set_ylabel("perplexity, relative to the original (log scale)")
     axes.set_title(f"{Path(result['model']).name} on {result['text']['name']}, {result['tokens']:,} tokens, no training")

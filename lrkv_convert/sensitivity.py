@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Geometry
-from .calibrate import Skeleton
+from .calibrate import Skeleton, first_of
 from .metrics import HeadMoments
 from .store import Store
 
@@ -51,10 +51,6 @@ def head_moments(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, store: 
     store.remove("backward")
 
 
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _loss_gradient(skeleton: Skeleton, hidden: Tensor) -> Tensor:
     """d(-log p of tokens drawn from the model) / d(last hidden states), (n, T, D)."""
     generator, gradient = torch.Generator().manual_seed(SEED), torch.zeros_like(hidden)
@@ -86,7 +82,7 @@ def _backward(skeleton: Skeleton, layer, call, inputs: Tensor, gradient: Tensor,
     for n in range(len(inputs)):
         x = inputs[n:n + 1].clone().requires_grad_(True)
         with torch.enable_grad():
-            output = _first(layer(x, *call.args, **call.kwargs))
+            output = first_of(layer(x, *call.args, **call.kwargs))
         below[n:n + 1], g_keys, g_heads = torch.autograd.grad(output, (x, seen["keys"], seen["heads"]), gradient[n:n + 1])
         g_keys = g_keys[0, :, adapter.key_columns(geometry)].view(-1, H, d).transpose(0, 1)     # (H, T, d)
         g_heads = g_heads[0].view(-1, H, geometry.groups, d).permute(1, 0, 2, 3).flatten(1, 2)  # (H, T G, d)

@@ -17,27 +17,25 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from .adapters import Geometry
-from .allocate import allocate
 from .assemble import convert_layer, empty_target
 from .calibrate import Skeleton, Text, calibrate, calibrated_layer, window_length, windows
-from .conversion import gather_texts, open_model, survey_layer
+from .conversion import gather_texts, open_model, plan_budget
 from .errors import LrkvError
 from .evaluate.compare import measure, text_windows
 from .evaluate.load import load_model
 from .factorise import group_count
-from .metrics import METRICS, LayerMetrics
+from .metrics import METRICS
+from .options import Options
 from .plan import LayerPlan, Plan
 from .report import converted_config
 from .sensitivity import gradient_rows, head_moments
 from .store import Store
-from .survey import survey, width_caps
 from .writer import write_json
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)
@@ -125,9 +123,8 @@ def matching_plan(method: str, rank: int, geometry: Geometry) -> Plan:
 
 def budget_plan(rank: int, skeleton: Skeleton, geometry: Geometry, store: Store) -> Plan:
     """Widths and ranks per layer, in the bytes of LRKV at `rank`."""
-    look = [partial(survey_layer, skeleton, geometry, "fisher", store, i) for i in range(geometry.layers)]
-    curves = survey(look, geometry, width_caps(geometry, None, None), "joint", store)
-    return allocate(curves, geometry, 4, matching_plan("lrkv", rank, geometry).ratio)
+    options = Options(cache_ratio=matching_plan("lrkv", rank, geometry).ratio)
+    return plan_budget(skeleton, geometry, options, torch.float32, store, lambda *_: None)
 
 
 def build(original: PreTrainedModel, skeleton: Skeleton, plan: Plan, metric: str, store: Store, base: str, refit: bool) -> PreTrainedModel:
@@ -137,8 +134,7 @@ def build(original: PreTrainedModel, skeleton: Skeleton, plan: Plan, metric: str
     state = dict(original.named_parameters())
     for i in range(plan.geometry.layers):
         prefix, layer = adapter.module(i), calibrated_layer(skeleton, store, i)
-        metrics = LayerMetrics(layer.weights, plan.geometry, metric, layer.sums, layer.moments)
-        _, attention = convert_layer(layer, metrics, plan, base, adapter, model.get_submodule(prefix.rstrip(".")), refit)
+        _, attention = convert_layer(layer, layer.metrics(plan.geometry, metric), plan, base, adapter, model.get_submodule(prefix.rstrip(".")), refit)
         state |= {prefix + name: tensor.float() for name, tensor in attention.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in names}, strict=False, assign=True)

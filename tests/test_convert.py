@@ -310,8 +310,8 @@ def test_what_was_left_of_another_conversion_is_not_used(tiny, converted, tmp_pa
 
 def test_calibration_on_the_models_own_text(tiny, tmp_path):
     done = convert(str(tiny()), tmp_path / "out", rank=7, calibration=["self"], calibration_tokens=1024)
-    again = convert(str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024, dry_run=False)
-    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record["calibration"]["tokens"] >= 512
+    again = convert(str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024)
+    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record["calibration"]["tokens"] == 1024
     assert done.record["calibration"]["texts"] == again.record["calibration"]["texts"]       # sampling is seeded
 
 

@@ -4,9 +4,10 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
+from lrkv_convert.adapters import AttentionWeights, Geometry
 from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.metrics import FLOOR, rotation_average, shrunk, square_root
+from lrkv_convert.metrics import FLOOR, HeadMoments, LayerMetrics, rotation_average, shrunk, square_root
 from lrkv_convert.store import Store
 
 FLOAT32 = 1e-5      # sums are float32 products
@@ -68,3 +69,12 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
             q = q + layers[i].weights.b_Q.unsqueeze(2)
         assert relative(sums["queries"], torch.einsum("nhgtd,nhgte->hde", q, q)) < FLOAT32
         assert sums["tokens"] == tokens.numel()
+
+
+def test_a_dead_head_counts_for_next_to_nothing():
+    """Zero moments among tiny ones (gradients squared) must not weigh like the identity."""
+    weights = AttentionWeights(*(torch.zeros(()) for _ in range(4)))
+    moments = torch.stack([torch.zeros(4, 4), 1e-6 * torch.eye(4)]).double()
+    metrics = LayerMetrics(weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments))
+    for M in (metrics.keys.M, metrics.values.M):
+        assert M.root[0].norm() < 1e-3 * M.root[1].norm() and torch.isfinite(M.inverse).all()

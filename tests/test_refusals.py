@@ -348,6 +348,8 @@ def test_compare_refuses_an_empty_text(tiny, tmp_path):
     (["--keys", "per-head", "--base-width-k", "20"], "how wide keys are"),
     (["--keys", "full", "--rank-k", "3"], "how wide keys are"),
     (["--keys", "full", "--cache-ratio", "0.4"], "below the smallest plan"),
+    (["--keys", "rotary", "--cache-ratio", "0.5", "--max-width-k", "20"], "how wide keys are"),
+    (["--max-shard-size", "5G"], "shard size"),
 ])
 def test_forms_of_keys_that_do_not_fit(source, tmp_path, options, says):
     refused(source, tmp_path / "out", *options, says=says)
