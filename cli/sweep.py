@@ -38,5 +38,6 @@ def sweep(
     [content] = read_texts([text])
     with display.progress() as progress:
         result = run(model, sizes, content, methods=methods.split(",") if methods else list(DEFAULT), calibration=calibration,
-                     calibration_tokens=calibration_tokens, refit=refit, seq_len=seq_len, max_tokens=max_tokens, device=pick_device(device), progress=progress)
+                     calibration_tokens=calibration_tokens, refit=refit, seq_len=seq_len, max_tokens=max_tokens, device=pick_device(device), progress=progress,
+                     each=lambda result: save(result, out))
     display.show_sweep(result, save(result, out))

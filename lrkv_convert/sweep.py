@@ -65,10 +65,11 @@ class Outcome:
 
 def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list(DEFAULT), calibration: list[str] | None = None,
           calibration_tokens: int = 16384, refit: bool = True, seq_len: int = 512, max_tokens: int | None = None, device: torch.device,
-          progress: Callable[[str, int, int], None] = lambda *_: None) -> dict:
+          progress: Callable[[str, int, int], None] = lambda *_: None, each: Callable[[dict], object] = lambda result: None) -> dict:
     """Convert `model` at every rank by every method in memory and measure each on `text`. Returns what `save` writes. Raises LrkvError.
 
-    The original and one rank's conversions are held in memory, in float32; what they do not change is shared.
+    The original and one rank's conversions are held in memory, in float32; what they do not change is shared. `each` is given the result so
+    far after every rank, so that what was measured is not lost when a long sweep is stopped.
     """
     checkpoint, adapter = open_model(model)
     geometry = adapter.geometry(checkpoint.config)
@@ -100,9 +101,11 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
             for (method, metric), plan, other in zip(chosen, plans, sums):
                 outcomes.append(Outcome(method, metric, rank, plan.ratio, math.exp(other.nll / predicted), math.exp((other.nll - base.nll) / predicted),
                                         other.kl / predicted))
-    return {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "refit": refit,
-            "calibration_tokens": tokens.numel(), "base_perplexity": math.exp(base.nll / predicted),
-            "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]), "points": [asdict(o) for o in outcomes]}
+            result = {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "refit": refit,
+                      "calibration_tokens": tokens.numel(), "base_perplexity": math.exp(base.nll / predicted),
+                      "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]), "points": [asdict(o) for o in outcomes]}
+            each(result)
+    return result
 
 
 def parse(name: str) -> tuple[str, str]:

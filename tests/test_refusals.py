@@ -237,6 +237,7 @@ def test_an_unwritable_place(source, tmp_path):
 
 CHILD = """
 import resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell that runs the tests in the background lets children ignore it
 limit = {limit}
 if limit:       # a disk that fills up in mid-write: no file may grow beyond this
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -25,6 +25,13 @@ def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(tiny, converted, tm
     assert point["cache_ratio"] == pytest.approx(result["models"][1]["kv_ratio"])
 
 
+def test_every_rank_is_handed_over_when_it_is_measured(tiny):
+    seen = []
+    found = sweep(str(tiny()), [3, 7], TEXT, methods=["lrkv", "latent"], calibration_tokens=512, seq_len=64, device=CPU, each=seen.append)
+    assert [[p["rank"] for p in result["points"]] for result in seen] == [[3, 3], [3, 3, 7, 7]]
+    assert seen[-1] == found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_caches_more_than_lrkv_at_its_rank(method):
     g = Geometry(layers=2, width=576, kv_heads=8, groups=1, head_dim=64, rotary=True)

@@ -4,14 +4,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedM
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from .attention_lrkv import LrkvAttention, LrkvModel, LrkvPreTrained, low_rank_heads
+from .attention_lrkv import LrkvAttention, LrkvModel, LrkvPreTrained
+from .factors_lrkv import low_rank_heads
 
 
 class LrkvGPT2Config(GPT2Config):
-    """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`)."""
+    """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
 
     model_type = "lrkv_gpt2"
     lrkv: dict | None = None
+    lrkv_path: str = "auto"
 
 
 class LrkvGPT2Attention(LrkvAttention, GPT2Attention):

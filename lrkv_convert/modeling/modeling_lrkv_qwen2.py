@@ -7,11 +7,12 @@ from .attention_lrkv import LrkvPreTrained, LrkvRotaryAttention, LrkvRotaryModel
 
 
 class LrkvQwen2Config(Qwen2Config):
-    """Qwen2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`)."""
+    """Qwen2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
 
     model_type = "lrkv_qwen2"
     base_model_tp_plan = None
     lrkv: dict | None = None
+    lrkv_path: str = "auto"
 
 
 class LrkvQwen2Attention(LrkvRotaryAttention, Qwen2Attention):

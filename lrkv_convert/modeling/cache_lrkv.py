@@ -1,0 +1,42 @@
+"""Where factored keys and values lie: two layers of a transformers cache per attention layer, bases apart from residuals. Travels with every
+converted checkpoint."""
+import copy
+
+import torch
+from transformers.cache_utils import Cache
+
+
+def with_residual_layers(cache: Cache | None, num_layers: int) -> Cache | None:
+    """Give a transformers cache two cache layers per attention layer: bases in layers [0, L), residuals in [L, 2 L).
+
+    The two must be apart (the residual is head-major, the base has one head), and standard cache layers keep every transformers cache
+    (dynamic, static, sliding, offloaded, quantised) usable as it is. The second half copies the still empty first half.
+    """
+    if cache is not None and len(cache.layers) == num_layers and cache.layer_class_to_replicate is None:
+        if any(layer.is_initialized for layer in cache.layers):
+            raise ValueError("this cache was filled by another model: an LRKV model needs one of its own")
+        cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[:num_layers])
+    return cache
+
+
+def update_cache(cache: Cache, layer_idx: int, num_layers: int, keys: tuple, values: tuple) -> tuple[tuple, tuple]:
+    """Append this step's (base, residual) of keys and values; return those of all cached tokens.
+
+    Cache layers look at their first tensor for the length, so an empty one (m = 0 or r = 0) never stands first, and a pair of two empty
+    ones takes no layer at all.
+    """
+    pairs = [list(pair) for pair in zip(keys, values)]                          # [[base K, base V], [residual K, residual V]]
+    filled = [i for i, pair in enumerate(pairs) if any(t.shape[-1] for t in pair)]
+    for slot, i in zip((layer_idx, num_layers + layer_idx), filled):
+        flip = pairs[i][0].shape[-1] == 0
+        first, second = reversed(pairs[i]) if flip else pairs[i]
+        first, second = cache.update(first, second, slot)
+        pairs[i] = [second, first] if flip else [first, second]
+    (key_base, value_base), (key_residual, value_residual) = (
+        pair if i in filled else [_empty_like(t, pairs[filled[0]][0]) for t in pair] for i, pair in enumerate(pairs))
+    return (key_base, key_residual), (value_base, value_residual)
+
+
+def _empty_like(tensor: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """`tensor` (no width) at the batch and length of the cached ones."""
+    return tensor.new_empty(cached.shape[0], tensor.shape[1], cached.shape[2], 0)
