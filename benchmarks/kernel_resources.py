@@ -69,10 +69,10 @@ def launches(case: tuple, dtype: torch.dtype, tokens: int = 8192) -> list:
     return found
 
 
-def compiled(kernel, args: tuple, options: dict, arch: int):
+def compiled(kernel, args: tuple, options: dict, arch: int, **build):
     """The kernel for these arguments, specialised as the launcher does: pointers and sizes divisible by 16 are known to be."""
     options = dict(options)
-    build = {"num_warps": options.pop("num_warps"), **({"num_stages": options.pop("num_stages")} if "num_stages" in options else {})}
+    build["num_warps"] = options.pop("num_warps")
     signature, constants, attributes = {}, dict(options), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"

@@ -108,6 +108,26 @@ def show_comparison(result: dict) -> None:
     out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
 
 
+def show_bench(result: dict) -> None:
+    """One row per model, path, batch and context."""
+    out = _console()
+    table = _table("model", "path", "batch", "tokens", "ms", "tokens/s", "faster", "cache", "peak", "limit ms", "of limit", left=2)
+    table.padding = (0, 1, 0, 0)
+    for row in result["rows"]:
+        table.add_row(_short(row["model"], 20), row["path"], str(row["batch"]), f"{row['tokens']:,}", f"{row['milliseconds']:.1f}",
+                      f"{row['tokens_per_second']:,.1f}", f"×{row['speedup']:.2f}", _mib(row["cache_bytes"]), _mib(row["peak_bytes"]),
+                      f"{row['limit_milliseconds']:.1f}", f"{row['of_limit']:.0%}")
+    out.print(table)
+    for row in result["longest"]:
+        out.print(f"{row['model']} ({row['path']}), batch {row['batch']}: {row['tokens']:,} tokens fit")
+    out.print(f"{result['device']}, {result['dtype']}, {result['cache']} cache. Limit: weights and cache moved once at the rate of a plain copy,")
+    out.print(f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s read plus written.")
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f}M" if count < 100 << 20 else f"{count / 2**20:,.0f}M"
+
+
 def _short(path: str, width: int = 30) -> str:
     name = Path(path).name
     return name if len(name) <= width else name[: width - 1] + "…"

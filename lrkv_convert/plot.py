@@ -45,3 +45,33 @@ def frontier(result: dict, file: Path) -> None:
     axes.legend()
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def decoding(result: dict, file: Path) -> None:
+    """Time per decoded token against context, one line per model and path, one panel per batch size; dotted, the time the bytes take."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    figure, panels = pyplot.subplots(1, len(batches), figsize=(max(6.5, 4.5 * len(batches)), 4.5), dpi=130, layout="constrained", squeeze=False)
+    for axes, batch in zip(panels[0], batches):
+        lines: dict[tuple[str, str], list] = {}
+        for row in result["rows"]:
+            if row["batch"] == batch:
+                lines.setdefault((row["model"], row["path"]), []).append(row)
+        for i, ((model, path), rows) in enumerate(lines.items()):
+            rows = sorted(rows, key=lambda row: row["tokens"])
+            label = model if path == "original" else f"{model}, {path}"
+            [line] = axes.plot([r["tokens"] for r in rows], [r["milliseconds"] for r in rows], marker=MARKERS[i % len(MARKERS)], label=label)
+            axes.plot([r["tokens"] for r in rows], [r["limit_milliseconds"] for r in rows], linestyle=":", color=line.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({row["tokens"] for row in result["rows"]})
+        axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else f"{t:,}" for t in ticks])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+        axes.set_title(f"batch {batch}")
+        axes.set_xlabel("tokens in the cache")
+        axes.set_ylabel("ms per step (dotted: moving the bytes)")
+        axes.grid(True, which="major", linewidth=0.4)
+    panels[0][0].legend()
+    figure.suptitle(f"Decoding, {result['device']}, {result['dtype']}")
+    figure.savefig(file)
+    pyplot.close(figure)

@@ -1,5 +1,8 @@
 """Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Triton: kernels run on the CPU, interpreted
 
 import pytest
 import torch

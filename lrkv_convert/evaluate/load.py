@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import LrkvError, first_line
 
 
-def _location(model: str) -> tuple[str, dict]:
+def location(model: str) -> tuple[str, dict]:
     """(path or hub id, keyword arguments) for `from_pretrained`. Raises LrkvError for a local path that is no model."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -23,7 +23,7 @@ def _location(model: str) -> tuple[str, dict]:
 
 def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     """The model in eval mode. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
-    where, extra = _location(model)
+    where, extra = location(model)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
     except Exception as error:      # safetensors, json, hub and transformers each raise their own
@@ -36,7 +36,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    where, extra = _location(model)
+    where, extra = location(model)
     try:
         return AutoTokenizer.from_pretrained(where, **extra)
     except Exception as error:

@@ -6,9 +6,23 @@ from transformers.cache_utils import Cache
 from ..adapters import ADAPTERS
 
 
+HELD = ("keys", "values", "_quantized_keys", "_quantized_values")       # where transformers' cache layers keep what they hold
+
+
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the live tensors of a cache."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values))
+    """Bytes of the live tensors of a cache, quantised ones with their scales."""
+    return sum(_bytes(getattr(layer, name, None)) for layer in cache.layers if layer.is_initialized for name in HELD)
+
+
+def _bytes(held) -> int:
+    """Of a tensor, of the tensors inside a quantised one, or of those in a tuple, list or dict."""
+    if isinstance(held, torch.Tensor) and hasattr(held, "__tensor_flatten__"):
+        return sum(_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+    if isinstance(held, torch.Tensor):
+        return held.numel() * held.element_size()
+    if isinstance(held, (tuple, list, dict)):
+        return sum(map(_bytes, held.values() if isinstance(held, dict) else held))
+    return 0
 
 
 def formula_bytes(config, element_size: int) -> int | None:

@@ -2,6 +2,8 @@
 
 Importing this package registers them with transformers, so that converted folders load without `trust_remote_code`.
 """
+import sys
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .modeling_lrkv_gpt2 import LrkvGPT2Config, LrkvGPT2LMHeadModel, LrkvGPT2Model
@@ -31,3 +33,9 @@ def auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` entry of config.json: where transformers finds the classes inside the folder."""
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     return {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name, cls in zip(names, FAMILIES[model_type])}
+
+
+def name_in_transformers() -> None:
+    """Make the classes attributes of the transformers module, where its server looks up what config.json names under `architectures`."""
+    for _, _, causal in FAMILIES.values():
+        setattr(sys.modules["transformers"], causal.__name__, causal)       # `import transformers` may give the module its lazy one has replaced

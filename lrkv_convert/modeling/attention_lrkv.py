@@ -15,9 +15,10 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from . import kernel_lrkv
 from .cache_lrkv import update_cache, with_residual_layers
 from .factors_lrkv import LowRankHeads, low_rank_heads, rotate
+from .kernel_lrkv import decode
+from .kernel_lrkv import missing as missing_for_kernel
 
 logger = logging.get_logger(__name__)
 PATHS = ("auto", "rebuild", "split", "kernel")
@@ -36,7 +37,7 @@ def choose_path(asked: str, *, queries: int, tokens: int, implementation: str, m
     """
     if asked not in PATHS:
         raise ValueError(f"config.lrkv_path is {asked!r}: it must be one of {', '.join(PATHS)}")
-    missing = kernel_lrkv.missing(device, dtype)
+    missing = missing_for_kernel(device, dtype)
     if asked == "kernel" and missing:
         raise ValueError(f"config.lrkv_path is 'kernel', but {missing}")
     readable = mask is None or isinstance(mask, torch.Tensor) and mask.dim() in (2, 4)          # flex attention has masks of its own
@@ -100,9 +101,9 @@ class LrkvAttention:
         grouped = query.reshape(N, self.keys.num_heads, -1, d)                  # (N, H, G T, d)
         mask = added_mask(attention_mask, T, length, query)
         if path == "kernel":
-            output = kernel_lrkv.decode(self.keys, self.values, grouped, keys, values, rotation, mask, self.scaling)
+            output = decode(self.keys, self.values, grouped, keys, values, rotation, mask, self.scaling)
             return output.reshape(N, heads, T, d).transpose(1, 2), None
-        scores = (self.keys.scores(grouped, *keys, rotation) * self.scaling).reshape(N, heads, T, -1)
+        scores = self.keys.scores(grouped * self.scaling, *keys, rotation).reshape(N, heads, T, -1)
         scores = scores if mask is None else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)       # (N, H G, T, S)
         output = self.values.average(weights.reshape(N, self.keys.num_heads, -1, length), *values)      # (N, H, G T, d)
@@ -135,7 +136,12 @@ class LrkvRotaryAttention(LrkvAttention):
 # ------------------------------------------------------------------------------------------------ models
 
 class LrkvPreTrained:
-    """Mixin over a family's PreTrainedModel: how the factors start when a model is built from its config alone."""
+    """Mixin over a family's PreTrainedModel: how the factors start when a model is built from its config alone, and what batching costs."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        logger.warning_once("continuous batching keeps whole keys and values in its pages: an LRKV model generates the same there, but its cache is as large "
+                            "as the original's (`generate` and a server without continuous batching have the small one)")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -187,9 +193,10 @@ class LrkvRotaryModel(LrkvModel):
             return {}
         x = inputs_embeds if inputs_embeds is not None else self.embed_tokens.weight
         T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
-        sizes = [cache.get_mask_sizes(T, i) for i in range(self.config.num_hidden_layers)]          # (length, offset) per layer
-        if all(size == (T, 0) for size in sizes) and form != "rotary":
+        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers     # layers of a kind have caches of a kind
+        sizes = {kind: cache.get_mask_sizes(T, kinds.index(kind)) for kind in dict.fromkeys(kinds)}                 # kind: (length, offset)
+        if form != "rotary" and all(length == T and offset == 0 for length, offset in sizes.values()):
             return {}
-        query = self.rotary_emb(x, (torch.arange(T, device=x.device) + cache.get_seq_length()).unsqueeze(0))
-        keys = {size: self.rotary_emb(x, (torch.arange(size[0], device=x.device) + size[1]).unsqueeze(0)) for size in set(sizes)}
-        return {"lrkv_rotations": [(query, keys[size]) for size in sizes]}
+        rotation = lambda start, length: self.rotary_emb(x, (torch.arange(length, device=x.device) + start).unsqueeze(0))
+        query, keys = rotation(cache.get_seq_length(), T), {kind: rotation(offset, length) for kind, (length, offset) in sizes.items()}
+        return {"lrkv_rotations": [(query, keys[kind]) for kind in kinds]}

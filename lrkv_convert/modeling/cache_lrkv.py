@@ -28,13 +28,25 @@ def update_cache(cache: Cache, layer_idx: int, num_layers: int, keys: tuple, val
     pairs = [list(pair) for pair in zip(keys, values)]                          # [[base K, base V], [residual K, residual V]]
     filled = [i for i, pair in enumerate(pairs) if any(t.shape[-1] for t in pair)]
     for slot, i in zip((layer_idx, num_layers + layer_idx), filled):
-        flip = pairs[i][0].shape[-1] == 0
-        first, second = reversed(pairs[i]) if flip else pairs[i]
-        first, second = cache.update(first, second, slot)
-        pairs[i] = [second, first] if flip else [first, second]
+        if getattr(cache, "offloading", False):
+            cache.layers[slot].prefetch()               # an attention layer without residuals breaks the chain in which layers fetch each other
+        empty = [j for j in (0, 1) if pairs[i][j].shape[-1] == 0]
+        if not empty:
+            pairs[i] = list(cache.update(*pairs[i], slot))
+            continue
+        [present] = {0, 1} - set(empty)
+        pairs[i][present], pairs[i][empty[0]] = _update_alone(cache, slot, pairs[i][present], pairs[i][empty[0]])
     (key_base, value_base), (key_residual, value_residual) = (
         pair if i in filled else [_empty_like(t, pairs[filled[0]][0]) for t in pair] for i, pair in enumerate(pairs))
     return (key_base, key_residual), (value_base, value_residual)
+
+
+def _update_alone(cache: Cache, slot: int, tensor: torch.Tensor, empty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`update` of a pair of which one has no width. A quantised layer takes scales of both, so it is given two halves instead."""
+    if slot < len(cache.layers) and hasattr(cache.layers[slot], "_quantize") and tensor.shape[-1] > 1:
+        tensor = torch.cat(cache.update(*(half.contiguous() for half in tensor.tensor_split(2, dim=-1)), slot), dim=-1)
+        return tensor, empty.new_empty(*empty.shape[:2], tensor.shape[2], 0)
+    return cache.update(tensor, empty, slot)
 
 
 def _empty_like(tensor: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ except ImportError:     # torch alone decodes as well: the split path
 ROWS = 16               # query heads per program: the smallest tile of the tensor cores
 TOKENS = 64             # cached tokens per tile
 PROGRAMS = 528          # aimed at per launch: four per multiprocessor of an H100
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret     # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be tested
 LOWEST = -3.4028234663852886e38     # float32; finite, so that a masked chunk gives no NaN
 
 
@@ -35,7 +36,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it does not compute in {dtype}"
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and not INTERPRETED:
         return f"Triton has no {device.type} backend here"
     return None
 
@@ -267,7 +268,7 @@ def decode(keys, values, query: torch.Tensor, cached_keys: tuple, cached_values:
     scores, tops, totals = new(N, H * G, S), new(N, H * G, chunks), new(N, H * G, chunks)
     direct = keys.form == "full" or rotation is None and norm is None
     m, r = base.shape[-1], own.shape[-1]
-    precision = "ieee" if query.dtype == torch.float32 else "widen" if query.device.type == "cpu" else "tf32"
+    precision = "ieee" if query.dtype == torch.float32 else "widen" if INTERPRETED else "tf32"
     if mask is not None:
         mask = mask.to(torch.float32).expand(N, 1, 1, S)
     common = dict(MASKED=mask is not None, PRECISION=precision, LOWEST=LOWEST, TOKENS=TOKENS, CHUNK=chunk)

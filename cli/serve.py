@@ -1,0 +1,26 @@
+"""`lrkv serve`: transformers' own server, which looks model classes up in the transformers module and so finds none that travel with a folder."""
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Converted folder.")],
+) -> None:
+    """`transformers serve MODEL` (OpenAI-compatible): takes the same options, for example --port 8000 --device cpu."""
+    from lrkv_convert import LrkvError
+    from lrkv_convert.evaluate.load import location
+    from lrkv_convert.modeling import name_in_transformers
+    location(model)
+    name_in_transformers()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+        from transformers.cli.transformers import app as transformers_cli
+    except ImportError as error:
+        raise LrkvError(f"the server needs {error.name}", "pip install 'transformers[serving]'") from error
+    transformers_cli(args=["serve", model, *ctx.args], prog_name="transformers")

@@ -1,0 +1,181 @@
+"""End-to-end decoding of whole models, side by side in one process: time per token, tokens per second, memory, and how far that is from the
+time it takes to move the bytes.
+
+The models are the ones saved, through the path their own code takes. Caches are filled with random numbers, which time does not mind: a prefill
+of 32,000 tokens would only wait. Rounds alternate between contenders, so that a slow moment of the machine meets all of them; medians count.
+"""
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from ..errors import LrkvError
+from ..modeling import kernel_lrkv
+from .load import load_model
+from .memory import cache_bytes
+from .step import bandwidth, seconds
+
+CACHES = ("static", "dynamic")
+WARM_UP = 3     # steps before any that counts; also what initialises the cache
+
+
+@dataclass
+class Contender:
+    """One model through one path; `path` is None for an original, whose path is its attention function."""
+
+    name: str
+    model: PreTrainedModel
+    path: str | None
+    cache: Cache | None = field(default=None, repr=False)
+    batch: int = 1
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decode one token for every row of the cache."""
+        if self.path is not None:
+            self.model.config.lrkv_path = self.path
+        ids = torch.zeros(self.batch, 1, dtype=torch.long, device=self.model.device)
+        self.model(ids, past_key_values=self.cache, use_cache=True)
+
+
+@torch.no_grad()
+def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, room: int) -> Cache:
+    """A cache of `kind` that holds `tokens` random tokens for each of `batch` rows, and has room for more. Any model whose cache layers are
+    transformers' static or dynamic ones, sliding or not."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens + room) if kind == "static" else DynamicCache(config=model.config)
+    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        held = min(tokens, layer.sliding_window - 1) if layer.is_sliding and kind == "dynamic" else tokens
+        for name in ("keys", "values"):
+            old = getattr(layer, name)
+            if kind == "static":
+                old.normal_()
+            else:
+                setattr(layer, name, torch.randn(*old.shape[:2], held, old.shape[-1], device=old.device).to(old.dtype))
+        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length.fill_(min(tokens, layer.max_cache_len))
+        elif hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = tokens
+    return cache
+
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it reads a row."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = embedding.data_ptr() if embedding.data_ptr() != head.data_ptr() else None
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() != unread)
+
+
+def working_bytes(call: Callable, device: torch.device) -> int | None:
+    """Memory that `call` takes beyond what is held before it: peak minus level. None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")           # Linux: resets the peak to the level
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, StopIteration):
+        return None
+
+
+def _status(field: str) -> int:
+    """Bytes in a field of /proc/self/status."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+
+
+def contenders(paths: list[str], routes: list[str], device: torch.device, dtype: torch.dtype | str) -> list[Contender]:
+    """Models loaded, each converted one once per route. Raises LrkvError."""
+    found = []
+    for path in paths:
+        model = load_model(path, device, dtype)
+        name = Path(path).name
+        if getattr(model.config, "lrkv", None) is None:
+            found.append(Contender(name, model, None))
+            continue
+        for route in routes:
+            if route == "kernel" and (lacks := kernel_lrkv.missing(model.device, model.dtype)):
+                raise LrkvError(f"the kernel path cannot run: {lacks}", "leave it out of --paths, or use auto")
+            found.append(Contender(name, model, route))
+    return found
+
+
+def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], routes: list[str] = ["auto"], cache: str = "static", steps: int = 9,
+          longest: bool = False, device: torch.device, dtype: torch.dtype | str = "auto", progress: Callable[[int, int], None] = lambda *_: None) -> dict:
+    """Decode with every model at every context length and batch size. Returns {"rows": [...], ...}; the first model is what others are
+    compared with. Raises LrkvError for models or sizes that cannot run.
+
+    tokens: cached tokens per row; routes: attention paths of converted models (modeling/attention_lrkv.py); cache: one of CACHES; steps: timed;
+    longest: also look for the longest context each contender can decode in the memory of the device (CUDA only).
+    """
+    if longest and device.type != "cuda":
+        raise LrkvError("the longest context that fits is found on a GPU only", "a computer without one would swap long before it failed")
+    found = contenders(paths, routes, device, dtype)
+    for length in tokens:
+        for c in found:
+            limit = getattr(c.model.config, "max_position_embeddings", None)
+            if limit is not None and length + WARM_UP + steps + 2 > limit:
+                raise LrkvError(f"{length} tokens of context are more than {c.name} can read ({limit})", "give smaller --tokens")
+    rate, rows, room = bandwidth(device), [], (WARM_UP + steps + 2) * max(1, len(routes))
+    for i, batch in enumerate(batches):
+        for j, length in enumerate(tokens):
+            filled: dict[int, Cache] = {}
+            for c in found:                     # the paths of one model share its cache
+                if id(c.model) not in filled:
+                    filled[id(c.model)] = filled_cache(c.model, cache, batch, length, room)
+                c.cache, c.batch = filled[id(c.model)], batch
+            held = {id(c): cache_bytes(c.cache) for c in found}
+            taken = seconds({str(k): c.step for k, c in enumerate(found)}, device, steps)
+            medians = [statistics.median(times) for times in taken.values()]
+            for c, median in zip(found, medians):
+                moved, working = read_bytes(c.model) + held[id(c)], working_bytes(c.step, device)
+                weights = sum(p.numel() * p.element_size() for p in c.model.parameters())
+                rows.append({"model": c.name, "path": c.path or "original", "batch": batch, "tokens": length, "milliseconds": median * 1e3,
+                             "tokens_per_second": batch / median, "speedup": medians[0] / median, "cache_bytes": held[id(c)],
+                             "peak_bytes": None if working is None else weights + held[id(c)] + working, "bytes_read": moved,
+                             "limit_milliseconds": moved / rate * 1e3, "of_limit": moved / rate / median})
+            for c in found:
+                c.cache = None
+            progress(i * len(tokens) + j + 1, len(batches) * len(tokens))
+    fitting = [{"model": c.name, "path": c.path or "original", "batch": batch, "tokens": longest_context(c, cache, batch)}
+               for batch in batches for c in found] if longest else []
+    return {"models": [str(p) for p in paths], "device": str(device), "threads": torch.get_num_threads(), "longest": fitting, "cache": cache, "steps": steps, "dtype": str(found[0].model.dtype).removeprefix("torch."),
+            "copy_bytes_per_second": rate, "rows": rows}
+
+
+def longest_context(contender: Contender, kind: str, batch: int, start: int = 1024, precision: int = 256) -> int:
+    """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0 if `start` does not, and never more
+    positions than the model has."""
+    limit = getattr(contender.model.config, "max_position_embeddings", None) or 1 << 30
+
+    def fits(length: int) -> bool:
+        try:
+            contender.cache, contender.batch = filled_cache(contender.model, kind, batch, length, WARM_UP), batch
+            contender.step()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            contender.cache = None
+            if contender.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    low, high, limit = 0, start, limit - WARM_UP
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > precision:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

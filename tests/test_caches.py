@@ -1,0 +1,173 @@
+"""Every cache of transformers holds the small cache: same tokens or the same logits, and the bytes of the formula."""
+import pytest
+import torch
+from conftest import CONFIGS, prompt, relative
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+
+from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
+from lrkv_convert.modeling import FAMILIES
+from lrkv_convert.modeling.cache_lrkv import with_residual_layers
+
+GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
+# layers without base or without residual, of keys or of values, beside one that has all: what a planned conversion holds
+UNEVEN = {"keys": {"base_width": [0, 32, 32], "rank": [8, 0, 4], "alignment": True}, "values": {"base_width": [16, 32, 16], "rank": [0, 0, 4], "alignment": True}}
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def uneven(family: str = "llama"):
+    config = CONFIGS[family]().to_dict() | {"num_hidden_layers": 3}
+    config.pop("model_type")
+    config.pop("layer_types", None)
+    torch.manual_seed(0)
+    return FAMILIES[family][2](FAMILIES[family][0](**config, lrkv=UNEVEN)).eval()
+
+
+@torch.no_grad()
+def steps(model, ids, cache, first: int = 30) -> torch.Tensor:
+    """Logits of the tokens after `first`, one at a time."""
+    model(ids[:, :first], past_key_values=cache)
+    return torch.cat([model(ids[:, t:t + 1], past_key_values=cache).logits for t in range(first, ids.shape[1])], dim=1)
+
+
+@torch.no_grad()
+def whole(model, ids, first: int = 30) -> torch.Tensor:
+    return model(ids, use_cache=False).logits[:, first:]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_of_every_shape_in_one_model(family, kind):
+    model, ids = uneven(family), prompt(40, batch=2)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=48)
+    assert relative(steps(model, ids, cache), whole(model, ids)) < 1e-4
+    held = sum(m + 3 * r for side in UNEVEN.values() for m, r in zip(side["base_width"], side["rank"]))
+    assert formula_bytes(model.config, 4) == 4 * held
+    assert cache_bytes(cache) == 4 * held * 2 * (40 if kind == "dynamic" else 48)
+
+
+# ------------------------------------------------------------------------------------------------ quantised
+
+QUANTISED = {"fp8": dict(backend="fp8"), "hqq": dict(backend="hqq", nbits=8, axis_key=1, axis_value=1, q_group_size=4, residual_length=8),
+             "quanto": dict(backend="quanto", nbits=4, q_group_size=4, residual_length=8)}
+
+
+@pytest.mark.parametrize("backend", QUANTISED)
+def test_quantised_caches(backend, tiny):
+    """As near the exact logits as the original's quantised cache comes to the original's, and as much smaller; uneven layers too."""
+    if backend != "fp8":
+        pytest.importorskip({"hqq": "hqq", "quanto": "optimum.quanto"}[backend])
+    ids, distances, sizes = prompt(40), [], []
+    for model in (load(tiny()), uneven()):
+        try:
+            cache = QuantizedCache(config=model.config, **QUANTISED[backend])
+        except ValueError as error:
+            pytest.skip(f"this transformers has no such cache: {error}")
+        found = steps(model, ids, cache)
+        distances.append(((found - whole(model, ids)).norm() / whole(model, ids).norm()).item())
+        exact = DynamicCache(config=model.config)
+        steps(model, ids, exact)
+        sizes.append(cache_bytes(cache) / cache_bytes(exact))
+    assert distances[1] < 2 * distances[0] + 0.02
+    assert sizes[1] < 1.1 * sizes[0] < 0.95
+
+
+def test_fp8_holds_the_numbers_of_the_formula_in_a_byte_each(converted):
+    """Half the numbers, each in half the bytes of bfloat16: the two savings multiply."""
+    model = load(converted(rank=None, cache_ratio=0.5))
+    cache = QuantizedCache(config=model.config, backend="fp8")
+    steps(model, prompt(40), cache)
+    scales = 4 * 2 * 2 * len(cache.layers)
+    assert 0 <= cache_bytes(cache) - 40 * formula_bytes(model.config, 1) <= scales
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_from_a_quantised_cache_runs(beams, converted):
+    model, ids = load(converted()), prompt(12)
+    try:
+        out = model.generate(ids, cache_implementation="quantized", cache_config={"backend": "fp8"}, num_beams=beams, **GREEDY)
+    except ValueError as error:
+        pytest.skip(f"this transformers has no such cache: {error}")
+    assert out.shape == (1, 24)
+
+
+# ------------------------------------------------------------------------------------------------ offloaded
+
+class Away(DynamicCache):
+    """An offloading cache without a GPU: fetches and sends away in the order of transformers' own, but a layer that is away cannot be read."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        with_residual_layers(self, config.num_hidden_layers)
+        self.offloading, self.away = True, {}
+        for layer in self.layers:
+            layer.prefetch = lambda layer=layer: self.__fetch(layer)
+
+    def __fetch(self, layer):
+        if id(layer) in self.away:
+            layer.keys, layer.values = self.away.pop(id(layer))
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.layers[(layer_idx + 1) % len(self.layers)].prefetch()
+        layer = self.layers[layer_idx]
+        assert id(layer) not in self.away, f"layer {layer_idx} is still away"
+        found = layer.update(keys, values)
+        self.away[id(layer)] = found
+        layer.keys = layer.values = torch.empty(0, device="meta").expand(*found[0].shape[:-1], 0)         # the length can still be asked for
+        return found
+
+
+@pytest.mark.parametrize("layers", ["even", "uneven"])
+def test_every_layer_is_back_when_it_is_read(layers, converted):
+    model, ids = uneven() if layers == "uneven" else load(converted()), prompt(40)
+    found = steps(model, ids, Away(model.config))
+    assert relative(found, whole(model, ids)) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers' offloaded cache needs CUDA streams")
+def test_the_offloaded_cache_of_transformers(converted):
+    model, ids = load(converted()).cuda(), prompt(12).cuda()
+    assert torch.equal(model.generate(ids, cache_implementation="offloaded", **GREEDY), model.generate(ids, **GREEDY))
+
+
+# ------------------------------------------------------------------------------------------------ crop, compile
+
+def test_assisted_decoding_crops_the_cache(family, tiny, converted):
+    """With a draft model, with n-gram lookup, and as the draft of its original: greedy output stays what it is."""
+    model, original, ids = load(converted(family)), load(tiny(family)), prompt(12)
+    assert torch.equal(model.generate(ids, assistant_model=original, **GREEDY), model.generate(ids, **GREEDY))
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), model.generate(ids, **GREEDY))
+    assert torch.equal(original.generate(ids, assistant_model=model, **GREEDY), original.generate(ids, **GREEDY))
+
+
+def test_a_static_cache_compiles_without_graph_breaks(family, tiny, converted):
+    """`fullgraph` raises at a break; as many graphs as the original needs, and the logits of the uncached model."""
+    counts = []
+    for folder in (tiny(family), converted(family)):
+        model, ids = load(folder), prompt(38)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        step = torch.compile(model.forward, backend=counter, fullgraph=True)
+        with torch.no_grad():
+            model(ids[:, :30], past_key_values=cache)
+            found = torch.cat([step(ids[:, t:t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(30, 38)], dim=1)
+        assert relative(found, whole(model, ids)) < 1e-4
+        counts.append(counter.frame_count)
+    assert counts[1] <= counts[0]
+
+
+def test_continuous_batching_generates_the_same_and_says_what_it_costs(converted, caplog):
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+    model, ids = load(converted()), [prompt(12, seed=1)[0].tolist(), prompt(20, seed=2)[0].tolist()]
+    expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row):].tolist() for row in ids]
+    logging.enable_propagation()
+    try:
+        out = model.generate_batch(ids, generation_config=GenerationConfig(**{**GREEDY, "eos_token_id": -1}))
+    finally:
+        logging.disable_propagation()
+    assert sorted(o.generated_tokens for o in out.values()) == sorted(expected)
+    assert "whole keys and values" in caplog.text
