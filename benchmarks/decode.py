@@ -2,7 +2,8 @@
 
     python benchmarks/decode.py [--tokens 2048 8192 32768] [--batch 1 4] [--dtype float32 bfloat16] [--shapes NAME ...] [--json FILE]
 
-All shapes have 32 query heads of width 128. `limit` is the time a plain copy of as many bytes takes here; `of limit` says how near the step comes.
+All shapes have 32 query heads of width 128. `limit` is the time it takes to move the bytes of the cache once at
+the rate of a plain copy here (read plus written); `of limit` says how near the step comes.
 """
 import argparse
 from pathlib import Path

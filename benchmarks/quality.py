@@ -48,7 +48,7 @@ WAYS = [    # (label, calibration text, options)
 class Workbench:
     """One calibration per set of texts, and the original beside everything converted from it."""
 
-    def __init__(self, model: str, given: list[str], tokens: int, device: torch.device, folder: Path):
+    def __init__(self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path):
         checkpoint, adapter = open_model(model)
         self.geometry, self.skeleton = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, device)
         self.original, self.tokens, self.folder, self.texts = load_model(model, device, torch.float32), tokens, folder, {GIVEN: given, BUILT_IN: [BUILT_IN]}
@@ -59,7 +59,8 @@ class Workbench:
         if calibration != NONE:
             texts = read_texts(self.texts[calibration])
             checkpoint = self.skeleton.checkpoint
-            rows = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), self.tokens)
+            rows = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config),
+                           Options(calibration=None if calibration == BUILT_IN else [], calibration_tokens=self.tokens).tokens)
             observe(self.skeleton, self.geometry, rows, "fisher", store, lambda *_: None)
         return store
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=8704, help="of each text")
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--calibration-tokens", type=int, help="default: what lrkv convert reads")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -28,7 +28,7 @@ def convert(
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after the fit (default), or not.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; self for text sampled from the model; none for "
                                                           "the weights alone. Default: a text that ships with the package.")] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 16384.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 32768 of the text that ships here, 16384 of yours.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the source's, default), float32, bfloat16, float16 or float64.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str | None, typer.Option(help="Largest safetensors file. Default: 5GB.")] = None,

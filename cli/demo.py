@@ -7,6 +7,7 @@ import typer
 
 from .app import app, quiet_libraries
 
+TOKENS = 16384      # of calibration; the default for the text that ships here is twice that, in twice the time
 PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is about")
 
 
@@ -29,7 +30,7 @@ def demo(
     from . import display
     model, device = str(demo_model()), pick_device("auto")
     with display.progress() as progress:
-        done = convert(model, out, cache_ratio=cache_ratio, overwrite=True, progress=progress)
+        done = convert(model, out, cache_ratio=cache_ratio, calibration_tokens=TOKENS, overwrite=True, progress=progress)
     display.show_conversion(done.record, model, out, layers=False)
     manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))
     with display.progress() as progress:

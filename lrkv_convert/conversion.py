@@ -69,8 +69,8 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     checkpoint.check(skeleton.expected())
     if dry_run and plan:
         return Conversion(plan, out, None)
-    texts = gather_texts(options.calibration, options.calibration_tokens, model, skeleton)
-    tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.calibration_tokens) if texts else None
+    texts = gather_texts(options.calibration, options.tokens, model, skeleton)
+    tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens) if texts else None
     if tokens is None and options.metric == "fisher":
         options = replace(options, metric="attention")      # no text, no gradient: the record says what was used
     with clock("load"):

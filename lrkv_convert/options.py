@@ -9,6 +9,9 @@ from .metrics import METRICS
 from .plan import Plan, check_keys, uniform_plan
 
 
+TOKENS, BUILT_IN_TOKENS = 16384, 32768       # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
+
+
 @dataclass(frozen=True)
 class Options:
     """How to convert. The defaults halve the cache.
@@ -18,8 +21,9 @@ class Options:
     rank, rank_k, rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default:
     one head). keys: the form in which keys are cached (plan.KEYS). base: how the base is found (factorise.py). metric: in which norm
     (metrics.py). refit: correct W_O in closed form afterwards; needs calibration text. calibration: text files or folders, "self" for text
-    sampled from the model, [] for none, None for the text that ships with the package. dtype: of the output, "auto" keeps the source's. force:
-    allow a cache that does not shrink. recipe: name to record.
+    sampled from the model, [] for none, None for the text that ships with the package. calibration_tokens: how much of it is
+    read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
+    that does not shrink. recipe: name to record.
     """
 
     cache_ratio: float | None = None
@@ -36,7 +40,7 @@ class Options:
     metric: str = "fisher"
     refit: bool = True
     calibration: list[str] | None = None
-    calibration_tokens: int = 16384
+    calibration_tokens: int | None = None
     dtype: str = "auto"
     max_shard_size: int | str = "5GB"
     force: bool = False
@@ -47,6 +51,13 @@ class Options:
         """The options that give every layer the same shape, as `uniform_plan` takes them."""
         return {"rank": self.rank, "rank_k": self.rank_k, "rank_v": self.rank_v,
                 "width": self.base_width, "width_k": self.base_width_k, "width_v": self.base_width_v}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of calibration text to read."""
+        if self.calibration_tokens is not None:
+            return self.calibration_tokens
+        return BUILT_IN_TOKENS if self.calibration is None else TOKENS
 
     @property
     def without_text(self) -> bool:
@@ -76,8 +87,8 @@ class Options:
             raise LrkvError(f"a shard size of {self.max_shard_size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
         if self.keys != "joint" and self.max_width_k is not None:
             raise LrkvError(f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out")
-        if self.calibration_tokens < 1:
-            raise LrkvError(f"{self.calibration_tokens} calibration tokens are none", "give --calibration none for the weights alone")
+        if self.tokens < 1:
+            raise LrkvError(f"{self.tokens} calibration tokens are none", "give --calibration none for the weights alone")
         if self.budget is None and (self.max_width_k or self.max_width_v):
             raise LrkvError("the widest base is a limit of --cache-ratio, and there is none here", "with --rank, give --base-width")
 

@@ -13,7 +13,7 @@ from lrkv_cli.main import app
 from lrkv_convert import LrkvError
 from lrkv_convert.evaluate.bench import Contender, bench, filled_cache, longest_context, read_bytes, working_bytes
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
-from lrkv_convert.evaluate.step import Shape, attention_step
+from lrkv_convert.evaluate.step import Shape, attention_step, eager_attention, full_attention
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_filled_caches_hold_what_they_say_and_decode(family, kind, tiny, convert
 def test_rows_are_consistent(tiny, converted):
     result = bench([str(tiny()), str(converted())], tokens=[40, 80], batches=[1, 3], routes=["auto", "rebuild"], steps=2, device=CPU)
     rows = result["rows"]
-    assert Counter((r["model"], r["path"]) for r in rows) == {("model", "original"): 4, ("model", "auto"): 4, ("model", "rebuild"): 4}
+    assert Counter((r["model"], r["path"]) for r in rows) == {("model", "original"): 4, ("model", "auto: split"): 4, ("model", "rebuild"): 4}
     for first, *others in zip(*[iter(rows)] * 3):
         assert first["speedup"] == 1 and first["path"] == "original"
         for r in others:
@@ -83,7 +83,8 @@ def test_the_longest_context_is_found(converted, monkeypatch):
     model.config.max_position_embeddings = 100_000
     assert 1900 - 16 < longest_context(contender, "static", 1, start=64, precision=16) <= 1900
     assert 950 - 16 < longest_context(contender, "static", 2, start=64, precision=16) <= 950
-    assert longest_context(contender, "static", 1, start=4096) == 0
+    assert 1900 - 256 < longest_context(contender, "static", 1, start=4096) <= 1900
+    assert longest_context(contender, "static", 1000, precision=16) == 0
     model.config.max_position_embeddings = 640
     assert 640 - 20 < longest_context(contender, "static", 1, start=64, precision=16) <= 640
 
@@ -91,10 +92,17 @@ def test_the_longest_context_is_found(converted, monkeypatch):
 @pytest.mark.parametrize("rotary", [False, True])
 def test_an_attention_step_counts_the_bytes_of_the_formula(rotary):
     shape = Shape(4, 2, 32, (32, 8), (48, 4), rotary=rotary)
-    full, split, rebuild = attention_step(shape, 2, 64, CPU, torch.float32, rounds=1, copy_rate=1e9)
-    assert [row["path"] for row in (full, split, rebuild)] == ["full cache", "split", "rebuild"]
+    full, eager, split, rebuild = attention_step(shape, 2, 64, CPU, torch.float32, rounds=1, copy_rate=1e9)
+    assert [row["path"] for row in (full, eager, split, rebuild)] == ["full cache", "full, eager", "split", "rebuild"]
     assert full["bytes"] == 2 * 64 * 4 * 2 * 4 * 32 and split["bytes"] == 2 * 64 * 4 * (32 + 4 * 8 + 48 + 4 * 4)
+    assert eager["bytes"] == full["bytes"]
     assert split["cache_ratio"] == pytest.approx(split["bytes"] / full["bytes"])
+
+
+def test_the_baselines_compute_attention():
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert torch.allclose(full_attention(query, key, value), expected, atol=1e-6) and torch.allclose(eager_attention(query, key, value), expected, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ the command

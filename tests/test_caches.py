@@ -17,12 +17,12 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def uneven(family: str = "llama"):
+def uneven(family: str = "llama", lrkv: dict = UNEVEN):
     config = CONFIGS[family]().to_dict() | {"num_hidden_layers": 3}
     config.pop("model_type")
     config.pop("layer_types", None)
     torch.manual_seed(0)
-    return FAMILIES[family][2](FAMILIES[family][0](**config, lrkv=UNEVEN)).eval()
+    return FAMILIES[family][2](FAMILIES[family][0](**config, lrkv=lrkv)).eval()
 
 
 @torch.no_grad()
@@ -77,20 +77,39 @@ def test_quantised_caches(backend, tiny):
 def test_fp8_holds_the_numbers_of_the_formula_in_a_byte_each(converted):
     """Half the numbers, each in half the bytes of bfloat16: the two savings multiply."""
     model = load(converted(rank=None, cache_ratio=0.5))
-    cache = QuantizedCache(config=model.config, backend="fp8")
+    try:
+        cache = QuantizedCache(config=model.config, backend="fp8")
+    except ValueError as error:
+        pytest.skip(f"this transformers has no such cache: {error}")
     steps(model, prompt(40), cache)
     scales = 4 * 2 * 2 * len(cache.layers)
     assert 0 <= cache_bytes(cache) - 40 * formula_bytes(model.config, 1) <= scales
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_from_a_quantised_cache_runs(beams, converted):
-    model, ids = load(converted()), prompt(12)
+@pytest.mark.parametrize("shapes", [[(64, 8), (176, 0)], [(64, 12), (144, 0)], [(64, 16), (64, 16)], [(1, 0), (0, 1)]], ids=str)
+@pytest.mark.parametrize("backend", QUANTISED)
+def test_quantised_caches_as_they_come(backend, shapes):
+    """Groups of 64, as the backends have them by default, fit whatever shapes a plan gives; one number is a width, too."""
+    if backend != "fp8":
+        pytest.importorskip({"hqq": "hqq", "quanto": "optimum.quanto"}[backend])
+    spec = {side: {"base_width": [m] * 3, "rank": [r] * 3, "alignment": True} for side, (m, r) in zip(("keys", "values"), shapes)}
+    model, ids = uneven(lrkv=spec), prompt(35)
     try:
-        out = model.generate(ids, cache_implementation="quantized", cache_config={"backend": "fp8"}, num_beams=beams, **GREEDY)
+        cache = QuantizedCache(config=model.config, **{**QUANTISED[backend], **({"q_group_size": 64} if backend != "fp8" else {})})
     except ValueError as error:
         pytest.skip(f"this transformers has no such cache: {error}")
-    assert out.shape == (1, 24)
+    expected = whole(model, ids)
+    assert ((steps(model, ids, cache) - expected).norm() / expected.norm()).item() < (0.5 if backend == "quanto" else 0.1)
+
+
+def test_beams_from_a_quantised_cache(converted):
+    """With the residual window so long that nothing is rounded after the prompt, beams come out as from an exact cache of the rounded prompt."""
+    pytest.importorskip("hqq")
+    model, ids = load(converted()), prompt(12)
+    config = {**QUANTISED["hqq"], "residual_length": 64}
+    beams = model.generate(ids, cache_implementation="quantized", cache_config=config, num_beams=3, **GREEDY)
+    exact = model.generate(ids, num_beams=3, **GREEDY)
+    assert (beams == exact).float().mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------ offloaded
@@ -100,7 +119,7 @@ class Away(DynamicCache):
 
     def __init__(self, config):
         super().__init__(config=config)
-        with_residual_layers(self, config.num_hidden_layers)
+        with_residual_layers(self, config)
         self.offloading, self.away = True, {}
         for layer in self.layers:
             layer.prefetch = lambda layer=layer: self.__fetch(layer)
@@ -115,7 +134,7 @@ class Away(DynamicCache):
         assert id(layer) not in self.away, f"layer {layer_idx} is still away"
         found = layer.update(keys, values)
         self.away[id(layer)] = found
-        layer.keys = layer.values = torch.empty(0, device="meta").expand(*found[0].shape[:-1], 0)         # the length can still be asked for
+        layer.keys = layer.values = torch.empty(0, device="meta")
         return found
 
 
@@ -142,6 +161,32 @@ def test_assisted_decoding_crops_the_cache(family, tiny, converted):
     assert torch.equal(original.generate(ids, assistant_model=model, **GREEDY), original.generate(ids, **GREEDY))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_cropping_minds_no_layer_without_residuals(family):
+    model, ids = uneven(family), prompt(12)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_a_static_cache_is_prefilled_in_chunks(converted):
+    """transformers shapes the cache for whole keys and values beforehand then."""
+    model, ids = load(converted()), prompt(40)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, cache_implementation="static", prefill_chunk_size=16, disable_compile=True, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0},
+                                  {"rope_type": "longrope", "short_factor": [1.0] * 10, "long_factor": [3.0] * 10, "original_max_position_embeddings": 160}],
+                         ids=lambda rope: rope["rope_type"])
+def test_room_in_a_static_cache_is_no_text(rope):
+    """RoPE variants that change with the length take that of the text, not that of the cache."""
+    config = CONFIGS["llama"]().to_dict() | {"rope_parameters": {"rope_theta": 10000.0, **rope}, "max_position_embeddings": 640 if "original_max_position_embeddings" in rope else 160}
+    config.pop("model_type")
+    torch.manual_seed(0)
+    spec = {"keys": {"base_width": [20, 20], "rank": [7, 7], "alignment": True}, "values": {"base_width": [20, 20], "rank": [7, 7], "alignment": True}}
+    model, ids = FAMILIES["llama"][2](FAMILIES["llama"][0](**config, lrkv=spec)).eval(), prompt(40)
+    assert relative(steps(model, ids, StaticCache(config=model.config, max_cache_len=400)), whole(model, ids)) < 1e-4
+
+
 def test_a_static_cache_compiles_without_graph_breaks(family, tiny, converted):
     """`fullgraph` raises at a break; as many graphs as the original needs, and the logits of the uncached model."""
     counts = []
@@ -159,10 +204,11 @@ def test_a_static_cache_compiles_without_graph_breaks(family, tiny, converted):
     assert counts[1] <= counts[0]
 
 
-def test_continuous_batching_generates_the_same_and_says_what_it_costs(converted, caplog):
+@pytest.mark.parametrize("path, requests", [("auto", 2), ("split", 1)])
+def test_continuous_batching_generates_the_same_and_says_what_it_costs(path, requests, converted, caplog):
     from transformers import GenerationConfig
     from transformers.utils import logging
-    model, ids = load(converted()), [prompt(12, seed=1)[0].tolist(), prompt(20, seed=2)[0].tolist()]
+    model, ids = load(converted(), lrkv_path=path), [prompt(12 + 8 * n, seed=n)[0].tolist() for n in range(requests)]
     expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row):].tolist() for row in ids]
     logging.enable_propagation()
     try:
@@ -170,4 +216,4 @@ def test_continuous_batching_generates_the_same_and_says_what_it_costs(converted
     finally:
         logging.disable_propagation()
     assert sorted(o.generated_tokens for o in out.values()) == sorted(expected)
-    assert "whole keys and values" in caplog.text
+    assert path != "auto" or "whole keys and values" in caplog.text         # said once

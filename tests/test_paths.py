@@ -10,7 +10,7 @@ from conftest import prompt, relative
 from transformers import AutoModelForCausalLM, DynamicCache
 from torch import nn
 
-from lrkv_convert.modeling import reference
+from lrkv_convert.modeling import attention_lrkv, factors_lrkv, reference
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.modeling.kernel_lrkv import decode, missing
@@ -18,6 +18,8 @@ from lrkv_convert.modeling.kernel_lrkv import decode, missing
 # of the root mean square, against float64; bfloat16 rounds each factor to 8 bits and the weights of the softmax once more
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CPU = torch.device("cpu")
+# where the kernel runs: TRITON_INTERPRET=0 on a machine with a GPU takes it there
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu")
 
 # keys (m, r, alignment, form), values (m, r), G, biases, width of RoPE, QK-norm; H = 3, d = 20
 CASES = {
@@ -76,6 +78,15 @@ def problem(case: str, tokens: int, batch: int = 2, masked: bool = True, dtype=t
             "rotation": rotation, "mask": mask, "scale": d**-0.5, "norm": Norm(d).to(dtype) if normed else None}
 
 
+def kernel(**given) -> torch.Tensor:
+    """`decode` on DEVICE."""
+    move = lambda v: tuple(map(move, v)) if isinstance(v, tuple) else v.to(DEVICE) if isinstance(v, (torch.Tensor, nn.Module)) else v
+    found = decode(**{name: move(value) for name, value in given.items()}).cpu()
+    for name in ("keys", "values"):
+        given[name].cpu()
+    return found
+
+
 def split(keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm):
     scores = keys.scores(query * scale, *cached_keys, rotation, norm)
     return values.average((scores if mask is None else scores + mask).softmax(-1), *cached_values)
@@ -106,14 +117,14 @@ def test_split_and_rebuild_equal_the_reference(case, tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_equals_the_reference(case, tokens):
     given = problem(case, tokens)
-    assert error(decode(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
+    assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("case", ["position-free-bias-groups", "rope", "rope-qk-norm-groups", "rotary", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_in_half_precision(case, dtype):
     given = problem(case, 130, batch=1, masked=False, dtype=dtype)
-    assert error(decode(**given), reference.decode(**given)) < TOLERANCE[dtype]
+    assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("case", ["position-free", "rope-bias-groups"])
@@ -121,9 +132,9 @@ def test_the_kernel_joins_many_chunks(case, monkeypatch):
     """With one program wanted the sequence is one chunk, with many it is cut as finely as tiles allow: the result is the same."""
     from lrkv_convert.modeling import kernel_lrkv
     given = problem(case, 1000, batch=1)
-    fine = decode(**given)
+    fine = kernel(**given)
     monkeypatch.setattr(kernel_lrkv, "PROGRAMS", 1)
-    assert error(decode(**given), fine.double()) < TOLERANCE[torch.float32]
+    assert error(kernel(**given), fine.double()) < TOLERANCE[torch.float32]
     assert error(fine, reference.decode(**given)) < TOLERANCE[torch.float32]
 
 
@@ -132,8 +143,8 @@ def test_the_kernel_reads_caches_that_are_slices():
     given = problem("rope", 63)
     widened = [tuple(torch.cat((t, torch.full_like(t, float("nan"))), dim=2)[:, :, :63] for t in side) for side in (given["cached_keys"], given["cached_values"])]
     assert not widened[0][1].is_contiguous()
-    found = decode(**{**given, "cached_keys": widened[0], "cached_values": widened[1]})
-    assert torch.equal(found, decode(**given))
+    found = kernel(**{**given, "cached_keys": widened[0], "cached_values": widened[1]})
+    assert torch.equal(found, kernel(**given))
 
 
 def test_the_kernel_writes_all_it_allocates(monkeypatch):
@@ -141,7 +152,7 @@ def test_the_kernel_writes_all_it_allocates(monkeypatch):
     given = problem("rope-bias-groups", 111)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    assert torch.isfinite(decode(**given)).all()
+    assert torch.isfinite(kernel(**given)).all()
 
 
 # ------------------------------------------------------------------------------------------------ in models
@@ -197,6 +208,54 @@ def test_eager_attention_weights_come_from_either_path(converted):
     assert seen[0].shape == (2, 1, 6, 1, 21) and relative(*seen) < 1e-5
 
 
+def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(family, converted, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(converted(family), attn_implementation="eager").eval()
+    ids, mask, out = prompt(36, batch=3), torch.ones(3, 36, dtype=torch.long), []
+    mask[1, :5] = 0
+    for scores, chunk in ((1 << 21, 1 << 19), (1, 600)):
+        monkeypatch.setattr(attention_lrkv, "SCORES", scores)
+        monkeypatch.setattr(factors_lrkv, "CHUNK", chunk)
+        out.append(decoded(model, "split", ids, mask))
+    assert relative(out[1][0], out[0][0]) < 1e-5 and relative(out[1][1, 5:], out[0][1, 5:]) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_in_half_precision_gives_no_nan(attention, converted):
+    """A padding query sees masked keys only; adding the mask in float16 would overflow."""
+    model = AutoModelForCausalLM.from_pretrained(converted(), attn_implementation="sdpa", dtype=torch.float16).eval()
+    ids, mask = prompt(6), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    for parameter in model.model.layers[0].self_attn.q_proj.parameters():
+        parameter.data *= 8
+    with torch.no_grad():
+        model.config.lrkv_path = "split"
+        out = model(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config)).logits
+    assert torch.isfinite(out[0, 3:]).all()
+
+
+def test_gradients_flow_through_a_cached_step(converted):
+    """In eval mode, too; the kernel has none, so it steps aside."""
+    grads = []
+    for path in ("rebuild", "split", "kernel"):
+        model = AutoModelForCausalLM.from_pretrained(converted(), lrkv_path=path).eval()
+        cache = DynamicCache(config=model.config)
+        model(prompt(20), past_key_values=cache)
+        model(prompt(1), past_key_values=cache).logits.square().sum().backward()
+        grads.append([p.grad for p in model.model.layers[0].parameters()])
+    for other in grads[1:]:
+        assert all(relative(a, b) < 1e-3 for a, b in zip(other, grads[0], strict=True))
+
+
+def test_autocast_reaches_the_kernel(converted):
+    out = []
+    for path in ("rebuild", "kernel"):
+        model = AutoModelForCausalLM.from_pretrained(converted(), lrkv_path=path).eval()
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(prompt(20), past_key_values=cache)
+            out.append(model(prompt(1), past_key_values=cache).logits.float())
+    assert relative(*out) < 0.1
+
+
 def test_the_path_is_chosen_as_documented():
     usual = dict(asked="auto", queries=2, tokens=1, implementation="sdpa", mask=None, training=False, cached=True, device=CPU, dtype=torch.float32)
     choose = lambda **changed: choose_path(**{**usual, **changed})
@@ -205,12 +264,14 @@ def test_the_path_is_chosen_as_documented():
     assert choose(asked="split", queries=64, tokens=32) == "split"
     assert choose(asked="split", training=True) == choose(asked="rebuild") == "rebuild"
     assert choose(implementation="flash_attention_2") == "split"
+    assert choose(asked="split", implementation="paged|sdpa", cached=False) == choose(implementation="my_own") == "rebuild"
     assert choose(implementation="flash_attention_2", tokens=4) == choose(implementation="flash_attention_2", outside_window=True) == "rebuild"
     assert choose(mask=object()) == "rebuild"           # flex attention's block mask
     assert choose(asked="kernel") == "kernel" and choose(asked="kernel", tokens=2) == "split"
     assert choose(asked="kernel", mask=torch.zeros(1, 6, 1, 9)) == "split"      # a mask per head
-    cuda = dict(device=torch.device("cuda"))
-    assert choose(**cuda) == "kernel" and choose(**cuda, tokens=2) == choose(**cuda, dtype=torch.float64) == "split"
+    cuda = dict(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert choose(**cuda, differentiable=True) == choose(**cuda, implementation="eager") == "split"
+    assert choose(**cuda) == "kernel" and choose(**cuda, tokens=2) == choose(**{**cuda, "dtype": torch.float64}) == "split"
     with pytest.raises(ValueError, match="must be one of"):
         choose(asked="fastest")
     with pytest.raises(ValueError, match="float64"):
@@ -225,9 +286,10 @@ def test_without_triton_the_kernel_says_what_it_lacks(monkeypatch):
     from lrkv_convert.modeling import kernel_lrkv
     assert missing(CPU, torch.float32) is None          # interpreted
     monkeypatch.setattr(kernel_lrkv, "INTERPRETED", False)
-    assert "no cpu backend" in missing(CPU, torch.float32)
+    assert "no cpu backend" in missing(CPU, torch.bfloat16)
+    assert "half precision" in missing(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(kernel_lrkv, "triton", None)
-    assert "not installed" in missing(torch.device("cuda"), torch.float32)
+    assert "not installed" in missing(torch.device("cuda"), torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------ ahead of time

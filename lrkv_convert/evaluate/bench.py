@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 
 from ..errors import LrkvError
 from ..modeling import kernel_lrkv
+from ..modeling.attention_lrkv import choose_path
 from .load import load_model
 from .memory import cache_bytes
-from .step import bandwidth, seconds
+from .step import bandwidth, random, seconds
 
 CACHES = ("static", "dynamic")
 WARM_UP = 3     # steps before any that counts; also what initialises the cache
@@ -32,6 +33,17 @@ class Contender:
     path: str | None
     cache: Cache | None = field(default=None, repr=False)
     batch: int = 1
+
+    @property
+    def taken(self) -> str:
+        """The path that attends: what "auto" comes to."""
+        if self.path != "auto":
+            return self.path or "original"
+        config, model = self.model.config, self.model
+        queries = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        found = choose_path("auto", queries=queries, tokens=1, implementation=config._attn_implementation, mask=None, training=False, cached=True,
+                            device=model.device, dtype=model.dtype)
+        return f"auto: {found}"
 
     @torch.no_grad()
     def step(self) -> None:
@@ -55,9 +67,9 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
         for name in ("keys", "values"):
             old = getattr(layer, name)
             if kind == "static":
-                old.normal_()
+                old.copy_(random(old.shape, old.device, old.dtype))
             else:
-                setattr(layer, name, torch.randn(*old.shape[:2], held, old.shape[-1], device=old.device).to(old.dtype))
+                setattr(layer, name, random((*old.shape[:2], held, old.shape[-1]), old.device, old.dtype))
         if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
             layer.cumulative_length.fill_(min(tokens, layer.max_cache_len))
         elif hasattr(layer, "cumulative_length"):
@@ -121,13 +133,13 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
     """
     if longest and device.type != "cuda":
         raise LrkvError("the longest context that fits is found on a GPU only", "a computer without one would swap long before it failed")
-    found = contenders(paths, routes, device, dtype)
+    found, room = contenders(paths, routes, device, dtype), (WARM_UP + steps + 2) * max(1, len(routes))
     for length in tokens:
         for c in found:
             limit = getattr(c.model.config, "max_position_embeddings", None)
-            if limit is not None and length + WARM_UP + steps + 2 > limit:
+            if limit is not None and length + room > limit:
                 raise LrkvError(f"{length} tokens of context are more than {c.name} can read ({limit})", "give smaller --tokens")
-    rate, rows, room = bandwidth(device), [], (WARM_UP + steps + 2) * max(1, len(routes))
+    rate, rows = bandwidth(device), []
     for i, batch in enumerate(batches):
         for j, length in enumerate(tokens):
             filled: dict[int, Cache] = {}
@@ -141,22 +153,22 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
             for c, median in zip(found, medians):
                 moved, working = read_bytes(c.model) + held[id(c)], working_bytes(c.step, device)
                 weights = sum(p.numel() * p.element_size() for p in c.model.parameters())
-                rows.append({"model": c.name, "path": c.path or "original", "batch": batch, "tokens": length, "milliseconds": median * 1e3,
+                rows.append({"model": c.name, "path": c.taken, "batch": batch, "tokens": length, "milliseconds": median * 1e3,
                              "tokens_per_second": batch / median, "speedup": medians[0] / median, "cache_bytes": held[id(c)],
                              "peak_bytes": None if working is None else weights + held[id(c)] + working, "bytes_read": moved,
                              "limit_milliseconds": moved / rate * 1e3, "of_limit": moved / rate / median})
             for c in found:
                 c.cache = None
             progress(i * len(tokens) + j + 1, len(batches) * len(tokens))
-    fitting = [{"model": c.name, "path": c.path or "original", "batch": batch, "tokens": longest_context(c, cache, batch)}
+    fitting = [{"model": c.name, "path": c.taken, "batch": batch, "tokens": longest_context(c, cache, batch)}
                for batch in batches for c in found] if longest else []
     return {"models": [str(p) for p in paths], "device": str(device), "threads": torch.get_num_threads(), "longest": fitting, "cache": cache, "steps": steps, "dtype": str(found[0].model.dtype).removeprefix("torch."),
             "copy_bytes_per_second": rate, "rows": rows}
 
 
 def longest_context(contender: Contender, kind: str, batch: int, start: int = 1024, precision: int = 256) -> int:
-    """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0 if `start` does not, and never more
-    positions than the model has."""
+    """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0 if not even so many
+    fit, and never more positions than the model has."""
     limit = getattr(contender.model.config, "max_position_embeddings", None) or 1 << 30
 
     def fits(length: int) -> bool:

@@ -1,9 +1,11 @@
 """One attention step of decoding, alone: the paths of a converted layer beside attention on the full cache, same shapes, same process.
 
 Weights and caches are random, which timing does not mind; what runs is the code that converted models run (modeling/attention_lrkv.py). Every
-contender has its cache allocated beforehand. Rounds alternate between contenders, so that a slow moment of the machine meets all of them; the
+contender has its cache allocated beforehand; the table of rotations, made once per step for all layers of a model, is not timed. The full cache is read
+by torch's SDPA, as transformers calls it, and by two products with a softmax between ("eager"), which is the faster on some CPUs. Rounds alternate between contenders, so that a slow moment of the machine meets all of them; the
 median counts. The limit is what the bytes of the cache cost at the rate of a plain copy on the same machine, bytes read plus bytes written.
 """
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -74,7 +76,7 @@ class Layer(LrkvAttention):
 
     def __init__(self, shape: Shape, batch: int, tokens: int, device: torch.device, dtype: torch.dtype):
         H, d = shape.heads, shape.head_dim
-        new = lambda *size: torch.randn(size, device=device).to(dtype)
+        new = lambda *size: random(size, device, dtype)
         self.scaling = d**-0.5
         self.keys = LowRankHeads(64, H, d, *shape.keys, shape.alignment and shape.form == "joint", False, shape.form)       # the width D plays no part
         self.values = LowRankHeads(64, H, d, *shape.values, True, False)
@@ -98,9 +100,27 @@ class Layer(LrkvAttention):
         return self.read_in_place(path, self.query, *self.cached, None, self.rotation)[0]
 
 
+def random(size: tuple, device: torch.device, dtype: torch.dtype, distinct: int = 1 << 22) -> Tensor:
+    """Normal numbers, repeated after `distinct`: what is timed does not mind, and a cache of gigabytes is there at once."""
+    count = math.prod(size)
+    numbers = torch.randn(min(count, distinct), device=device).to(dtype)
+    return numbers.repeat(-(-count // max(1, len(numbers))))[:count].view(size)
+
+
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's SDPA as transformers calls it for one new token: (N, H G, 1, d)."""
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+    """torch's SDPA for one new token: (N, H G, 1, d). Queries of a group go in as rows of one head, faster on CPUs than `enable_gqa`."""
+    return torch.nn.functional.scaled_dot_product_attention(_packed(query, key), key, value).view(query.shape)
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by plain products."""
+    scores = _packed(query, key) * query.shape[-1] ** -0.5 @ key.mT
+    return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).view(query.shape)
+
+
+def _packed(query: Tensor, key: Tensor) -> Tensor:
+    """(N, H G, 1, d) -> (N, H, G, d)."""
+    return query.view(len(query), key.shape[1], -1, query.shape[-1])
 
 
 @torch.no_grad()
@@ -112,13 +132,13 @@ def attention_step(shape: Shape, batch: int, tokens: int, device: torch.device, 
     """
     H, G, d = shape.heads, shape.groups, shape.head_dim
     layer = Layer(shape, batch, tokens, device, dtype)
-    key, value = (torch.randn(batch, H, tokens, d, device=device).to(dtype) for _ in range(2))
+    key, value = (random((batch, H, tokens, d), device, dtype) for _ in range(2))
     paths = ["split", *(["kernel"] if not kernel_lrkv.missing(device, dtype) and device.type != "cpu" else []), *(["rebuild"] if rebuild else [])]
-    contenders = {"full cache": lambda: full_attention(layer.query, key, value), **{path: lambda path=path: layer.run(path) for path in paths}}
+    contenders = {"full cache": lambda: full_attention(layer.query, key, value), "full, eager": lambda: eager_attention(layer.query, key, value), **{path: lambda path=path: layer.run(path) for path in paths}}
     taken = {name: statistics.median(times) for name, times in seconds(contenders, device, rounds).items()}
     rows = []
     for name, median in taken.items():
-        moved = batch * tokens * dtype.itemsize * (shape.full if name == "full cache" else shape.numbers)
+        moved = batch * tokens * dtype.itemsize * (shape.full if name.startswith("full") else shape.numbers)
         rows.append({"path": name, "batch": batch, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "milliseconds": median * 1e3,
                      "speedup": taken["full cache"] / median, "bytes": moved, "cache_ratio": moved / (batch * tokens * dtype.itemsize * shape.full)})
         if copy_rate:

@@ -101,12 +101,9 @@ class LowRankHeads(nn.Module):
         if self.form == "full":
             return _own_scores(query, residual)
         if rotation is None and norm is None:
-            parts = []
-            if self.W_shared is not None:
-                parts.append(_shared_scores(query if self.C is None else query @ self.C.mT, base))
-            if self.U is not None:
-                parts.append(_own_scores(query @ self.B, residual))
-            return sum(parts[1:], parts[0])
+            shared = None if self.W_shared is None else _shared_scores(query if self.C is None else query @ self.C.mT, base)
+            own = None if self.U is None else _own_scores(query @ self.B, residual)
+            return shared if own is None else own if shared is None else own.add_(shared)
         ready, latents = None, []
         if self.W_shared is not None and norm is None and self.C is None:       # one base for all heads: rotated once, or cached rotated
             ready = _shared_scores(query, base if self.form == "rotary" else rotate(base, rotation))
@@ -234,4 +231,4 @@ def _own_scores(query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 def _shared_scores(query: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Queries (N, H, Q, m) against one base for all heads (N, 1, S, m): (N, H, Q, S), as one product that reads the base once."""
     N, H, Q, m = query.shape
-    return (base.squeeze(1) @ query.reshape(N, H * Q, m).mT).mT.reshape(N, H, Q, -1)
+    return (base.squeeze(1) @ query.reshape(N, H * Q, m).mT).mT.unflatten(1, (H, Q))

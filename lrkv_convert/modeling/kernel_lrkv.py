@@ -8,7 +8,8 @@ One decode step of one layer is three launches, split over the cached sequence i
     values     softmax-weighted sums of base and residual apart (Eq 7), partial per chunk
     combine    the chunks' sums, put on one scale
 
-Scores pass through memory (4 bytes per token and query head, some 3 % of what a half cache moves): in return a base of any width goes through in
+Scores pass through memory (4 bytes per token and query head, written once and read by each block of columns: some 5 % of what a half cache of 32
+heads moves, more with grouped queries): in return a base of any width goes through in
 column blocks, which one fused loop could not hold in registers. Every cached number is read once from memory: the base tile serves
 all heads of a block, and further blocks of the same chunk find it in L2. The products with C and B^T that remain (one row per query) are
 left to torch.
@@ -34,10 +35,14 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernel lacks on this device and for this type, or None if it can run."""
     if triton is None:
         return "Triton is not installed"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it does not compute in {dtype}"
-    if device.type != "cuda" and not INTERPRETED:
+    if dtype not in (torch.float16, torch.bfloat16) and not (INTERPRETED and dtype == torch.float32):
+        return f"it computes in half precision, not in {dtype}"         # float32 tiles of a rebuilt key do not fit the registers
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
         return f"Triton has no {device.type} backend here"
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "this GPU is older than compute capability 8.0, where it spills"
     return None
 
 
@@ -257,9 +262,14 @@ def decode(keys, values, query: torch.Tensor, cached_keys: tuple, cached_values:
     rotation: (cos, sin), (1 or N, S, at most d), of the cached keys; mask: None or numbers to add, (1 or N, 1, 1, S); norm: QK-norm with
     `weight` (d) and `variance_epsilon`.
     """
+    if query.device.type == "cuda" and not torch.compiler.is_compiling() and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):           # Triton launches on the current device, wherever the tensors are
+            return decode(keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm)
     N, H, G, d = query.shape
     (base, own), (v_base, v_own) = ([_flat(t) for t in side] for side in (cached_keys, cached_values))
-    S = base.shape[2]
+    S, given = base.shape[2], query.dtype
+    query = query.to(base.dtype)                        # they differ under autocast
+    weight = lambda t: t.to(base.dtype)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)
     HB = max(1, ROWS // G)                              # KV heads per program
     rows, blocks = _power(HB * G), triton.cdiv(H, HB)
@@ -275,8 +285,8 @@ def decode(keys, values, query: torch.Tensor, cached_keys: tuple, cached_values:
     mask_n = 0 if mask is None else mask.stride(0)
     filler = query                                      # a pointer for what is not there
     if direct:
-        q_base = filler if m == 0 else (query if keys.C is None else query @ keys.C.mT).contiguous()
-        q_own = filler if r == 0 else (query if keys.form == "full" else query @ keys.B).contiguous()
+        q_base = filler if m == 0 else (query if keys.C is None else query @ weight(keys.C).mT).contiguous()
+        q_own = filler if r == 0 else (query if keys.form == "full" else query @ weight(keys.B)).contiguous()
         direct_scores[(chunks, blocks, N)](
             q_base, q_own, base, own, filler if mask is None else mask, scores, tops, totals, S, scale, base.stride(0), own.stride(0), own.stride(1),
             mask_n, H * G, H=H, G=G, HB=HB, m=m, r=r, MB=min(128, _power(m)), RP=_power(r), ROWS=rows, num_warps=4, **common)
@@ -285,8 +295,8 @@ def decode(keys, values, query: torch.Tensor, cached_keys: tuple, cached_values:
         turning = 0 if rotation is None else cos.shape[-1]
         kind = 0 if m == 0 else 3 if keys.form == "rotary" else 2 if keys.C is None else 1
         rotated_scores[(chunks, H, N)](
-            query.contiguous(), base, own, keys.C if kind == 1 else filler, keys.B if r else filler, filler if keys.bias is None else keys.bias,
-            filler if norm is None else norm.weight, cos, sin, filler if mask is None else mask, scores, tops, totals, S, scale,
+            query.contiguous(), base, own, weight(keys.C) if kind == 1 else filler, weight(keys.B) if r else filler,
+            filler if keys.bias is None else weight(keys.bias), filler if norm is None else weight(norm.weight), cos, sin, filler if mask is None else mask, scores, tops, totals, S, scale,
             0.0 if norm is None else norm.variance_epsilon, base.stride(0), own.stride(0), own.stride(1), cos.stride(0) if turning and len(cos) > 1 else 0,
             cos.stride(1) if turning else 0, mask_n, H * G, G=G, GP=_power(G), m=m, r=r, d=d, DR=turning, MB=min(128, _power(m)), RP=_power(r), D2=_power(d // 2),
             BASE=kind, BIASED=keys.bias is not None, NORMED=norm is not None, ROTATED=rotation is not None, num_warps=4, **common)
@@ -298,6 +308,7 @@ def decode(keys, values, query: torch.Tensor, cached_keys: tuple, cached_values:
         ROWS=rows, TOKENS=TOKENS, CHUNK=chunk, PRECISION=precision, num_warps=4)
     combine[(N * H * G, triton.cdiv(m + r, 128))](sums, tops, totals, out, chunks, WIDTH=m + r, COLS=min(128, _power(m + r)), PAD=16, CHUNKS=_power(chunks), LOWEST=LOWEST, num_warps=4)
     shared, own = out.split((m, r), dim=-1)
-    parts = [shared if values.C is None else shared @ values.C] if m else []
-    parts += [own if values.form == "full" else own @ values.B.mT] if r else []
-    return sum(parts[1:], parts[0]) if values.bias is None or values.form == "full" else sum(parts, values.bias.unsqueeze(1).to(query.dtype))
+    parts = [shared if values.C is None else shared @ weight(values.C)] if m else []
+    parts += [own if values.form == "full" else own @ weight(values.B).mT] if r else []
+    parts += [weight(values.bias).unsqueeze(1)] if values.bias is not None and values.form != "full" else []
+    return sum(parts[1:], parts[0]).to(given)
