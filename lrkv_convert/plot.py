@@ -5,7 +5,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
-from matplotlib.ticker import FuncFormatter, PercentFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter  # noqa: E402
 
 MARKERS = "osD^vPX*"
 TOP = 2.0       # the chart ends here: what costs more is no choice, and would flatten the rest
@@ -63,6 +63,7 @@ def decoding(result: dict, file: Path) -> None:
             axes.plot([r["tokens"] for r in rows], [r["limit_milliseconds"] for r in rows], linestyle=":", color=line.get_color())
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ticks = sorted({row["tokens"] for row in result["rows"]})
         axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else f"{t:,}" for t in ticks])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -71,7 +72,7 @@ def decoding(result: dict, file: Path) -> None:
         axes.set_xlabel("tokens in the cache")
         axes.set_ylabel("ms per step (dotted: moving the bytes)")
         axes.grid(True, which="major", linewidth=0.4)
-    panels[0][0].legend()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Decoding, {result['device']}, {result['dtype']}")
     figure.savefig(file)
     pyplot.close(figure)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from lrkv_convert import convert
+from lrkv_convert.modeling import FAMILIES
 
 torch.set_num_threads(min(2, torch.get_num_threads()))      # tiny models gain nothing from more; OMP_NUM_THREADS=1 is respected
 SHARED = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2, num_hidden_layers=2, hidden_size=48,
@@ -80,6 +81,18 @@ def family(request) -> str:
 
 def prompt(length: int = 40, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# layers without base or without residual, of keys or of values, beside one that has all: what a planned conversion holds
+UNEVEN = {"keys": {"base_width": [0, 32, 32], "rank": [8, 0, 4], "alignment": True}, "values": {"base_width": [16, 32, 16], "rank": [0, 0, 4], "alignment": True}}
+
+
+def uneven(family: str = "llama", lrkv: dict = UNEVEN):
+    config = CONFIGS[family]().to_dict() | {"num_hidden_layers": 3}
+    config_class, _, model_class = FAMILIES[config.pop("model_type")]
+    config.pop("layer_types", None)
+    torch.manual_seed(0)
+    return model_class(config_class(**config, lrkv=lrkv)).eval()
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

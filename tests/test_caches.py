@@ -1,28 +1,16 @@
 """Every cache of transformers holds the small cache: same tokens or the same logits, and the bytes of the formula."""
 import pytest
 import torch
-from conftest import CONFIGS, prompt, relative
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from conftest import CONFIGS, UNEVEN, prompt, relative, uneven
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.modeling import FAMILIES
 from lrkv_convert.modeling.cache_lrkv import with_residual_layers
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
-# layers without base or without residual, of keys or of values, beside one that has all: what a planned conversion holds
-UNEVEN = {"keys": {"base_width": [0, 32, 32], "rank": [8, 0, 4], "alignment": True}, "values": {"base_width": [16, 32, 16], "rank": [0, 0, 4], "alignment": True}}
-
-
 def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
-
-
-def uneven(family: str = "llama", lrkv: dict = UNEVEN):
-    config = CONFIGS[family]().to_dict() | {"num_hidden_layers": 3}
-    config.pop("model_type")
-    config.pop("layer_types", None)
-    torch.manual_seed(0)
-    return FAMILIES[family][2](FAMILIES[family][0](**config, lrkv=lrkv)).eval()
 
 
 @torch.no_grad()

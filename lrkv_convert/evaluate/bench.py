@@ -61,7 +61,7 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
     cache = StaticCache(config=model.config, max_cache_len=tokens + room) if kind == "static" else DynamicCache(config=model.config)
     model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if layer.keys is None:          # nothing is kept there
             continue
         held = min(tokens, layer.sliding_window - 1) if layer.is_sliding and kind == "dynamic" else tokens
         for name in ("keys", "values"):
