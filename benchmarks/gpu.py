@@ -1,0 +1,107 @@
+"""Everything that wants a GPU, in one call: is the kernel right, how fast is it, and conversion, perplexity and decoding of a real model.
+
+    python benchmarks/gpu.py --out DIR [--model FOLDER --text FILE] [--quick]
+
+Writes one JSON per step into DIR as soon as the step is done (kernel.json, decode.json, model.json), so that a call cut short keeps what
+it measured; with --quick, small sizes. Steps that fail are reported at the end and do not stop the others.
+"""
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from decode import SHAPES
+from environment import environment
+
+from lrkv_convert import convert
+from lrkv_convert.calibrate import read_texts
+from lrkv_convert.device import pick_device
+from lrkv_convert.evaluate import bench, compare
+from lrkv_convert.evaluate.step import Layer, attention_step, bandwidth
+from lrkv_convert.modeling import kernel_lrkv, reference
+from lrkv_convert.writer import write_json
+
+TOLERANCE = 1e-2        # of the root mean square, bfloat16 against float64
+
+
+@torch.no_grad()
+def kernel_errors(device: torch.device, tokens: list[int], dtype: torch.dtype) -> list[dict]:
+    """Root mean square error of the kernel against the float64 reference, relative, for every shape."""
+    rows = []
+    for name, shape in SHAPES.items():
+        for batch, length in [(1, n) for n in tokens] + [(3, tokens[0])]:
+            layer = Layer(shape, batch, length, device, dtype)
+            query = layer.query.view(batch, shape.heads, shape.groups, shape.head_dim)
+            given = dict(keys=layer.keys, values=layer.values, query=query, cached_keys=layer.cached[0], cached_values=layer.cached[1], rotation=layer.rotation,
+                         mask=None, scale=layer.scaling)
+            expected, found = reference.decode(**given), kernel_lrkv.decode(**given).double()
+            error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+            rows.append({"shape": name, "batch": batch, "tokens": length, "error": error, "right": error < TOLERANCE})
+            print(f"{name:<19} batch {batch} tokens {length:>6}  error {error:.2e}  {'right' if rows[-1]['right'] else 'WRONG'}", flush=True)
+    return rows
+
+
+def decode_rows(device: torch.device, tokens: list[int], batches: list[int], dtype: torch.dtype, rounds: int) -> dict:
+    rate, rows = bandwidth(device), []
+    print(f"plain copy: {rate / 1e9:,.0f} GB/s")
+    for name, shape in SHAPES.items():
+        for batch in batches:
+            for length in tokens:
+                for row in attention_step(shape, batch, length, device, dtype, rounds, rebuild=batch * length <= 65536, copy_rate=rate):
+                    rows.append({"shape": name, **row})
+                    print(f"{name:<19} batch {batch:>2} tokens {length:>6} {row['path']:<11} {row['milliseconds']:8.3f} ms  x{row['speedup']:.2f}  "
+                          f"{row['of_limit']:.0%} of the limit", flush=True)
+    return {"copy_bytes_per_second": rate, "rows": rows}
+
+
+def model_steps(model: str, text: str, out: Path, device: torch.device, quick: bool) -> dict:
+    """Convert at half the cache and with full keys, compare perplexity, decode."""
+    folders, records = [], {}
+    for name, options in (("half", {}), ("full", {"keys": "full"})):
+        done = convert(model, out / name, device=str(device), overwrite=True, calibration_tokens=1024 if quick else None, **options)
+        folders.append(str(out / name))
+        records[name] = {key: done.record[key] for key in ("seconds", "seconds_per_stage", "peak_memory_bytes")}
+    [content] = read_texts([text])
+    quality = compare([model, *folders], content, max_tokens=1024 if quick else 17408, batch_size=4, device=device)
+    speed = bench([model, *folders], tokens=[64] if quick else [2048, 8000], batches=[1] if quick else [1, 8, 32], routes=["auto", "split", "rebuild"], device=device,
+                  dtype=torch.bfloat16)
+    for row in speed["rows"]:
+        print(f"{row['model']:<14} {row['path']:<13} batch {row['batch']:>2} tokens {row['tokens']:>6} {row['milliseconds']:8.2f} ms  x{row['speedup']:.2f}", flush=True)
+    for row in quality["models"]:
+        print(f"{row['path']:<40} perplexity x{row['ratio']:.4f}", flush=True)
+        row["path"] = Path(row["path"]).name
+    return {"conversion": records, "quality": quality, "bench": {**speed, "models": [Path(m).name for m in speed["models"]]}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--text")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device, failed = pick_device(args.device), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tokens = [63, 130] if args.quick else [63, 1000, 8191, 32768]
+    steps = {"kernel": lambda: {"rows": kernel_errors(device, tokens, dtype)},
+             "decode": lambda: decode_rows(device, [128] if args.quick else [2048, 8192, 32768], [1] if args.quick else [1, 8, 32], dtype, 3 if args.quick else 20)}
+    if args.model and args.text:
+        steps["model"] = lambda: model_steps(args.model, args.text, args.out, device, args.quick)
+    for name, step in steps.items():
+        try:
+            result = step()
+            write_json(args.out / f"{name}.json", {**environment(device), **result})
+            if not all(row.get("right", True) for row in result.get("rows", [])):
+                failed.append(name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    print("failed: " + ", ".join(failed) if failed else "all steps done")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
