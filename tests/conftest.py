@@ -1,5 +1,6 @@
 """Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Triton: kernels run on the CPU, interpreted
@@ -8,7 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert import convert
 from lrkv_convert.modeling import FAMILIES
 
@@ -59,6 +62,12 @@ def tiny(tmp_path_factory):
     return get
 
 
+@pytest.fixture
+def source(tiny, tmp_path) -> Path:
+    """A copy of the tiny model that may be spoilt."""
+    return Path(shutil.copytree(tiny(), tmp_path / "source"))
+
+
 @pytest.fixture(scope="session")
 def converted(tiny, tmp_path_factory):
     """converted(family, **options) -> folder; each combination is converted once."""
@@ -98,3 +107,17 @@ def uneven(family: str = "llama", lrkv: dict = UNEVEN):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest entry."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def refused(source, out: Path, *options: str, says: str) -> str:
+    """Run `lrkv convert`; it must fail with one line containing `says`, leaving no trace of `out`."""
+    before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
+    rank = [] if "--cache-ratio" in options and "--rank" not in options else ["--rank", "7"]
+    result = CliRunner().invoke(app, ["convert", str(source), "--out", str(out), *rank, "--calibration-tokens", "1024", *options])
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    line = result.stderr.strip()
+    assert len(line.splitlines()) == 1 and line.startswith("error: ") and "; " in line, line
+    assert says in line, line
+    if before is not None:
+        assert sorted(p.name for p in out.parent.iterdir()) == before
+    return line

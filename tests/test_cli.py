@@ -29,7 +29,8 @@ def text(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"], ["bench", "--help"],
+                                       ["serve", "--help"], ["sweep", "--help"]])
 def test_help_answers_without_torch(arguments):
     code = (f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\n"
             "try: app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} & set(sys.modules)")
@@ -132,11 +133,12 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
     ran = 0
     for command in commands:
         words = shlex.split(command)
-        if words[1] == "demo":
-            continue        # `make demo` is for people; it takes minutes
+        if words[1] in ("demo", "serve"):
+            continue        # `make demo` is for people; it takes minutes. A server has a test of its own
         fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "FILE": str(text)}
         arguments = [fill.get(w, w) for w in words[1:]]
-        arguments = ["5" if arguments[i - 1].startswith("--rank") else a for i, a in enumerate(arguments)]
+        scaled = {"--tokens": "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}
+        arguments = [scaled.get(arguments[i - 1], a) for i, a in enumerate(arguments)]
         lrkv(*arguments, *(["--overwrite"] if words[1] == "convert" else []))
         ran += 1
     assert ran >= 3

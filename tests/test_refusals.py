@@ -2,15 +2,11 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
@@ -26,25 +22,6 @@ def edit(source: Path, change) -> Path:
     change(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     return source
-
-
-@pytest.fixture
-def source(tiny, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny(), tmp_path / "source"))
-
-
-def refused(source, out: Path, *options: str, says: str) -> str:
-    """Run `lrkv convert`; it must fail with one line containing `says`, leaving no trace of `out`."""
-    before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
-    rank = [] if "--cache-ratio" in options and "--rank" not in options else ["--rank", "7"]
-    result = runner.invoke(app, ["convert", str(source), "--out", str(out), *rank, "--calibration-tokens", "1024", *options])
-    assert result.exit_code == 1, result.output + repr(result.exception)
-    line = result.stderr.strip()
-    assert len(line.splitlines()) == 1 and line.startswith("error: ") and "; " in line, line
-    assert says in line, line
-    if before is not None:
-        assert sorted(p.name for p in out.parent.iterdir()) == before
-    return line
 
 
 def test_a_missing_folder(tmp_path):
@@ -233,82 +210,6 @@ def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
 def test_an_unwritable_place(source, tmp_path):
     (tmp_path / "file").write_text("x")
     refused(source, tmp_path / "file" / "out", says="cannot write")
-
-
-CHILD = """
-import resource, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell that runs the tests in the background lets children ignore it
-limit = {limit}
-if limit:       # a disk that fills up in mid-write: no file may grow beyond this
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import lrkv_convert.conversion as story
-if {slow}:
-    import time
-    fit = story.convert_layer
-    def slowly(*a):
-        print("fitting", flush=True)
-        time.sleep(20)
-        return fit(*a)
-    story.convert_layer = slowly
-from lrkv_cli.main import app
-sys.argv = ["lrkv", "convert", {source!r}, "--out", {out!r}, "--rank", "7", "--calibration", "none"]
-app()
-"""
-
-
-def test_a_disk_that_fills_in_mid_write(source, tmp_path):
-    code = CHILD.format(limit=50_000, slow=False, source=str(source), out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_after_calibration_says_how_to_go_on(source, tmp_path, stop):
-    """What took long is kept, and the same command takes it up; with other options it is begun anew."""
-    code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out")).replace('"--calibration", "none"', '"--calibration-tokens", "1024"')
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline().strip() == "fitting"
-    time.sleep(0.2)
-    child.send_signal(stop)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in errors
-    assert "interrupted" in errors and "same command" in errors and str(tmp_path / "out.partial") in errors
-    assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial" / "work").glob("moments-*.pt"))
-    done = runner.invoke(app, ["convert", str(source), "--out", str(tmp_path / "out"), "--rank", "5", "--calibration", "none"])
-    assert done.exit_code == 0, done.output
-    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
-    code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out"))
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline().strip() == "fitting"
-    time.sleep(0.2)
-    child.send_signal(stop)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
-    assert not (tmp_path / "out").exists()
-    if stop != signal.SIGKILL:
-        assert "interrupted" in errors and "Traceback" not in errors
-        assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path, monkeypatch):
-    """--overwrite replaces the old folder only once the new one is whole."""
-    import lrkv_convert.conversion as story
-    first = runner.invoke(app, ["convert", str(source), "--out", str(tmp_path / "out"), "--rank", "7", "--calibration", "none"])
-    assert first.exit_code == 0, first.output
-    before = (tmp_path / "out" / "lrkv.json").read_text()
-
-    def fails(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(story, "convert_layer", fails)
-    refused(source, tmp_path / "out", "--overwrite", says="No space left on device")
-    assert (tmp_path / "out" / "lrkv.json").read_text() == before
 
 
 @pytest.mark.parametrize("arguments, says", [
