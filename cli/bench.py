@@ -10,7 +10,7 @@ from .app import app, quiet_libraries
 @app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="The original first, then converted folders: what the others are compared with comes first.")],
-    tokens: Annotated[str, typer.Option(help="Cached tokens per row, separated by commas.")] = "2048,8192",
+    tokens: Annotated[str, typer.Option(help="Cached tokens per row, separated by commas.")] = "1024,4096",
     batch: Annotated[str, typer.Option(help="Rows decoded at once, separated by commas.")] = "1",
     paths: Annotated[str, typer.Option(help="How converted models attend, separated by commas: auto, rebuild, split, kernel.")] = "auto,rebuild",
     cache: Annotated[str, typer.Option(help="static (allocated once) or dynamic (copied at every step, the default of generate).")] = "static",
@@ -31,7 +31,7 @@ def bench(
     from lrkv_convert.writer import write_json
 
     from . import display
-    routes = paths.split(",")
+    routes = list(dict.fromkeys(paths.split(",")))
     for name, given, known in (("--paths", routes, PATHS), ("--cache", [cache], CACHES)):
         if unknown := [g for g in given if g not in known]:
             raise LrkvError(f"{name} {unknown[0]!r} is unknown", f"choose from {', '.join(known)}")
@@ -56,7 +56,7 @@ def bench(
 def _numbers(name: str, text: str) -> list[int]:
     from lrkv_convert import LrkvError
     try:
-        found = [int(n) for n in text.split(",")]
+        found = list(dict.fromkeys(int(n) for n in text.split(",")))
     except ValueError as error:
         raise LrkvError(f"{name} {text!r} are not numbers", "separate them by commas, as in 2048,8192") from error
     if min(found) < 1:

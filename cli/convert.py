@@ -12,7 +12,7 @@ from .app import Variadic, app, quiet_libraries
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of the model to convert.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    cache_ratio: Annotated[float | None, typer.Option(help="Share of the original cache, spent where the loss minds most. Default: 0.5.")] = None,
+    cache_ratio: Annotated[float | None, typer.Option(help="Share of the original cache, spent where the loss minds most. Default: 0.5, with --keys full 0.75.")] = None,
     rank: Annotated[int | None, typer.Option(help="Instead: the same residual rank of keys and values in every layer.")] = None,
     rank_k: Annotated[int | None, typer.Option(help="Residual rank of keys.")] = None,
     rank_v: Annotated[int | None, typer.Option(help="Residual rank of values.")] = None,

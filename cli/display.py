@@ -100,10 +100,13 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
 def show_comparison(result: dict) -> None:
     """One row per model, the base first."""
     out = _console()
-    table = _table("model", "perplexity", "ratio", "KL", "top-1", "cache/token", "of base", "params")
+    several = len(result["models"]) > 1         # alone there is nothing to be compared with
+    compared = ["ratio", "KL", "top-1"] if several else []
+    table = _table("model", "perplexity", *compared, "cache/token", *(["of base"] if several else []), "params")
     for row in result["models"]:
-        table.add_row(_short(row["path"]), f"{row['perplexity']:.3f}", f"×{row['ratio']:.4f}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}",
-                      _bytes(row["kv_bytes_per_token_allocated"]), f"{row['kv_ratio']:.1%}", f"{row['parameters'] / 1e6:,.1f}M")
+        distance = [f"×{row['ratio']:.4f}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}"] if several else []
+        table.add_row(_short(row["path"]), f"{row['perplexity']:.3f}", *distance, _bytes(row["kv_bytes_per_token_allocated"]),
+                      *([f"{row['kv_ratio']:.1%}"] if several else []), f"{row['parameters'] / 1e6:,.1f}M")
     out.print(table)
     out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
 
@@ -120,7 +123,7 @@ def show_bench(result: dict) -> None:
     out.print(table)
     for row in result["longest"]:
         out.print(f"{row['model']} ({row['path']}), batch {row['batch']}: {row['tokens']:,} tokens fit")
-    out.print(f"{result['device']}, {result['dtype']}, {result['cache']} cache. Limit: weights and cache moved once at the rate of a plain copy,")
+    out.print(f"{result['device']}, {result['dtype']}, {result['cache']} cache. M: MiB. Limit: weights and cache moved once at the rate of a plain copy,")
     out.print(f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s read plus written.")
 
 

@@ -1,4 +1,6 @@
 """`lrkv serve`: transformers' own server, which looks model classes up in the transformers module and so finds none that travel with a folder."""
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,9 +15,11 @@ def serve(
 ) -> None:
     """`transformers serve MODEL` (OpenAI-compatible): takes the same options, for example --port 8000 --device cpu."""
     from lrkv_convert import LrkvError
-    from lrkv_convert.evaluate.load import location
+    from lrkv_convert.evaluate.load import load_tokenizer, location
     from lrkv_convert.modeling import name_in_transformers
-    location(model)
+    where, _ = location(model)
+    if Path(where).is_dir() and load_tokenizer(model).chat_template is None:
+        print(f"{model} has no chat template: /v1/chat/completions will fail, use /v1/completions", file=sys.stderr)
     name_in_transformers()
     try:
         import fastapi  # noqa: F401

@@ -124,7 +124,7 @@ def test_the_command_prints_a_table_writes_json_and_draws(tiny, converted, tmp_p
 
 
 @pytest.mark.parametrize("options, said", [(["--tokens", "many"], "not numbers"), (["--tokens", "0"], "too small"), (["--paths", "fast"], "unknown"),
-                                           (["--cache", "paged"], "unknown"), (["--tokens", "700"], "more than"), (["--longest"], "GPU"),
+                                           (["--cache", "paged"], "unknown"), (["--tokens", "700"], "at most"), (["--tokens", "64", "--batch", "1000000000"], "no memory"), (["--longest"], "GPU"),
                                            (["--json", "/no/such/folder/x.json"], "does not exist")], ids=lambda v: str(v))
 def test_what_cannot_run_is_refused_in_one_line(options, said, converted):
     done = run(converted(), *(options if "--tokens" in options else ["--tokens", "40", *options]))

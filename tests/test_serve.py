@@ -54,4 +54,5 @@ def test_a_chat_request_is_answered(tmp_path):
         server.terminate()
         server.wait(20)
     assert answer["object"] == "chat.completion" and answer["choices"][0]["message"]["role"] == "assistant", log.read_text()
+    assert "no chat template" not in log.read_text()
     assert answer["usage"]["completion_tokens"] == 5

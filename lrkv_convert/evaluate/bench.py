@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from ..device import give_back_memory
 from ..errors import LrkvError
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
@@ -94,6 +95,7 @@ def working_bytes(call: Callable, device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        give_back_memory()                                      # what the allocator kept of earlier steps would hide as much of this one
         Path("/proc/self/clear_refs").write_text("5")           # Linux: resets the peak to the level
         before = _status("VmRSS")
         call()
@@ -138,14 +140,19 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
         for c in found:
             limit = getattr(c.model.config, "max_position_embeddings", None)
             if limit is not None and length + room > limit:
-                raise LrkvError(f"{length} tokens of context are more than {c.name} can read ({limit})", "give smaller --tokens")
+                raise LrkvError(f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that are decoded", f"give --tokens of at most {limit - room}")
     rate, rows = bandwidth(device), []
     for i, batch in enumerate(batches):
         for j, length in enumerate(tokens):
             filled: dict[int, Cache] = {}
             for c in found:                     # the paths of one model share its cache
                 if id(c.model) not in filled:
-                    filled[id(c.model)] = filled_cache(c.model, cache, batch, length, room)
+                    try:
+                        filled[id(c.model)] = filled_cache(c.model, cache, batch, length, room)
+                    except RuntimeError as error:       # torch.OutOfMemoryError is one, and what a CPU raises has no class of its own
+                        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+                            raise LrkvError(f"no memory for {batch} x {length} tokens of {c.name}", "give smaller --tokens or --batch") from error
+                        raise
                 c.cache, c.batch = filled[id(c.model)], batch
             held = {id(c): cache_bytes(c.cache) for c in found}
             taken = seconds({str(k): c.step for k, c in enumerate(found)}, device, steps)
