@@ -32,7 +32,7 @@ class NoLayer(CacheLayerMixin):
     def get_max_length(self):
         return -1
 
-    get_max_cache_shape = get_max_length        # its name until transformers 5.20
+    get_max_cache_shape = get_max_length        # its older name
 
     def nothing(self, *args, **kwargs):
         return None
