@@ -90,11 +90,15 @@ def test_quantised_caches_as_they_come(backend, shapes):
     assert ((steps(model, ids, cache) - expected).norm() / expected.norm()).item() < (0.5 if backend == "quanto" else 0.1)
 
 
-def test_beams_from_a_quantised_cache(converted):
+def test_beams_from_a_quantised_cache(tiny, converted):
     """With the residual window so long that nothing is rounded after the prompt, beams come out as from an exact cache of the rounded prompt."""
     pytest.importorskip("hqq")
     model, ids = load(converted()), prompt(12)
     config = {**QUANTISED["hqq"], "residual_length": 64}
+    try:
+        load(tiny()).generate(ids, cache_implementation="quantized", cache_config=config, num_beams=3, **GREEDY)
+    except IndexError:
+        pytest.skip("this transformers does not reorder quantised caches, the original's neither")
     beams = model.generate(ids, cache_implementation="quantized", cache_config=config, num_beams=3, **GREEDY)
     exact = model.generate(ids, num_beams=3, **GREEDY)
     assert (beams == exact).float().mean() > 0.9
