@@ -6,6 +6,7 @@ All shapes have 32 query heads of width 128. `limit` is the time it takes to mov
 the rate of a plain copy here (read plus written); `of limit` says how near the step comes.
 """
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ SHAPES = {
 }
 
 
+def measure(shapes: list[str], dtypes: list[str], batches: list[int], lengths: list[int], rounds: int, rebuild_up_to: int, device: torch.device) -> dict:
+    """Time and print every combination; returns the rows and the rate of a plain copy."""
+    rate, rows = bandwidth(device), []
+    print(f"plain copy: {rate / 1e9:.1f} GB/s read plus written")
+    print(f"{'shape':<19}{'dtype':>9}{'batch':>6}{'tokens':>7}  {'path':<11}{'ms':>9}{'faster':>8}{'cache':>7}{'limit ms':>9}{'of limit':>9}")
+    for name, dtype, batch, tokens in itertools.product(shapes, dtypes, batches, lengths):
+        for row in attention_step(SHAPES[name], batch, tokens, device, getattr(torch, dtype), rounds, batch * tokens <= rebuild_up_to, rate):
+            print(f"{name:<19}{dtype:>9}{batch:>6}{tokens:>7}  {row['path']:<11}{row['milliseconds']:>9.2f}{'x%.2f' % row['speedup']:>8}"
+                  f"{row['cache_ratio']:>7.0%}{row['limit_milliseconds']:>9.2f}{row['of_limit']:>9.0%}", flush=True)
+            rows.append({"shape": name, **row})
+    return {"copy_bytes_per_second": rate, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
@@ -40,20 +54,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)
-    rate, rows = bandwidth(device), []
-    print(f"plain copy: {rate / 1e9:.1f} GB/s read plus written")
-    print(f"{'shape':<19}{'dtype':>9}{'batch':>6}{'tokens':>7}  {'path':<11}{'ms':>9}{'faster':>8}{'cache':>7}{'limit ms':>9}{'of limit':>9}")
-    for name in args.shapes:
-        for dtype in args.dtype:
-            for batch in args.batch:
-                for tokens in args.tokens:
-                    found = attention_step(SHAPES[name], batch, tokens, device, getattr(torch, dtype), args.rounds, batch * tokens <= args.rebuild_up_to, rate)
-                    for row in found:
-                        print(f"{name:<19}{dtype:>9}{batch:>6}{tokens:>7}  {row['path']:<11}{row['milliseconds']:>9.2f}{'x%.2f' % row['speedup']:>8}"
-                              f"{row['cache_ratio']:>7.0%}{row['limit_milliseconds']:>9.2f}{row['of_limit']:>9.0%}", flush=True)
-                        rows.append({"shape": name, **row})
+    result = measure(args.shapes, args.dtype, args.batch, args.tokens, args.rounds, args.rebuild_up_to, device)
     if args.json:
-        write_json(args.json, {**environment(device), "copy_bytes_per_second": rate, "rows": rows})
+        write_json(args.json, {**environment(device), **result})
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import traceback
 from pathlib import Path
 
 import torch
-from decode import SHAPES
+from decode import SHAPES, measure
 from environment import environment
 
 from lrkv_convert import convert
 from lrkv_convert.calibrate import read_texts
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import bench, compare
-from lrkv_convert.evaluate.step import Layer, attention_step, bandwidth
+from lrkv_convert.evaluate.step import Layer
 from lrkv_convert.modeling import kernel_lrkv, reference
 from lrkv_convert.writer import write_json
 
@@ -40,19 +40,6 @@ def kernel_errors(device: torch.device, tokens: list[int], dtype: torch.dtype) -
             rows.append({"shape": name, "batch": batch, "tokens": length, "error": error, "right": error < TOLERANCE})
             print(f"{name:<19} batch {batch} tokens {length:>6}  error {error:.2e}  {'right' if rows[-1]['right'] else 'WRONG'}", flush=True)
     return rows
-
-
-def decode_rows(device: torch.device, tokens: list[int], batches: list[int], dtype: torch.dtype, rounds: int) -> dict:
-    rate, rows = bandwidth(device), []
-    print(f"plain copy: {rate / 1e9:,.0f} GB/s")
-    for name, shape in SHAPES.items():
-        for batch in batches:
-            for length in tokens:
-                for row in attention_step(shape, batch, length, device, dtype, rounds, rebuild=batch * length <= 65536, copy_rate=rate):
-                    rows.append({"shape": name, **row})
-                    print(f"{name:<19} batch {batch:>2} tokens {length:>6} {row['path']:<11} {row['milliseconds']:8.3f} ms  x{row['speedup']:.2f}  "
-                          f"{row['of_limit']:.0%} of the limit", flush=True)
-    return {"copy_bytes_per_second": rate, "rows": rows}
 
 
 def model_steps(model: str, text: str, out: Path, device: torch.device, quick: bool) -> dict:
@@ -87,7 +74,8 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokens = [63, 130] if args.quick else [63, 1000, 8191, 32768]
     steps = {"kernel": lambda: {"rows": kernel_errors(device, tokens, dtype)},
-             "decode": lambda: decode_rows(device, [128] if args.quick else [2048, 8192, 32768], [1] if args.quick else [1, 8, 32], dtype, 3 if args.quick else 20)}
+             "decode": lambda: measure(list(SHAPES), [str(dtype).removeprefix("torch.")], [1] if args.quick else [1, 8, 32],
+                                       [128] if args.quick else [2048, 8192, 32768], 3 if args.quick else 20, 65536, device)}
     if args.model and args.text:
         steps["model"] = lambda: model_steps(args.model, args.text, args.out, device, args.quick)
     for name, step in steps.items():

@@ -7,7 +7,6 @@ import typer
 
 from .app import app, quiet_libraries
 
-TOKENS = 16384      # of calibration; the default for the text that ships here is twice that, in twice the time
 PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is about")
 
 
@@ -24,12 +23,14 @@ def demo(
     from lrkv_convert import convert
     from lrkv_convert.calibrate import Text
     from lrkv_convert.device import pick_device
+    from lrkv_convert.options import TOKENS
     from lrkv_convert.evaluate import compare
     from lrkv_convert.evaluate.samples import continuations
 
     from . import display
     model, device = str(demo_model()), pick_device("auto")
     with display.progress() as progress:
+        # half of what the text that ships here gets by default, in half the time
         done = convert(model, out, cache_ratio=cache_ratio, calibration_tokens=TOKENS, overwrite=True, progress=progress)
     display.show_conversion(done.record, model, out, layers=False)
     manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))

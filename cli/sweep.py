@@ -16,7 +16,7 @@ def sweep(
     methods: Annotated[str | None, typer.Option(help="budget, lrkv, latent, per-head, grouped, pooled, mean, separated by commas; a metric may "
                                                 "follow a colon: fisher, attention, whitened, plain.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several. Default: the text that ships here.")] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=512, help="Tokens of calibration text.")] = 16384,
+    calibration_tokens: Annotated[int | None, typer.Option(min=512, help="Tokens of calibration text. Default: as convert.")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after each fit.")] = True,
     seq_len: Annotated[int, typer.Option(min=2, help="Window in tokens.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Read no more of the text than this.")] = None,

@@ -64,7 +64,7 @@ class Outcome:
 
 
 def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list(DEFAULT), calibration: list[str] | None = None,
-          calibration_tokens: int = 16384, refit: bool = True, seq_len: int = 512, max_tokens: int | None = None, device: torch.device,
+          calibration_tokens: int | None = None, refit: bool = True, seq_len: int = 512, max_tokens: int | None = None, device: torch.device,
           progress: Callable[[str, int, int], None] = lambda *_: None, each: Callable[[dict], object] = lambda result: None) -> dict:
     """Convert `model` at every rank by every method in memory and measure each on `text`. Returns what `save` writes. Raises LrkvError.
 
@@ -84,7 +84,8 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
         raise LrkvError(f"the text {text.name} is empty or too short", "perplexity needs at least two tokens")
     skeleton = Skeleton(checkpoint, adapter, device)
     checkpoint.check(skeleton.expected())
-    tokens = windows(gather_texts(calibration, calibration_tokens, model, skeleton), tokenizer, window_length(checkpoint.config), calibration_tokens)
+    wanted = Options(calibration=calibration, calibration_tokens=calibration_tokens).tokens         # as many as a conversion reads
+    tokens = windows(gather_texts(calibration, wanted, model, skeleton), tokenizer, window_length(checkpoint.config), wanted)
     original, rows = load_model(model, device, torch.float32), gradient_rows(tokens)
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:

@@ -222,7 +222,7 @@ def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(family,
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_padding_in_half_precision_gives_no_nan(attention, converted):
     """A padding query sees masked keys only; adding the mask in float16 would overflow."""
-    model = AutoModelForCausalLM.from_pretrained(converted(), attn_implementation="sdpa", dtype=torch.float16).eval()
+    model = AutoModelForCausalLM.from_pretrained(converted(), attn_implementation=attention, dtype=torch.float16).eval()
     ids, mask = prompt(6), torch.tensor([[0, 0, 0, 1, 1, 1]])
     for parameter in model.model.layers[0].self_attn.q_proj.parameters():
         parameter.data *= 8
@@ -243,6 +243,19 @@ def test_gradients_flow_through_a_cached_step(converted):
         grads.append([p.grad for p in model.model.layers[0].parameters()])
     for other in grads[1:]:
         assert all(relative(a, b) < 1e-3 for a, b in zip(other, grads[0], strict=True))
+
+
+def test_gradients_reach_one_factor_alone(converted):
+    """With all else frozen the query carries no gradient, and the kernel must step aside all the same."""
+    grads = []
+    for path in ("rebuild", "kernel"):
+        model = AutoModelForCausalLM.from_pretrained(converted(), lrkv_path=path).eval().requires_grad_(False)
+        factor = model.model.layers[0].self_attn.values.B.requires_grad_(True)
+        cache = DynamicCache(config=model.config)
+        model(prompt(20), past_key_values=cache)
+        model(prompt(1), past_key_values=cache).logits.square().sum().backward()
+        grads.append(factor.grad)
+    assert relative(*grads) < 1e-3
 
 
 def test_autocast_reaches_the_kernel(converted):

@@ -169,8 +169,8 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
             progress(i * len(tokens) + j + 1, len(batches) * len(tokens))
     fitting = [{"model": c.name, "path": c.taken, "batch": batch, "tokens": longest_context(c, cache, batch)}
                for batch in batches for c in found] if longest else []
-    return {"models": [str(p) for p in paths], "device": str(device), "threads": torch.get_num_threads(), "longest": fitting, "cache": cache, "steps": steps, "dtype": str(found[0].model.dtype).removeprefix("torch."),
-            "copy_bytes_per_second": rate, "rows": rows}
+    return {"models": [str(p) for p in paths], "device": str(device), "threads": torch.get_num_threads(), "longest": fitting, "cache": cache,
+            "steps": steps, "dtype": str(found[0].model.dtype).removeprefix("torch."), "copy_bytes_per_second": rate, "rows": rows}
 
 
 def longest_context(contender: Contender, kind: str, batch: int, start: int = 1024, precision: int = 256) -> int:

@@ -2,8 +2,8 @@
 
 Weights and caches are random, which timing does not mind; what runs is the code that converted models run (modeling/attention_lrkv.py). Every
 contender has its cache allocated beforehand; the table of rotations, made once per step for all layers of a model, is not timed. The full cache is read
-by torch's SDPA, as transformers calls it, and by two products with a softmax between ("eager"), which is the faster on some CPUs. Rounds alternate between contenders, so that a slow moment of the machine meets all of them; the
-median counts. The limit is what the bytes of the cache cost at the rate of a plain copy on the same machine, bytes read plus bytes written.
+by torch's SDPA and by two products with a softmax between ("eager"), which is the faster on some CPUs. Rounds alternate between contenders, so that
+a slow moment of the machine meets all of them; the median counts. The limit is what the bytes of the cache cost at the rate of a plain copy on the same machine, bytes read plus bytes written.
 """
 import math
 import statistics
@@ -134,7 +134,8 @@ def attention_step(shape: Shape, batch: int, tokens: int, device: torch.device, 
     layer = Layer(shape, batch, tokens, device, dtype)
     key, value = (random((batch, H, tokens, d), device, dtype) for _ in range(2))
     paths = ["split", *(["kernel"] if not kernel_lrkv.missing(device, dtype) and device.type != "cpu" else []), *(["rebuild"] if rebuild else [])]
-    contenders = {"full cache": lambda: full_attention(layer.query, key, value), "full, eager": lambda: eager_attention(layer.query, key, value), **{path: lambda path=path: layer.run(path) for path in paths}}
+    contenders = {"full cache": lambda: full_attention(layer.query, key, value), "full, eager": lambda: eager_attention(layer.query, key, value),
+                  **{path: lambda path=path: layer.run(path) for path in paths}}
     taken = {name: statistics.median(times) for name, times in seconds(contenders, device, rounds).items()}
     rows = []
     for name, median in taken.items():

@@ -88,9 +88,10 @@ class LrkvAttention:
         query = query if rotations is None else rotate(query, of_queries)
         implementation, T, window = self.config._attn_implementation, query.shape[2], kwargs.get("sliding_window")
         paged = kwargs.get("cache") is not None         # continuous batching: the attention function keeps the cache, of whole keys and values
-        path = "rebuild" if paged else choose_path(self.config.lrkv_path, queries=T * query.shape[1] // self.keys.num_heads, tokens=T, implementation=implementation,
-                                                   mask=attention_mask, training=self.training, cached=past_key_values is not None, device=query.device, dtype=keys[0].dtype,
-                           outside_window=bool(window) and keys[0].shape[2] > window, differentiable=torch.is_grad_enabled() and query.requires_grad)
+        path = "rebuild" if paged else choose_path(
+            self.config.lrkv_path, queries=T * query.shape[1] // self.keys.num_heads, tokens=T, implementation=implementation, mask=attention_mask,
+            training=self.training, cached=past_key_values is not None, device=query.device, dtype=keys[0].dtype,
+            outside_window=bool(window) and keys[0].shape[2] > window, differentiable=self.wants_gradients(query, *keys, *values))
         if path == "rebuild":
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
             output, weights = attend(self, query, self.keys.rebuild(*keys, of_keys), self.values.rebuild(*values), attention_mask,
@@ -98,6 +99,10 @@ class LrkvAttention:
         else:
             output, weights = self.read_in_place(path, query, keys, values, attention_mask, of_keys, with_weights=implementation == "eager")
         return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+
+    def wants_gradients(self, *tensors) -> bool:
+        """Whether anything that decoding reads, or the maps it reads it with, is being differentiated."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.keys.parameters(), *self.values.parameters()))
 
     def read_in_place(self, path, query, keys, values, attention_mask, rotation, with_weights=False):
         """Split or kernel path: query (N, H G, T, d), rotated; keys and values as cached. Returns ((N, T, H G, d), weights (N, H G, T, S) or None)."""
