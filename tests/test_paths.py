@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prompt, relative
+from conftest import CONFIGS, prompt, relative
 from transformers import AutoModelForCausalLM, DynamicCache
 from torch import nn
 
@@ -173,10 +173,9 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize("options", FORMS, ids=str)
+# a model without RoPE has no rotary form of keys, and is refused one (test_refusals.py)
+@pytest.mark.parametrize("family, options", [(f, o) for f in CONFIGS for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"], ids=str)
 def test_forced_paths_give_the_same_logits(family, options, converted):
-    if family == "gpt2" and options.get("keys") == "rotary":
-        pytest.skip("no RoPE")
     options = {"rank": None, **options} if "cache_ratio" in options else options
     model = AutoModelForCausalLM.from_pretrained(converted(family, **options)).eval()
     ids, mask = prompt(33, batch=2), torch.ones(2, 33, dtype=torch.long)
