@@ -1,4 +1,5 @@
 """What the terminal shows: tables on stdout, progress and errors on stderr. The only importer of rich."""
+import math
 import shlex
 import sys
 from contextlib import contextmanager
@@ -40,6 +41,59 @@ def progress():
     finally:
         if bars:
             shown.stop()
+
+
+@contextmanager
+def healing(shown: bool = True):
+    """(report, stage) callbacks for a training run: one bar on stderr with loss, validation ratio, speed and time left, if stderr is a terminal;
+    otherwise a line at every validation."""
+    console, state = _console(stderr=True), {"ratio": ""}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"),
+                   TimeRemainingColumn(), console=console, transient=True, disable=not (shown and console.is_terminal))
+    task = bar.add_task("loading", total=None, figures="")
+
+    def stage(name: str) -> None:
+        bar.update(task, description=name)
+
+    def report(line: dict) -> None:
+        if "validation_ratio" in line:
+            state["ratio"] = f"×{line['validation_ratio']:.4f} "
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        bar.update(task, total=line["steps"], completed=line["step"], figures=f"loss {line['loss']:.4f} {state['ratio']}{speed}")
+        if shown and not console.is_terminal and "validation_ratio" in line:
+            print(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}", file=sys.stderr, flush=True)
+
+    with bar:
+        yield report, stage
+
+
+def show_healing(entry: dict, model: str, folder: Path) -> None:
+    """Before conversion, converted, healed, on the held-out text; time; the next command."""
+    out, nll = _console(), entry["validation"]["nll"]
+    base = nll.get("original", nll["converted"])
+    table = _table("held-out text", "loss", "perplexity", "ratio")
+    for name in ("original", "converted", "healed"):
+        if name in nll:
+            table.add_row(name, f"{nll[name]:.4f}", f"{math.exp(nll[name]):.3f}", f"×{math.exp(nll[name] - base):.4f}")
+    out.print(table)
+    if nll.get("original", math.inf) < nll["converted"]:
+        regained = (nll["converted"] - nll["healed"]) / (nll["converted"] - nll["original"])
+        out.print(f"{regained:.0%} of the lost log-perplexity is back")
+    speed = entry["tokens"] / entry["seconds"] if entry["seconds"] else 0
+    out.print(f"{entry['tokens']:,} tokens ({entry['data_read']:.2g} times the data) in {entry['seconds']:,.0f} s, {speed:,.0f} tokens/s; "
+              f"{entry['validation']['tokens']:,} tokens held out")
+    print(f"written: {folder}\nnext: lrkv compare {shlex.quote(entry['teacher_path'] or model)} {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
+
+
+def show_recipes(recipes: dict[str, dict[str, str]]) -> None:
+    """Kind, name, and the command in the header of each."""
+    out = _console()
+    table = _table("recipe", "command", left=2)
+    for kind, found in recipes.items():
+        for name, text in found.items():
+            table.add_row(f"{kind}/{name}", text.splitlines()[0].removeprefix("# "))
+    out.print(table)
+    print("lrkv recipes NAME prints one")
 
 
 def _bytes(count: float) -> str:

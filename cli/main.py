@@ -1,5 +1,8 @@
 """`lrkv`: importing a command's module adds it to the app."""
-from . import bench, compare, convert, demo, serve, sweep  # noqa: F401
+from . import bench, compare, convert, demo, heal, recipes, serve, sweep  # noqa: F401
 from .app import app
 
 __all__ = ["app"]
+
+if __name__ == "__main__":      # accelerate launch -m lrkv_cli.main heal ...
+    app()

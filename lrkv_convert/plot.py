@@ -1,4 +1,5 @@
 """Pictures. Needs the `plot` extra."""
+import math
 from pathlib import Path
 
 import matplotlib
@@ -76,3 +77,32 @@ def decoding(result: dict, file: Path) -> None:
     figure.suptitle(f"Decoding, {result['device']}, {result['dtype']}")
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def healing(log: list[dict], entry: dict, file: Path) -> None:
+    """Validation perplexity, relative to the original where it is known, and training loss, against tokens."""
+    steps, checks = [line for line in log if "loss" in line], [line for line in log if "validation_nll" in line]
+    per_step = entry["tokens"] / max(1, entry["steps"])
+    base = entry["validation"]["nll"].get("original", entry["validation"]["nll"]["converted"])
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), dpi=130, layout="constrained", sharex=True)
+    above.plot([line["step"] * per_step for line in checks], [math.exp(line["validation_nll"] - base) for line in checks], marker="o", label="held-out text")
+    above.axhline(1, color="0.6", linewidth=0.8)
+    above.set_ylabel("perplexity, relative to\n" + ("the original" if "original" in entry["validation"]["nll"] else "the converted model"))
+    above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
+    below.plot([line["tokens"] for line in steps], [line["loss"] for line in steps], linewidth=0.8, color="0.65", label="each step")
+    below.plot([line["tokens"] for line in steps], smooth([line["loss"] for line in steps]), linewidth=1.8, label="mean of the last steps")
+    below.set_ylabel({"kl": "KL to the original (nats)", "ce": "cross-entropy (nats)"}.get(entry["loss"], "loss (nats)"))
+    below.set_xlabel("tokens trained on")
+    below.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    for axes in (above, below):
+        axes.grid(True, linewidth=0.4)
+        axes.legend()
+    above.set_title(f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens, {entry['recipe']['optimizer']}, {entry['precision'].replace('no', 'float32')}")
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over the last tenth of what came before each value."""
+    width = max(1, len(values) // 10)
+    return [sum(values[max(0, i - width + 1):i + 1]) / min(width, i + 1) for i in range(len(values))]

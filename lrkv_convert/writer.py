@@ -51,12 +51,7 @@ def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
         store = Store(partial / WORK, fingerprint)
         yield partial, store
         Store.discard(partial / WORK)
-        previous = out.with_name(out.name + PREVIOUS)
-        if out.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            out.rename(previous)
-        partial.rename(out)
-        shutil.rmtree(previous, ignore_errors=True)
+        publish(partial, out)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and any((partial / WORK).glob("*.pt")):
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {partial}, which holds what is done") from None
@@ -67,6 +62,16 @@ def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
         if isinstance(error, OSError):
             raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
         raise
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give a whole folder its name, in place of what had it."""
+    previous = out.with_name(out.name + PREVIOUS)
+    if out.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        out.rename(previous)
+    partial.rename(out)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def shards_whole(partial: Path, store: Store) -> bool:

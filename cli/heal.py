@@ -1,0 +1,51 @@
+"""`lrkv heal`."""
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Variadic, app, quiet_libraries
+
+
+@app.command(cls=Variadic)
+def heal(
+    model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
+    data: Annotated[list[str], typer.Option(help="Text, jsonl or parquet files, folders of them, several; or datasets as org/name:config:split.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: Annotated[str | None, typer.Option(help="Options from a shipped recipe (lrkv recipes) or a YAML file; flags override it. Default: short.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The original: folder, .gguf file or hub id. Default: the one lrkv.json names.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
+    loss: Annotated[str | None, typer.Option(help="kl to the original (default where it is there), ce, or mix.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="muon (with AdamW for what is no hidden matrix; default) or adamw.")] = None,
+    train: Annotated[str | None, typer.Option(help="attention (default) or all.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other field of a recipe, as name=value; several.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of a run that stopped.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier healed folder, or a run that stopped.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the history entry as JSON instead of a table.")] = False,
+) -> None:
+    """Train a converted model for a while, so that it gets back what the conversion cost."""
+    quiet_libraries()
+    from dataclasses import fields
+
+    from lrkv_convert.heal import Options
+    from lrkv_convert.heal import heal as run
+    from lrkv_convert.recipe import load_recipe, read_fields
+
+    from . import display
+    known = {field.name for field in fields(Options)}
+    recipe = recipe or "short"
+    options = load_recipe(recipe, "heal", known)
+    options |= read_fields(set_ or [], known)
+    options |= {name: value for name, value in {"tokens": tokens, "loss": loss, "optimizer": optimizer, "train": train}.items() if value is not None}
+    main = os.environ.get("RANK", "0") == "0"
+    with display.healing(shown=main) as (report, stage):
+        done = run(model, out, data, teacher=teacher, device=device, overwrite=overwrite, resume=resume, recipe=recipe, max_shard_size=max_shard_size,
+                   report=report, stage=stage, **options)
+    if main and as_json:
+        print(json.dumps(done.entry, indent=2))
+    elif main:
+        display.show_healing(done.entry, model, done.out)

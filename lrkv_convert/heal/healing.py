@@ -1,0 +1,272 @@
+"""The story of healing:
+
+    converted folder --data--> packed windows --train--> checkpoints --write--> the same folder with better weights
+    the original (teacher) --------^
+
+The result has the form of a converted folder and loads the same way; its lrkv.json and its model card say how it came about.
+"""
+import datetime
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, is_tensorboard_available, is_trackio_available
+from transformers import AutoConfig
+
+from ..adapters import ADAPTERS
+from ..assemble import tensor_shapes
+from ..checkpoint import INDEX, check_finite
+from ..device import pick_device
+from ..errors import LrkvError, first_line
+from ..evaluate.load import load_model, load_tokenizer, location
+from ..report import model_card, source_licence, version
+from ..writer import PARTIAL, RECORD, WORK, ShardWriter, check_output, publish, write_json
+from .data import Windows, pack, packed
+from .loop import Report, Trainer
+from .optimise import choose_trained, groups, optimizers, schedule
+from .options import Options
+from .run import LOG, Run
+
+PICTURE = "heal.png"
+UNRECORDED = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # may differ when a run is resumed
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What `heal` did: the folder it wrote, and its entry in the history of lrkv.json."""
+
+    out: Path
+    entry: dict
+
+
+def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | None = None, device: str = "auto", overwrite: bool = False,
+         resume: bool = False, recipe: str | None = None, max_shard_size: int | str = "5GB", report: Report = lambda line: None,
+         stage: Callable[[str], None] = lambda name: None, **options) -> Healing:
+    """Train the converted folder `model` for a while and write the result to `out`; `options` are the fields of `Options`.
+
+    data: text, jsonl or parquet files, folders of them, or datasets "org/name:config:split"; teacher: the original (default: the one lrkv.json
+    names, if it is still there); device: "auto", "cpu" or "cuda"; overwrite: replace an earlier healed folder, or an unfinished run; resume: go
+    on from the last checkpoint of a run that stopped, with the same bytes as a result on a CPU; recipe: name to record; report: called after every
+    step; stage: called with what is being done. Raises LrkvError for anything that cannot be done as asked; checkpoints are kept then. After
+    Ctrl-C or SIGTERM a checkpoint is saved and KeyboardInterrupt raised.
+    """
+    model, out, options = Path(model).expanduser(), Path(out), Options(**options)
+    options.check()
+    record = read_record(model)
+    check_output(out, model, overwrite)
+    teacher, kl_weight = choose_loss(teacher, record, options)
+    accelerator = new_accelerator(device, options, out)
+    passes = options.accumulation(accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = passes
+    asked = {"model": str(model.resolve()), "weights": fingerprint(model), "data": data, "teacher": teacher,
+             **{name: value for name, value in asdict(options).items() if name not in UNRECORDED}}
+    run = Run(out, asked, accelerator, options.keep)
+    run.begin(resume, overwrite)
+    try:
+        stage("reading the data")
+        windows = read_data(run, data, model, teacher, options)
+        stage("loading")
+        trainer, baseline, first = prepare(model, teacher, kl_weight, windows, options, run, resume, stage)
+        stage("training")
+        trainer.train(run, first, baseline, report)
+        stage("writing")
+        return finish(run, trainer, model, record, baseline, teacher, recipe, data, options, max_shard_size)
+    except BaseException:
+        run.abandon()
+        raise
+    finally:
+        accelerator.end_training()
+
+
+def read_record(model: Path) -> dict:
+    """lrkv.json of a converted folder. Raises LrkvError for any other."""
+    try:
+        return json.loads((model / RECORD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LrkvError(f"{model} is not a converted model: it has no {RECORD}", "make one with lrkv convert MODEL --out DIR") from error
+    except ValueError as error:
+        raise LrkvError(f"{model / RECORD} is not JSON", "convert the model again") from error
+
+
+def choose_loss(teacher: str | None, record: dict, options: Options) -> tuple[str | None, float]:
+    """(the original, weight of KL in the loss). Raises LrkvError for a loss that wants a teacher where there is none."""
+    named = record.get("source", {}).get("path")
+    found = teacher or (named if named and Path(named).exists() else None)
+    wanted = options.loss in ("kl", "mix") or options.match_attention
+    if wanted and found is None:
+        what = f"the loss {options.loss}" if options.loss in ("kl", "mix") else "match_attention"
+        raise LrkvError(f"{what} needs the original model, and {named or 'it'} is no longer there", "give --teacher, or use loss: ce")
+    return found, {"auto": 1.0 if found else 0.0, "kl": 1.0, "ce": 0.0, "mix": options.kl_weight}[options.loss]
+
+
+def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
+    """accelerate as it was launched, or a single process. Raises LrkvError for devices and trackers that are not there."""
+    cpu = pick_device(device).type == "cpu"
+    precision = {"bf16": "bf16", "fp32": "no", "auto": "bf16" if fast_bf16(cpu) else "no"}[options.precision]
+    AcceleratorState._reset_state()         # an earlier run in this process may have had another precision
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=choose_tracker(options.tracker), project_dir=str(out.with_name(out.name + PARTIAL)))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and options.optimizer != "adamw":
+        raise LrkvError("DeepSpeed shards one optimiser, and Muon comes with a second", "give --optimizer adamw, or use FSDP")
+    return accelerator
+
+
+def fast_bf16(cpu: bool) -> bool:
+    """Whether bfloat16 products have instructions of their own."""
+    if not cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def choose_tracker(wanted: str) -> str | None:
+    """The tracker of accelerate to log to besides the file. Raises LrkvError for one that is not installed."""
+    there = {"trackio": is_trackio_available(), "tensorboard": is_tensorboard_available()}
+    if wanted == "auto":
+        return next((name for name, installed in there.items() if installed), None)
+    if wanted != "none" and not there[wanted]:
+        raise LrkvError(f"the tracker {wanted} is not installed", f"pip install {wanted}, or --tracker none")
+    return None if wanted == "none" else wanted
+
+
+def fingerprint(model: Path) -> list:
+    """What tells this folder's weights from others', without reading them."""
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.glob("*.safetensors"))]
+
+
+def read_data(run: Run, data: list[str], model: Path, teacher: str | None, options: Options) -> Windows:
+    """The packed data of this run, made by the main process if it is not there yet. Raises LrkvError, also for tokenizers that differ."""
+    config, tokenizer = load_config(model), load_tokenizer(str(model))
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and options.seq_len > limit:
+        raise LrkvError(f"windows of {options.seq_len} tokens are longer than {model} can read ({limit})", "give a smaller seq_len")
+    if teacher is not None:
+        check_teacher(teacher, config, tokenizer)
+    if run.accelerator.is_main_process and packed(run.work) is None:
+        try:
+            pack(data, tokenizer, run.work, seq_len=options.seq_len, tokens=options.tokens, validation=options.validation,
+                 validation_tokens=options.validation_tokens, field=options.text_field, seed=options.seed, vocabulary=config.vocab_size)
+        except OSError as error:
+            raise LrkvError(f"cannot write {run.work}: {error.strerror or error}", "check permissions and free space") from error
+    run.accelerator.wait_for_everyone()
+    if (windows := packed(run.work)) is None:
+        raise LrkvError(f"this process does not see {run.work}", "all nodes must share the folder of --out")
+    return windows
+
+
+def check_teacher(teacher: str, config, tokenizer) -> None:
+    """Raise LrkvError for an original with another vocabulary, or another tokenizer."""
+    where, extra = location(teacher)
+    try:
+        other = AutoConfig.from_pretrained(where, **extra)
+    except Exception as error:          # the hub, json, gguf and transformers raise their own
+        raise LrkvError(f"cannot read the config of the teacher {teacher}: {first_line(error)}", "is the folder whole?") from error
+    if other.vocab_size != config.vocab_size:
+        raise LrkvError(f"the teacher {teacher} has another vocabulary ({other.vocab_size} tokens, the student {config.vocab_size})",
+                        "give the model that was converted")
+    try:
+        theirs = load_tokenizer(teacher)
+    except LrkvError:
+        return          # a teacher without one reads the student's tokens
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise LrkvError(f"the tokenizer of the teacher {teacher} is another one than the student's", "give the model that was converted")
+
+
+def load_config(model: Path):
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise LrkvError(f"cannot read the config of {model}: {first_line(error)}", "is the folder whole?") from error
+
+
+def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows, options: Options, run: Run, resume: bool,
+            stage: Callable[[str], None]) -> tuple[Trainer, dict[str, float], int]:
+    """(trainer, validation losses before training, the step to begin with)."""
+    accelerator = run.accelerator
+    student = load_model(str(model), torch.device("cpu"), torch.float32)           # master weights; autocast makes bfloat16 of them
+    adapter = ADAPTERS[student.config.model_type.removeprefix("lrkv_")]
+    choose_trained(student, adapter, options.train)
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made = optimizers(groups(student, options.optimizer), options)
+    student, *prepared = accelerator.prepare(student.train(), *made.values())
+    made = dict(zip(made, prepared))
+    schedules = [schedule(optimizer, options) for optimizer in made.values()]
+    accelerator.register_for_checkpointing(*schedules)
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        accelerator.register_save_state_pre_hook(only_trained)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else "auto"
+    original = None if teacher is None else load_model(teacher, accelerator.device, dtype).requires_grad_(False)
+    trainer = Trainer(accelerator, student, original, adapter, made, schedules, windows, options, kl_weight)
+    accelerator.init_trackers("lrkv-heal", config={name: value for name, value in asdict(options).items() if isinstance(value, (int, float, str))})
+    if resume:
+        state = run.load()
+        return trainer, state["baseline"], state["step"]
+    stage("measuring")
+    baseline = {"converted": trainer.validation_loss(student)}
+    if original is not None:
+        baseline["original"] = trainer.validation_loss(original)
+        if not kl_weight and not options.match_attention:
+            trainer.teacher = None          # it was here to be compared with
+    run.note({"step": 0, "validation_nll": baseline["converted"],
+              **({"validation_ratio": math.exp(baseline["converted"] - baseline["original"])} if "original" in baseline else {})})
+    return trainer, baseline, 0
+
+
+def only_trained(models: list, weights: list[dict], folder: str) -> None:
+    """Leave frozen weights out of a checkpoint: they stand in the converted folder."""
+    for model, state in zip(models, weights):
+        trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
+        for name in [name for name in state if name.removeprefix("module.") not in trained]:
+            del state[name]
+
+
+def finish(run: Run, trainer: Trainer, model: Path, record: dict, baseline: dict[str, float], teacher: str | None, recipe: str | None,
+           data: list[str], options: Options, max_shard_size: int | str) -> Healing:
+    """Write weights, companions and record into the run's folder and give it its name."""
+    accelerator, log, folder = run.accelerator, run.log(), run.folder
+    state = accelerator.get_state_dict(trainer.student)
+    last = next(line for line in reversed(log) if "validation_nll" in line)
+    entry = {
+        "kind": "heal", "date": datetime.date.today().isoformat(), "recipe": {"name": recipe, **asdict(options)}, "data": [Path(d).name for d in data],
+        "data_sha256": trainer.windows.sha256, "data_read": round(trainer.windows.rounds(options.steps * options.batch_size * options.seq_len), 3),
+        "teacher": teacher and Path(teacher).name, "teacher_path": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
+        "steps": options.steps, "tokens": options.steps * options.batch_size * options.seq_len, "seconds": last["seconds"] if "seconds" in last else 0.0,
+        "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
+        "validation": {"tokens": len(trainer.windows.validation) * (options.seq_len - 1),
+                       "nll": {**baseline, "healed": last["validation_nll"]}},
+        "versions": {"lrkv_convert": version("lrkv-convert"), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if accelerator.is_main_process:
+        try:
+            write_result(run, trainer, state, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
+        except OSError as error:
+            raise LrkvError(f"cannot write {run.folder}: {error.strerror or error}", f"{run.last_good()}; make room, then go on with --resume") from error
+        if importlib.util.find_spec("matplotlib"):
+            from .. import plot
+            plot.healing(log, entry, folder / PICTURE)
+        publish(folder, run.out)
+        shutil.rmtree(run.out / WORK, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return Healing(run.out, entry)
+
+
+def write_result(run: Run, trainer: Trainer, state: dict, model: Path, record: dict, max_shard_size: int | str) -> None:
+    """Everything a converted folder has, with the healed weights in the dtype they came in."""
+    student = trainer.accelerator.unwrap_model(trainer.student)
+    stored = load_config(model).dtype or torch.float32
+    writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
+    for name in writer.shapes:
+        writer.add(name, check_finite(name, state[name]))
+    writer.finish()
+    for file in model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
+            shutil.copy(file, run.folder / file.name)
+    write_json(run.folder / RECORD, record)
+    (run.folder / "README.md").write_text(model_card(record, source_licence(model), run.out.name), encoding="utf-8")

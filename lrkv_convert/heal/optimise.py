@@ -1,0 +1,71 @@
+"""What trains, and by which optimiser.
+
+Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) orthogonalises the update of a matrix, which is meant for hidden matrices; with
+`match_rms_adamw` (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982) its update has the size of one of AdamW's. Embeddings, the
+head, norms and biases go to AdamW, as in both.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from ..adapters import Adapter
+from ..modeling.factors_lrkv import LowRankHeads
+from .options import Options
+
+
+def choose_trained(model: PreTrainedModel, adapter: Adapter, train: str) -> None:
+    """Freeze what does not train. "attention": the attention modules, which hold W_shared, C, U, B, biases, W_Q and W_O; "all": everything."""
+    model.requires_grad_(train == "all")
+    for layer in model.get_submodule(adapter.layer_path):
+        layer.get_submodule(adapter.attention).requires_grad_(True)
+    for module in model.modules():          # a short training has nothing to fear from overfitting, and the teacher has none
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def groups(model: PreTrainedModel, optimizer: str) -> dict[str, dict[str, nn.Parameter]]:
+    """{"muon": {name: parameter}, "adamw": {...}}: every parameter that trains, in exactly one of them."""
+    apart = {id(p) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None for p in module.parameters()}
+    apart |= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    apart |= {id(p) for module in model.modules() if isinstance(module, LowRankHeads) for p in per_head(module)}
+    found = {"muon": {}, "adamw": {}}
+    for name, parameter in model.named_parameters():        # a tied one comes once
+        if parameter.requires_grad:
+            hidden = optimizer == "muon" and parameter.ndim == 2 and id(parameter) not in apart
+            found["muon" if hidden else "adamw"][name] = parameter
+    return found
+
+
+def per_head(heads: LowRankHeads) -> list[nn.Parameter]:
+    """U, C and B: the factors that hold one small matrix per head."""
+    return [p for p in (heads.U.weight if heads.U is not None else None, heads.C, heads.B) if p is not None]
+
+
+def optimizers(found: dict[str, dict[str, nn.Parameter]], options: Options) -> dict[str, Optimizer]:
+    """torch's optimisers over those groups that are not empty."""
+    made = {}
+    if found["muon"]:
+        made["muon"] = torch.optim.Muon(found["muon"].values(), lr=options.muon_lr, weight_decay=options.weight_decay, momentum=options.momentum,
+                                        adjust_lr_fn=options.adjust_lr)
+    if found["adamw"]:
+        made["adamw"] = torch.optim.AdamW(found["adamw"].values(), lr=options.adamw_lr, weight_decay=options.weight_decay,
+                                          betas=(options.beta1, options.beta2))
+    return made
+
+
+def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:
+    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to `final_lr` of the highest rate."""
+    steps, warm = options.steps, round(options.warmup * options.steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
+    return LambdaLR(optimizer, factor)
