@@ -82,7 +82,9 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
     speed = entry["tokens"] / entry["seconds"] if entry["seconds"] else 0
     out.print(f"{entry['tokens']:,} tokens ({entry['data_read']:.2g} times the data) in {entry['seconds']:,.0f} s, {speed:,.0f} tokens/s; "
               f"{entry['validation']['tokens']:,} tokens held out")
-    print(f"written: {folder}\nnext: lrkv compare {shlex.quote(entry['teacher_path'] or model)} {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
+    if not entry["picture"]:
+        print("pip install matplotlib for a picture of the curve")
+    print(f"written: {folder}\nnext: lrkv compare {shlex.quote(entry['teacher'] or model)} {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:

@@ -1,5 +1,6 @@
 """What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, the model card."""
 import importlib
+import math
 import platform
 import re
 import shutil
@@ -54,7 +55,7 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str,
         "seconds": round(seconds, 1),
         "seconds_per_stage": {stage: round(spent, 1) for stage, spent in stages.items()},
         "peak_memory_bytes": peak_bytes,
-        "history": [],      # healing appends to this
+        "history": [],      # healing appends to this (heal/healing.py)
     }
 
 
@@ -115,7 +116,7 @@ tags: [lrkv, kv-cache]
 
 `{title}` with LRKV attention (Low-Rank Key-Value attention, arXiv 2601.11471). Each token caches
 **{cache['kv_bytes_per_token']:,} bytes instead of {cache['kv_bytes_per_token_before']:,} ({cache['kv_ratio']:.1%})**. Converted by lrkv-convert
-{record['versions']['lrkv_convert']} without training; `base={record['recipe']['base']}`, `metric={record['recipe']['metric']}`, calibration: {texts}, {record['calibration']['tokens']:,} tokens.
+{record['versions']['lrkv_convert']} {'and healed (below)' if record['history'] else 'without training'}; `base={record['recipe']['base']}`, `metric={record['recipe']['metric']}`, calibration: {texts}, {record['calibration']['tokens']:,} tokens.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,7 +127,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
 What it cost in quality: `lrkv compare {title} {name} --text FILE`. Limits are those of the source model, and its licence applies.
-
+{"".join(map(healing_section, record["history"]))}
 ## Fit
 
 Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit.
@@ -137,3 +138,21 @@ Numbers cached per token (shared base + H residuals of that rank) and relative e
 
 Source weights sha256 `{source['sha256']}`; everything else about the conversion stands in `lrkv.json`.
 """
+
+
+def healing_section(entry: dict) -> str:
+    """One round of continued training, in the model card."""
+    nll, recipe = entry["validation"]["nll"], entry["recipe"]
+    base = nll.get("original", nll["converted"])
+    rows = "\n".join(f"| {name} | {math.exp(nll[name]):.3f} | ×{math.exp(nll[name] - base):.4f} |" for name in ("original", "converted", "healed") if name in nll)
+    goal = {"kl": "divergence from the original", "ce": "cross-entropy"}.get(entry["loss"], "divergence from the original and cross-entropy")
+    return f"""
+## Healing
+
+{entry['tokens']:,} tokens of {', '.join(entry['data'])} in {entry['steps']:,} steps ({entry['date']}): {goal}, {recipe['train']} weights,
+{'Muon and AdamW' if recipe['optimizer'] == 'muon' else 'AdamW'}. On {entry['validation']['tokens']:,} tokens held out of that text:
+
+| model | perplexity | ratio |
+|---|---|---|
+{rows}
+{f"{chr(10)}![curve of the training]({entry['picture']}){chr(10)}" if entry['picture'] else ""}"""

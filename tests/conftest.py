@@ -1,4 +1,5 @@
 """Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
+import json
 import os
 import shutil
 from pathlib import Path
@@ -121,3 +122,23 @@ def refused(source, out: Path, *options: str, says: str) -> str:
     if before is not None:
         assert sorted(p.name for p in out.parent.iterdir()) == before
     return line
+
+
+# six steps of healing
+SHORT = dict(tokens=6 * 4 * 64, seq_len=64, batch_size=4, validation_tokens=256, validate_every=3, checkpoint_every=2, precision="fp32", tracker="none")
+
+
+@pytest.fixture(scope="session")
+def sheep(tmp_path_factory):
+    """A few kilobytes of something learnable."""
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text("".join(f"{i} sheep jumped over {i * 7 % 13} fences, and {i * i % 97} slept.\n" for i in range(400)))
+    return file
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "heal.jsonl").read_text().splitlines()]
+
+
+def losses(folder) -> list[float]:
+    return [line["loss"] for line in log(folder) if "loss" in line]

@@ -193,7 +193,8 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
     adapter = ADAPTERS[student.config.model_type.removeprefix("lrkv_")]
     choose_trained(student, adapter, options.train)
     if options.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)         # its newer name
+        enable({"use_reentrant": False})
     made = optimizers(groups(student, options.optimizer), options)
     student, *prepared = accelerator.prepare(student.train(), *made.values())
     made = dict(zip(made, prepared))
@@ -236,19 +237,20 @@ def finish(run: Run, trainer: Trainer, model: Path, record: dict, baseline: dict
     entry = {
         "kind": "heal", "date": datetime.date.today().isoformat(), "recipe": {"name": recipe, **asdict(options)}, "data": [Path(d).name for d in data],
         "data_sha256": trainer.windows.sha256, "data_read": round(trainer.windows.rounds(options.steps * options.batch_size * options.seq_len), 3),
-        "teacher": teacher and Path(teacher).name, "teacher_path": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
+        "teacher": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
         "steps": options.steps, "tokens": options.steps * options.batch_size * options.seq_len, "seconds": last["seconds"] if "seconds" in last else 0.0,
         "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
         "validation": {"tokens": len(trainer.windows.validation) * (options.seq_len - 1),
                        "nll": {**baseline, "healed": last["validation_nll"]}},
         "versions": {"lrkv_convert": version("lrkv-convert"), "torch": torch.__version__, "transformers": transformers.__version__},
+        "picture": PICTURE if importlib.util.find_spec("matplotlib") else None,
     }
     if accelerator.is_main_process:
         try:
             write_result(run, trainer, state, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
         except OSError as error:
             raise LrkvError(f"cannot write {run.folder}: {error.strerror or error}", f"{run.last_good()}; make room, then go on with --resume") from error
-        if importlib.util.find_spec("matplotlib"):
+        if entry["picture"]:
             from .. import plot
             plot.healing(log, entry, folder / PICTURE)
         publish(folder, run.out)
