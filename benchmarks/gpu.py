@@ -1,8 +1,8 @@
-"""Everything that wants a GPU, in one call: is the kernel right, how fast is it, and conversion, perplexity and decoding of a real model.
+"""Everything that wants a GPU, in one call: is the kernel right, how fast is it, and conversion, perplexity, decoding and healing of a real model.
 
-    python benchmarks/gpu.py --out DIR [--model FOLDER --text FILE] [--quick]
+    python benchmarks/gpu.py --out DIR [--model FOLDER --text FILE [--data FILE... --tokens N]] [--quick]
 
-Writes one JSON per step into DIR as soon as the step is done (kernel.json, decode.json, model.json), so that a call cut short keeps what
+Writes one JSON per step into DIR as soon as the step is done (kernel.json, decode.json, model.json, heal.json), so that a call cut short keeps what
 it measured; with --quick, small sizes. Steps that fail are reported at the end and do not stop the others.
 """
 import argparse
@@ -19,6 +19,7 @@ from lrkv_convert.calibrate import read_texts
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import bench, compare
 from lrkv_convert.evaluate.step import Layer
+from lrkv_convert.heal import heal
 from lrkv_convert.modeling import kernel_lrkv, reference
 from lrkv_convert.writer import write_json
 
@@ -61,11 +62,28 @@ def model_steps(model: str, text: str, out: Path, device: torch.device, quick: b
     return {"conversion": records, "quality": quality, "bench": {**speed, "models": [Path(m).name for m in speed["models"]]}}
 
 
+def heal_step(model: str, text: str, data: list[str], tokens: int, out: Path, device: torch.device, quick: bool) -> dict:
+    """Convert at half the cache, calibrated on the data, heal, compare on the text."""
+    half, healed = out / "heal-from", out / "healed"
+    convert(model, half, device=str(device), overwrite=True, calibration=data, calibration_tokens=1024 if quick else None)
+    size = {"tokens": 4096, "validation_tokens": 512} if quick else {"tokens": tokens, "micro_batch_size": 4, "batch_size": 8, "validate_every": 50, "checkpoint_every": 200}
+    done = heal(half, healed, data, device=str(device), overwrite=True, tracker="none", **size, report=lambda line: print(
+        f"step {line['step']} of {line['steps']}: held out x{line['validation_ratio']:.4f}, {line['tokens_per_second']:,.0f} tokens/s", flush=True) if "validation_ratio" in line else None)
+    [content] = read_texts([text])
+    quality = compare([model, str(half), str(healed)], content, max_tokens=1024 if quick else 17408, batch_size=4, device=device, dtype=torch.float32)
+    for row in quality["models"]:
+        print(f"{row['path']:<40} perplexity x{row['ratio']:.4f}  KL {row['kl']:.4f}", flush=True)
+        row["path"] = Path(row["path"]).name
+    return {"healing": {**done.entry, "teacher": Path(model).name}, "quality": quality}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--text")
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="to heal on")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -78,6 +96,8 @@ def main() -> None:
                                        [128] if args.quick else [2048, 8192, 32768], 3 if args.quick else 20, 65536, device)}
     if args.model and args.text:
         steps["model"] = lambda: model_steps(args.model, args.text, args.out, device, args.quick)
+    if args.model and args.text and args.data:
+        steps["heal"] = lambda: heal_step(args.model, args.text, args.data, args.tokens, args.out, device, args.quick)
     for name, step in steps.items():
         try:
             result = step()

@@ -33,8 +33,9 @@ def load_recipe(name: str, kind: str, allowed: set[str]) -> dict:
     if not isinstance(options, dict):
         raise LrkvError(f"recipe {name} holds no fields", "see the shipped recipes for the form")
     if unknown := sorted(map(str, set(options) - allowed)):
-        near = difflib.get_close_matches(unknown[0], allowed, n=1)
-        raise LrkvError(f"recipe {name} has unknown fields: {', '.join(unknown)}", (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(sorted(allowed))}")
+        meant = [f"{field} (did you mean {near[0]}?)" if (near := difflib.get_close_matches(field, allowed, n=1)) else field for field in unknown]
+        raise LrkvError(f"recipe {name} has unknown fields: {', '.join(meant)}",
+                        f"known: {', '.join(sorted(allowed))}")
     return options
 
 

@@ -30,7 +30,7 @@ def text(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"], ["bench", "--help"],
-                                       ["serve", "--help"], ["sweep", "--help"]])
+                                       ["serve", "--help"], ["sweep", "--help"], ["heal", "--help"], ["recipes", "--help"]])
 def test_help_answers_without_torch(arguments):
     code = (f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\n"
             "try: app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} & set(sys.modules)")
@@ -83,7 +83,10 @@ def test_recipes_set_options_and_flags_override(tiny, tmp_path):
 def test_shipped_recipes_state_their_command():
     for file in (ROOT / "recipes").glob("*/*.yaml"):
         first = file.read_text().splitlines()[0]
-        assert first.startswith(f"# lrkv {file.parent.name} ") and f"--recipe {file.stem}" in first
+        if file.parent.name == "accelerate":
+            assert first.startswith(f"# accelerate launch --config_file {file.name} -m lrkv_cli.main heal ")
+        else:
+            assert first.startswith(("# lrkv ", "# accelerate launch ")) and f" {file.parent.name} " in first and f"--recipe {file.stem}" in first
 
 
 def test_compare_prints_a_table_and_writes_json(tiny, converted, tmp_path, text):
@@ -135,11 +138,12 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
         words = shlex.split(command)
         if words[1] in ("demo", "serve"):
             continue        # `make demo` is for people; it takes minutes. A server has a test of its own
-        fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "FILE": str(text)}
+        fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "DIR2": str(tmp_path / "healed"), "FILE": str(text)}
         arguments = [fill.get(w, w) for w in words[1:]]
-        scaled = {"--tokens": "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}
+        scaled = {"--tokens": "1024" if words[1] == "heal" else "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}
         arguments = [scaled.get(arguments[i - 1], a) for i, a in enumerate(arguments)]
-        lrkv(*arguments, *(["--overwrite"] if words[1] == "convert" else []))
+        more = {"convert": ["--overwrite"], "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"]}
+        lrkv(*arguments, *more.get(words[1], []))
         ran += 1
     assert ran >= 3
 

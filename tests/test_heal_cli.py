@@ -66,10 +66,11 @@ def test_flags_override_settings_and_settings_the_recipe(converted, sheep, tmp_p
 
 
 def test_two_processes_learn_what_one_does(converted, sheep, tmp_path):
+    # --multi_gpu: several processes, whatever they run on; without it and without MPI, accelerate launches one on a CPU
     command = ["heal", str(converted()), "--data", str(sheep), "--set", *SETTINGS]
     run(*command, "--out", tmp_path / "one")
-    launched = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                               "--dynamo_backend", "no", "-m", "lrkv_cli.main", *command, "--out", str(tmp_path / "two"), "--json"],
+    launched = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                               "--dynamo_backend", "no", "-m", "lrkv_cli.main", *command, "--out", str(tmp_path / "two"), "--json", "--device", "cpu"],
                               capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
     assert launched.returncode == 0, launched.stderr
     entry = json.loads(launched.stdout)             # the main process speaks alone
@@ -80,16 +81,16 @@ def test_two_processes_learn_what_one_does(converted, sheep, tmp_path):
 
 
 def test_tensorboard_gets_the_curve_where_it_is_asked_for(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.heal import healing
+    from lrkv_convert.heal import launch
     asked = []
-    monkeypatch.setattr(healing, "is_trackio_available", lambda: False)
-    monkeypatch.setattr(healing, "is_tensorboard_available", lambda: False)
-    assert healing.choose_tracker("auto") is None and healing.choose_tracker("none") is None
+    monkeypatch.setattr(launch, "is_trackio_available", lambda: False)
+    monkeypatch.setattr(launch, "is_tensorboard_available", lambda: False)
+    assert launch.choose_tracker("auto") is None and launch.choose_tracker("none") is None
     refused(converted(), "--data", sheep, "--set", *SETTINGS, "tracker=tensorboard", says="pip install tensorboard", out=tmp_path / "out")
-    monkeypatch.setattr(healing, "is_tensorboard_available", lambda: True)
-    assert healing.choose_tracker("auto") == healing.choose_tracker("tensorboard") == "tensorboard"
-    monkeypatch.setattr(healing, "is_trackio_available", lambda: True)
-    assert healing.choose_tracker("auto") == "trackio"
+    monkeypatch.setattr(launch, "is_tensorboard_available", lambda: True)
+    assert launch.choose_tracker("auto") == launch.choose_tracker("tensorboard") == "tensorboard"
+    monkeypatch.setattr(launch, "is_trackio_available", lambda: True)
+    assert launch.choose_tracker("auto") == "trackio"
     from accelerate import Accelerator
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: asked.append((step, values["loss"])))
     run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--set", *SETTINGS)
@@ -110,7 +111,7 @@ def test_impossible_settings_are_refused(converted, sheep, tmp_path, settings, s
 
 def test_a_recipe_with_a_field_that_does_not_exist_names_the_nearest(converted, sheep, tmp_path):
     (tmp_path / "r.yaml").write_text("learning_rat: 1\nmuonlr: 0.1\n")
-    refused(converted(), "--data", sheep, "--recipe", tmp_path / "r.yaml", says="did you mean muon_lr? known: ", out=tmp_path / "out")
+    refused(converted(), "--data", sheep, "--recipe", tmp_path / "r.yaml", says="learning_rat, muonlr (did you mean muon_lr?); known: ", out=tmp_path / "out")
     refused(converted(), "--data", sheep, "--recipe", "shrt", says="shipped: ", out=tmp_path / "out")
 
 

@@ -19,7 +19,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads({threads})
-from lrkv_convert.heal import heal, healing, loop, run
+from lrkv_convert.heal import heal, loop, result, run
 moment, count = {moment!r}, 0
 
 def dies(module, name, at, after=False):
@@ -46,11 +46,11 @@ elif moment == "before a checkpoint has its name":
 elif moment == "before old checkpoints go":
     dies(run.shutil, "rmtree", 6, after=True)
 elif moment == "while the result is written":
-    dies(healing.ShardWriter, "add", 9)
+    dies(result.ShardWriter, "add", 9)
 elif moment == "before the result has its name":
-    dies(healing, "publish", 1)
+    dies(result, "publish", 1)
 elif moment == "after the result has its name":
-    dies(healing, "publish", 1, after=True)
+    dies(result, "publish", 1, after=True)
 heal({model!r}, {out!r}, [{data!r}], resume={resume}, **{options})
 """
 
@@ -172,8 +172,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_way_to_go_on(whole, 
 
 
 def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.heal import healing
-    monkeypatch.setattr(healing, "write_result", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    from lrkv_convert.heal import result
+    monkeypatch.setattr(result, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(LrkvError, match="No space left on device.*checkpoint-000006.*--resume"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     monkeypatch.undo()

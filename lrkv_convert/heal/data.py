@@ -199,14 +199,15 @@ def packed(folder: Path) -> Windows | None:
 def _cut(data: list[str], tokenizer, seq_len: int, most: int, field: str, seed: int) -> np.ndarray:
     """At most `most` windows (n, T) of the data."""
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    windows, buffer = [], []
+    windows, buffer, cut = [], [], 0
     for text, ends in side_by_side(sources(data, seed), field):
         buffer += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (between if ends else [])
         whole = len(buffer) // seq_len
         if whole:
             windows.append(np.array(buffer[:whole * seq_len], dtype=np.int32).reshape(whole, seq_len))
             del buffer[:whole * seq_len]
-        if sum(map(len, windows)) >= most:
+            cut += whole
+        if cut >= most:
             break
     if not windows:
         raise LrkvError(f"the data is empty or too short: it does not fill one window of {seq_len} tokens", "give more text, or a smaller seq_len")

@@ -5,37 +5,28 @@
 
 The result has the form of a converted folder and loads the same way; its lrkv.json and its model card say how it came about.
 """
-import datetime
-import importlib.util
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, is_tensorboard_available, is_trackio_available
+from accelerate.utils import DistributedType
 from transformers import AutoConfig
 
 from ..adapters import ADAPTERS
-from ..assemble import tensor_shapes
-from ..checkpoint import INDEX, check_finite
-from ..device import pick_device
 from ..errors import LrkvError, first_line
 from ..evaluate.load import load_model, load_tokenizer, location
-from ..report import model_card, source_licence, version
-from ..writer import PARTIAL, RECORD, WORK, ShardWriter, check_output, publish, write_json
+from ..writer import RECORD, check_output
 from .data import Windows, pack, packed
+from .launch import new_accelerator
 from .loop import Report, Trainer
 from .optimise import choose_trained, groups, optimizers, schedule
 from .options import Options
-from .run import LOG, Run
+from .result import finish, history_entry
+from .run import Run
 
-PICTURE = "heal.png"
 UNRECORDED = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # may differ when a run is resumed
 
 
@@ -64,8 +55,7 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     check_output(out, model, overwrite)
     teacher, kl_weight = choose_loss(teacher, record, options)
     accelerator = new_accelerator(device, options, out)
-    passes = options.accumulation(accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = passes
+    accelerator.gradient_accumulation_steps = options.accumulation(accelerator.num_processes)
     asked = {"model": str(model.resolve()), "weights": fingerprint(model), "data": data, "teacher": teacher,
              **{name: value for name, value in asdict(options).items() if name not in UNRECORDED}}
     run = Run(out, asked, accelerator, options.keep)
@@ -78,7 +68,9 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
         stage("training")
         trainer.train(run, first, baseline, report)
         stage("writing")
-        return finish(run, trainer, model, record, baseline, teacher, recipe, data, options, max_shard_size)
+        entry = history_entry(run, trainer, baseline, teacher, recipe, data)
+        finish(run, trainer, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
+        return Healing(out, entry)
     except BaseException:
         run.abandon()
         raise
@@ -105,34 +97,6 @@ def choose_loss(teacher: str | None, record: dict, options: Options) -> tuple[st
         what = f"the loss {options.loss}" if options.loss in ("kl", "mix") else "match_attention"
         raise LrkvError(f"{what} needs the original model, and {named or 'it'} is no longer there", "give --teacher, or use loss: ce")
     return found, {"auto": 1.0 if found else 0.0, "kl": 1.0, "ce": 0.0, "mix": options.kl_weight}[options.loss]
-
-
-def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
-    """accelerate as it was launched, or a single process. Raises LrkvError for devices and trackers that are not there."""
-    cpu = pick_device(device).type == "cpu"
-    precision = {"bf16": "bf16", "fp32": "no", "auto": "bf16" if fast_bf16(cpu) else "no"}[options.precision]
-    AcceleratorState._reset_state()         # an earlier run in this process may have had another precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=choose_tracker(options.tracker), project_dir=str(out.with_name(out.name + PARTIAL)))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and options.optimizer != "adamw":
-        raise LrkvError("DeepSpeed shards one optimiser, and Muon comes with a second", "give --optimizer adamw, or use FSDP")
-    return accelerator
-
-
-def fast_bf16(cpu: bool) -> bool:
-    """Whether bfloat16 products have instructions of their own."""
-    if not cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
-
-
-def choose_tracker(wanted: str) -> str | None:
-    """The tracker of accelerate to log to besides the file. Raises LrkvError for one that is not installed."""
-    there = {"trackio": is_trackio_available(), "tensorboard": is_tensorboard_available()}
-    if wanted == "auto":
-        return next((name for name, installed in there.items() if installed), None)
-    if wanted != "none" and not there[wanted]:
-        raise LrkvError(f"the tracker {wanted} is not installed", f"pip install {wanted}, or --tracker none")
-    return None if wanted == "none" else wanted
 
 
 def fingerprint(model: Path) -> list:
@@ -226,49 +190,3 @@ def only_trained(models: list, weights: list[dict], folder: str) -> None:
         trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
         for name in [name for name in state if name.removeprefix("module.") not in trained]:
             del state[name]
-
-
-def finish(run: Run, trainer: Trainer, model: Path, record: dict, baseline: dict[str, float], teacher: str | None, recipe: str | None,
-           data: list[str], options: Options, max_shard_size: int | str) -> Healing:
-    """Write weights, companions and record into the run's folder and give it its name."""
-    accelerator, log, folder = run.accelerator, run.log(), run.folder
-    state = accelerator.get_state_dict(trainer.student)
-    last = next(line for line in reversed(log) if "validation_nll" in line)
-    entry = {
-        "kind": "heal", "date": datetime.date.today().isoformat(), "recipe": {"name": recipe, **asdict(options)}, "data": [Path(d).name for d in data],
-        "data_sha256": trainer.windows.sha256, "data_read": round(trainer.windows.rounds(options.steps * options.batch_size * options.seq_len), 3),
-        "teacher": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
-        "steps": options.steps, "tokens": options.steps * options.batch_size * options.seq_len, "seconds": last["seconds"] if "seconds" in last else 0.0,
-        "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
-        "validation": {"tokens": len(trainer.windows.validation) * (options.seq_len - 1),
-                       "nll": {**baseline, "healed": last["validation_nll"]}},
-        "versions": {"lrkv_convert": version("lrkv-convert"), "torch": torch.__version__, "transformers": transformers.__version__},
-        "picture": PICTURE if importlib.util.find_spec("matplotlib") else None,
-    }
-    if accelerator.is_main_process:
-        try:
-            write_result(run, trainer, state, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
-        except OSError as error:
-            raise LrkvError(f"cannot write {run.folder}: {error.strerror or error}", f"{run.last_good()}; make room, then go on with --resume") from error
-        if entry["picture"]:
-            from .. import plot
-            plot.healing(log, entry, folder / PICTURE)
-        publish(folder, run.out)
-        shutil.rmtree(run.out / WORK, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return Healing(run.out, entry)
-
-
-def write_result(run: Run, trainer: Trainer, state: dict, model: Path, record: dict, max_shard_size: int | str) -> None:
-    """Everything a converted folder has, with the healed weights in the dtype they came in."""
-    student = trainer.accelerator.unwrap_model(trainer.student)
-    stored = load_config(model).dtype or torch.float32
-    writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
-    for name in writer.shapes:
-        writer.add(name, check_finite(name, state[name]))
-    writer.finish()
-    for file in model.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
-            shutil.copy(file, run.folder / file.name)
-    write_json(run.folder / RECORD, record)
-    (run.folder / "README.md").write_text(model_card(record, source_licence(model), run.out.name), encoding="utf-8")

@@ -2,7 +2,9 @@
 
 Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) orthogonalises the update of a matrix, which is meant for hidden matrices; with
 `match_rms_adamw` (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982) its update has the size of one of AdamW's. Embeddings, the
-head, norms and biases go to AdamW, as in both.
+head, norms and biases go to AdamW, as in both. So do the per-head factors U, C and B: whether Muon orthogonalises them head by head, or all heads
+as one matrix, or AdamW takes them, the healed perplexity was the same (x1.0228, x1.0220, x1.0220; benchmarks/NOTES.md), and torch's Muon refuses
+what is no matrix.
 """
 import math
 

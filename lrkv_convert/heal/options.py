@@ -50,7 +50,7 @@ class Options:
     train: str = "attention"
     optimizer: str = "muon"
     muon_lr: float = 5e-4
-    adamw_lr: float = 2e-4
+    adamw_lr: float = 1e-4
     adjust_lr: str = "match_rms_adamw"
     momentum: float = 0.95
     beta1: float = 0.9

@@ -1,0 +1,144 @@
+"""What healing gives back: optimisers, losses and starts side by side, on the same tokens in the same order.
+
+    python benchmarks/heal.py MODEL --data TEXT... --text TEXT... --out DIR [--calibration TEXT...] [--tokens N] [--tune-tokens N]
+
+Converts MODEL three times into one shape (joint fit; mean of the heads and SVD of the residuals, without calibration; random factors), heals each
+way in ROWS and measures all of it on the first --test-tokens tokens of each --text. Learning rates are chosen first, for every row alike, from --scales times those of
+the recipe `short`, by the perplexity of text held out of --data after --tune-tokens. Writes DIR/heal.json and DIR/heal.png; prints a table in Markdown.
+Rows that are done are kept in DIR: the same command goes on after them.
+"""
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from environment import environment
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from lrkv_convert import convert
+from lrkv_convert.calibrate import read_texts
+from lrkv_convert.device import pick_device
+from lrkv_convert.evaluate import compare, load_model
+from lrkv_convert.heal import Options, heal
+from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.writer import write_json
+
+ROWS = [    # (label, start, options)
+    ("Muon + AdamW, KL, joint fit", "joint", {}),
+    ("AdamW, KL, joint fit", "joint", {"optimizer": "adamw"}),
+    ("Muon + AdamW, cross-entropy, joint fit", "joint", {"loss": "ce"}),
+    ("Muon + AdamW, KL, mean base and SVD", "mean", {}),
+    ("Muon + AdamW, KL, random factors", "random", {}),
+]
+STARTS = {"joint": {}, "mean": {"base": "mean", "calibration": []}}      # options of convert
+
+
+def start(name: str, model: str, folder: Path, shape: dict, calibration: list[str] | None, device: str) -> Path:
+    """The converted folder that healing starts from."""
+    if name == "random":
+        joint = start("joint", model, folder, shape, calibration, device)
+        out = folder / "start-random"
+        if not out.exists():
+            shutil.copytree(joint, folder / "unfinished", dirs_exist_ok=True)
+            randomise(folder / "unfinished")
+            (folder / "unfinished").rename(out)
+        return out
+    out = folder / f"start-{name}"
+    if not out.exists():
+        convert(model, out, device=device, dtype="float32", **{"calibration": calibration, **shape, **STARTS[name]})
+    return out
+
+
+@torch.no_grad()
+def randomise(folder: Path) -> None:
+    """Draw all factors anew, as for a model that is built from its config alone."""
+    torch.manual_seed(0)
+    model, state = load_model(str(folder), torch.device("cpu")), load_file(folder / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankHeads):
+            module.reset_parameters()
+            state |= {f"{name}.{key}": value.contiguous() for key, value in module.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def run(label: str, source: Path, out: Path, data: list[str], scale: float, device: str, **options) -> tuple[dict, list[dict]]:
+    """(history entry, log) of one healing; what lies there already is read."""
+    rates = Options()
+    if not out.exists():
+        heal(source, out, data, device=device, overwrite=True, tracker="none", muon_lr=rates.muon_lr * scale, adamw_lr=rates.adamw_lr * scale, **options,
+             report=lambda line: print(f"# {label} x{scale:g}: step {line['step']} of {line['steps']}, held out x{line['validation_ratio']:.4f}, "
+                                       f"{line['tokens_per_second']:.0f} tokens/s", flush=True) if "validation_ratio" in line else None)
+    entry = json.loads((out / "lrkv.json").read_text())["history"][-1]
+    return entry, [json.loads(line) for line in (out / "heal.jsonl").read_text().splitlines()]
+
+
+def draw(rows: list[dict], file: Path, per_step: int) -> None:
+    from lrkv_convert.plot import MARKERS, pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=130, layout="constrained")
+    for row, marker in zip(rows, MARKERS):
+        axes.plot([step * per_step for step, _ in row["curve"]], [ratio for _, ratio in row["curve"]], marker=marker, label=row["way"])
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"×{y:g}")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("perplexity on held-out text, relative to the original (log scale)")
+    axes.grid(True, which="both", linewidth=0.4)
+    axes.legend()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", nargs="+")
+    parser.add_argument("--rank-k", type=int, default=6)
+    parser.add_argument("--rank-v", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=51200)
+    parser.add_argument("--tune-tokens", type=int, default=10240)
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1, 3])
+    parser.add_argument("--test-tokens", type=int, default=8704, help="of each text")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    args.out.mkdir(parents=True, exist_ok=True)
+    shape, step = {"rank_k": args.rank_k, "rank_v": args.rank_v}, Options().batch_size * Options().seq_len
+    rows, folders = [], []
+    for i, (label, name, options) in enumerate(ROWS):
+        source, tried = start(name, args.model, args.out, shape, args.calibration, args.device), {}
+        for scale in args.scales:
+            entry, _ = run(f"tuning {label}", source, args.out / f"tune-{i}-{scale:g}", args.data, scale, args.device, tokens=args.tune_tokens, checkpoint_every=10**6, **options)
+            tried[scale] = entry["validation"]["nll"]["healed"]
+        best = min(tried, key=tried.get)
+        out = args.out / f"healed-{i}"
+        entry, log = run(label, source, out, args.data, best, args.device, tokens=args.tokens, validate_every=max(1, args.tokens // step // 8), **options)
+        folders += [source, out]
+        rows.append({"way": label, "start": name, "scale": best, "muon_lr": entry["recipe"]["muon_lr"], "adamw_lr": entry["recipe"]["adamw_lr"],
+                     "tuning": {f"{s:g}": nll for s, nll in tried.items()}, "tokens": entry["tokens"], "seconds": entry["seconds"],
+                     "curve": [[line["step"], line["validation_ratio"]] for line in log if "validation_ratio" in line]})
+    results = [compare([args.model, *dict.fromkeys(map(str, folders))], text, max_tokens=args.test_tokens, device=pick_device(args.device), dtype=torch.float32)
+               for text in read_texts(args.text)]
+    tokens = sum(r["tokens"] for r in results)
+    nll = lambda path: sum(m["nll"] * r["tokens"] for r in results for m in r["models"] if m["path"] == str(path)) / tokens
+    kl = lambda path: sum(m["kl"] * r["tokens"] for r in results for m in r["models"] if m["path"] == str(path)) / tokens
+    print("\n| healing | learning rates | before | after | of the lost log-perplexity | KL after | tokens/s |\n|---|---|---|---|---|---|---|")
+    for i, row in enumerate(rows):
+        before, after = (nll(path) - nll(args.model) for path in folders[2 * i:2 * i + 2])
+        row |= {"before": math.exp(before), "after": math.exp(after), "regained": (before - after) / before, "kl": kl(folders[2 * i + 1])}
+        rates = f"{row['adamw_lr']:g}" if "AdamW," in row["way"] and "Muon" not in row["way"] else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
+        print(f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** | {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |")
+    print(f"\n{rows[0]['tokens']:,} tokens trained on, {tokens:,} tokens predicted, windows of 512")
+    write_json(args.out / "heal.json", {**environment(pick_device(args.device)), "model": Path(args.model).name, "shape": shape,
+                                        "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)], "texts": [r["text"] for r in results],
+                                        "test_tokens": tokens, "rows": rows})
+    draw(rows, args.out / "heal.png", step)
+
+
+if __name__ == "__main__":
+    main()

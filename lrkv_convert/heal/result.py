@@ -1,0 +1,70 @@
+"""What a finished run leaves: a converted folder with better weights, its history, its card and its curve."""
+import datetime
+import importlib.util
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..assemble import tensor_shapes
+from ..checkpoint import INDEX, check_finite
+from ..errors import LrkvError
+from ..report import model_card, source_licence, version
+from ..writer import RECORD, WORK, ShardWriter, publish, write_json
+from .loop import Trainer
+from .run import LOG, Run
+
+PICTURE = "heal.png"
+
+
+def history_entry(run: Run, trainer: Trainer, baseline: dict[str, float], teacher: str | None, recipe: str | None, data: list[str]) -> dict:
+    """What lrkv.json keeps of this healing: all that decides the result, and what came of it."""
+    options, accelerator, windows = trainer.options, trainer.accelerator, trainer.windows
+    last, tokens = next(line for line in reversed(run.log()) if "validation_nll" in line), options.steps * options.batch_size * options.seq_len
+    return {
+        "kind": "heal", "date": datetime.date.today().isoformat(), "recipe": {"name": recipe, **asdict(options)},
+        "data": [Path(d).name if Path(d).exists() else d for d in data], "data_sha256": windows.sha256, "data_read": round(windows.rounds(tokens), 3),
+        "teacher": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
+        "steps": options.steps, "tokens": tokens, "seconds": last["seconds"],
+        "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
+        "validation": {"tokens": len(windows.validation) * (options.seq_len - 1), "nll": {**baseline, "healed": last["validation_nll"]}},
+        "versions": {"lrkv_convert": version("lrkv-convert"), "torch": torch.__version__, "transformers": transformers.__version__},
+        "picture": PICTURE if importlib.util.find_spec("matplotlib") else None,
+    }
+
+
+def finish(run: Run, trainer: Trainer, model: Path, record: dict, max_shard_size: int | str) -> None:
+    """Write everything a converted folder has into the run's folder and give it its name. Raises LrkvError where there is no room.
+
+    model: the folder that was healed; record: lrkv.json of the result.
+    """
+    accelerator = run.accelerator
+    state = accelerator.get_state_dict(trainer.student)         # of a sharded model, too
+    if accelerator.is_main_process:
+        try:
+            write(run, trainer, state, model, record, max_shard_size)
+        except OSError as error:
+            raise LrkvError(f"cannot write {run.folder}: {error.strerror or error}", f"{run.last_good()}; make room, then go on with --resume") from error
+        publish(run.folder, run.out)
+        shutil.rmtree(run.out / WORK, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def write(run: Run, trainer: Trainer, state: dict[str, torch.Tensor], model: Path, record: dict, max_shard_size: int | str) -> None:
+    """The weights, in the dtype they came in, and what stands beside them."""
+    stored = getattr(torch, json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32")
+    writer = ShardWriter(run.folder, tensor_shapes(trainer.accelerator.unwrap_model(trainer.student), stored), max_shard_size)
+    for name in writer.shapes:
+        writer.add(name, check_finite(name, state[name]))
+    writer.finish()
+    for file in model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
+            shutil.copy(file, run.folder / file.name)
+    write_json(run.folder / RECORD, record)
+    (run.folder / "README.md").write_text(model_card(record, source_licence(model), run.out.name), encoding="utf-8")
+    if record["history"][-1]["picture"]:
+        from .. import plot         # needs matplotlib
+        plot.healing(run.log(), record["history"][-1], run.folder / PICTURE)
