@@ -18,9 +18,10 @@ from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate import load_model
 from lrkv_convert.heal import Options
 from lrkv_convert.heal.data import Windows
+from lrkv_convert.heal.healing import set_precision
 from lrkv_convert.heal.launch import new_accelerator
-from lrkv_convert.heal.loop import Trainer
-from lrkv_convert.heal.optimise import choose_trained, groups, optimizers, schedule
+from lrkv_convert.heal.loop import Stop, Trainer
+from lrkv_convert.heal.optimise import MuonAdamW, choose_trained, groups, schedule
 from lrkv_convert.writer import write_json
 
 
@@ -36,25 +37,23 @@ def main() -> None:
     logging.disable_progress_bar()
     options = Options(precision=args.precision, tracker="none")
     accelerator = new_accelerator(args.device, options, Path("unused"))
-    accelerator.gradient_accumulation_steps = options.accumulation(1)
     teacher = load_model(args.model, accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else "auto").requires_grad_(False)
     tokens = np.random.default_rng(0).integers(0, teacher.config.vocab_size, (64, options.seq_len), dtype=np.int32)
     windows = Windows(tokens, torch.arange(63), torch.tensor([63]), "")
     contenders = {}
     for name, path, with_teacher in (("unconverted, no teacher", args.model, False), ("converted, no teacher", args.folder, False), ("converted, with teacher", args.folder, True)):
-        student = load_model(path, torch.device("cpu"), torch.float32)
+        student = load_model(path, torch.device("cpu"))
         adapter = ADAPTERS[student.config.model_type.removeprefix("lrkv_")]
         choose_trained(student, adapter, options.train)
-        made = optimizers(groups(student, options.optimizer), options)
-        student, *prepared = accelerator.prepare(student.train(), *made.values())
-        made = dict(zip(made, prepared))
-        contenders[name] = Trainer(accelerator, student, teacher if with_teacher else None, adapter, made, [schedule(o, options) for o in made.values()], windows, options,
+        set_precision(student, adapter, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+        student, optimizer = accelerator.prepare(student.train(), MuonAdamW(groups(student, options.optimizer), options))
+        contenders[name] = Trainer(accelerator, student, teacher if with_teacher else None, adapter, optimizer, schedule(optimizer.optimizer, options), windows, options,
                                    1.0 if with_teacher else 0.0)
     times = {name: [] for name in contenders}
     for step in range(args.steps + 1):
         for name, trainer in contenders.items():
             began = time.perf_counter()
-            trainer.step(step, None, False)
+            trainer.step(step, None, Stop())
             times[name].append(time.perf_counter() - began)
     size, base = options.batch_size * options.seq_len, None
     rows = []

@@ -20,7 +20,8 @@ class Refusals(TyperGroup):
         except Exception as error:
             if type(error).__name__ == "LrkvError":     # by name: importing the class would import torch
                 from .display import show_error
-                show_error(error)
+                if speaks_for_all():
+                    show_error(error)
                 ctx.exit(1)
             raise
 
@@ -44,6 +45,11 @@ class Variadic(TyperCommand):
 
 app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Convert pretrained attention to LRKV: a smaller key-value cache, and what it cost.")
+
+
+def speaks_for_all() -> bool:
+    """Whether this is the only process on its machine, or the first of those that accelerate, torchrun or MPI started there."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
 
 
 def quiet_libraries() -> None:

@@ -45,8 +45,8 @@ def progress():
 
 @contextmanager
 def healing(shown: bool = True):
-    """(report, stage) callbacks for a training run: one bar on stderr with loss, validation ratio, speed and time left, if stderr is a terminal;
-    otherwise a line at every validation."""
+    """(report, stage, notice) callbacks for a training run: one bar on stderr with loss, validation ratio, speed and time left, if stderr is a
+    terminal; otherwise a line at every validation."""
     console, state = _console(stderr=True), {"ratio": ""}
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"),
                    TimeRemainingColumn(), console=console, transient=True, disable=not (shown and console.is_terminal))
@@ -63,8 +63,12 @@ def healing(shown: bool = True):
         if shown and not console.is_terminal and "validation_ratio" in line:
             print(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}", file=sys.stderr, flush=True)
 
+    def notice(text: str) -> None:
+        if shown:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
     with bar:
-        yield report, stage
+        yield report, stage, notice
 
 
 def show_healing(entry: dict, model: str, folder: Path) -> None:

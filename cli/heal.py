@@ -1,12 +1,11 @@
 """`lrkv heal`."""
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Variadic, app, quiet_libraries, speaks_for_all
 
 
 @app.command(cls=Variadic)
@@ -41,11 +40,10 @@ def heal(
     options = load_recipe(recipe, "heal", known)
     options |= read_fields(set_ or [], known)
     options |= {name: value for name, value in {"tokens": tokens, "loss": loss, "optimizer": optimizer, "train": train}.items() if value is not None}
-    main = os.environ.get("RANK", "0") == "0"
-    with display.healing(shown=main) as (report, stage):
+    with display.healing(shown=speaks_for_all()) as (report, stage, notice):
         done = run(model, out, data, teacher=teacher, device=device, overwrite=overwrite, resume=resume, recipe=recipe, max_shard_size=max_shard_size,
-                   report=report, stage=stage, **options)
-    if main and as_json:
+                   report=report, stage=stage, notice=notice, **options)
+    if done.main and as_json:
         print(json.dumps(done.entry, indent=2))
-    elif main:
+    elif done.main:
         display.show_healing(done.entry, model, done.out)

@@ -1,5 +1,4 @@
 """What a user may ask of a conversion, and which wishes contradict one another. Checked before anything is read in full."""
-import re
 from dataclasses import asdict, dataclass
 
 from .adapters import Geometry
@@ -7,6 +6,7 @@ from .errors import LrkvError
 from .factorise import BASES, check_shape
 from .metrics import METRICS
 from .plan import Plan, check_keys, uniform_plan
+from .writer import check_shard_size
 
 
 TOKENS, BUILT_IN_TOKENS = 16384, 32768       # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
@@ -83,8 +83,7 @@ class Options:
             raise LrkvError("the whitened metric is made of calibration text, and there is none", "give --calibration, or another --metric")
         if any(width is not None and width < 1 for width in (self.max_width_k, self.max_width_v)):
             raise LrkvError("the widest base is at least 1 wide", "see --max-width-k and --max-width-v")
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(self.max_shard_size)) or str(self.max_shard_size).strip("0") == "":
-            raise LrkvError(f"a shard size of {self.max_shard_size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
+        check_shard_size(self.max_shard_size)
         if self.keys != "joint" and self.max_width_k is not None:
             raise LrkvError(f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out")
         if self.tokens < 1:

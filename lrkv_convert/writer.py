@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,12 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
             raise LrkvError(f"the output folder {out} exists", "give another --out, or --overwrite")
         if not (out / RECORD).is_file():
             raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
+
+
+def check_shard_size(size: int | str) -> None:
+    """Raise LrkvError for a size that is neither bytes nor a number with a unit."""
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(size)) or str(size).strip("0") == "":
+        raise LrkvError(f"a shard size of {size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Healing: what trains and by what, what is minimised, and that the result is a converted folder like any other."""
+import copy
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.heal import Options, heal
 from lrkv_convert.heal.objective import divergence, mismatch
-from lrkv_convert.heal.optimise import choose_trained, groups, optimizers, per_head, schedule
+from lrkv_convert.heal.optimise import MuonAdamW, choose_trained, groups, schedule
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,8 @@ def test_every_parameter_that_trains_is_in_exactly_one_group(converted, family, 
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(found["muon"]) | set(found["adamw"]) == trained and not set(found["muon"]) & set(found["adamw"])
     assert all(p.ndim == 2 for p in found["muon"].values())
-    heads = [p for module in model.modules() if isinstance(module, LowRankHeads) for p in per_head(module)]
+    assert not [name for name in found["muon"] if name.endswith(("bias", ".C", ".B", ".U.weight"))]
+    heads = [p for module in model.modules() if isinstance(module, LowRankHeads) for name, p in module.named_parameters() if "W_shared" not in name]
     kept_from_muon = {id(p) for p in (*heads, model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
     assert not kept_from_muon & {id(p) for p in found["muon"].values()}
     if train == "attention":
@@ -75,11 +77,41 @@ def test_the_schedule_warms_up_and_ends_where_it_should():
 
 def test_recipe_fields_reach_the_optimisers():
     matrix, vector = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(3))
-    made = optimizers({"muon": {"a": matrix}, "adamw": {"b": vector}}, Options(muon_lr=0.3, adamw_lr=0.2, momentum=0.5, beta1=0.8, beta2=0.7, weight_decay=0.1,
-                                                                               adjust_lr="original"))
-    muon, adamw = made["muon"].param_groups[0], made["adamw"].param_groups[0]
+    made = MuonAdamW({"muon": {"a": matrix}, "adamw": {"b": vector}}, Options(muon_lr=0.3, adamw_lr=0.2, momentum=0.5, beta1=0.8, beta2=0.7, weight_decay=0.1,
+                                                                             adjust_lr="original"))
+    muon, adamw = made.param_groups
     assert (muon["lr"], muon["momentum"], muon["weight_decay"], muon["adjust_lr_fn"]) == (0.3, 0.5, 0.1, "original")
     assert (adamw["lr"], adamw["betas"], adamw["weight_decay"]) == (0.2, (0.8, 0.7), 0.1)
+
+
+def test_the_pair_steps_as_the_two_would_and_survives_saving():
+    def weights():
+        torch.manual_seed(0)
+        return torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(5))
+
+    def descend(parameters, *steppers):
+        for p in parameters:
+            p.grad = p.detach().cos()
+        for stepper in steppers:
+            stepper.step()
+
+    options = Options(muon_lr=0.1, adamw_lr=0.05, weight_decay=0.01)
+    apart, pair, later = weights(), weights(), weights()
+    muon = torch.optim.Muon([apart[0]], lr=0.1, weight_decay=0.01, momentum=options.momentum, adjust_lr_fn=options.adjust_lr)
+    adamw = torch.optim.AdamW([apart[1]], lr=0.05, weight_decay=0.01, betas=(options.beta1, options.beta2))
+    together = MuonAdamW({"muon": {"a": pair[0]}, "adamw": {"b": pair[1]}}, options)
+    for _ in range(3):
+        descend(apart, muon, adamw)
+        descend(pair, together)
+    assert torch.equal(apart[0], pair[0]) and torch.equal(apart[1], pair[1])
+    resumed = MuonAdamW({"muon": {"a": later[0]}, "adamw": {"b": later[1]}}, options)
+    for p, q in zip(later, pair):
+        p.data.copy_(q)
+    resumed.load_state_dict(copy.deepcopy(together.state_dict()))         # the state itself would be shared
+    for _ in range(2):
+        descend(pair, together)
+        descend(later, resumed)
+    assert torch.equal(later[0], pair[0]) and torch.equal(later[1], pair[1])
 
 
 # ------------------------------------------------------------------------------------------------ what is minimised

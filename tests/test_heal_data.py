@@ -123,7 +123,7 @@ def test_files_of_a_folder_come_in_an_order_of_the_seed(file, tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("empty.txt", "", "empty or too short"), ("short.txt", "abc", "empty or too short"), ("one.txt", "x" * 18, "too short to train on"),
     ("broken.jsonl", '{"text": "a"}\n{"text"\n', "line 2"), ("list.jsonl", "[1]\n", "line 1"), ("other.jsonl", '{"body": "a"}\n', "text_field"),
-    ("number.jsonl", '{"text": 3}\n', "no text"), ("a.parquet", "not parquet", "not parquet"), ("a.bin", "abc", "no known kind")])
+    ("number.jsonl", '{"text": 3}\n', "no text"), ("nulls.jsonl", '{"text": null}\n', "empty or too short"), ("a.parquet", "not parquet", "not parquet"), ("a.bin", "abc", "no known kind")])
 def test_data_that_cannot_be_used_is_refused_by_name(file, tmp_path, name, content, says):
     with pytest.raises(LrkvError, match=says):
         windows(tmp_path, [file(name, content)])
@@ -136,6 +136,49 @@ def test_sources_that_are_not_there_are_refused(tmp_path, monkeypatch, data, say
     (tmp_path / "empty").mkdir()
     with pytest.raises(LrkvError, match=says):
         windows(tmp_path, data)
+
+
+def test_a_validation_text_that_is_too_short_is_named(file, tmp_path):
+    with pytest.raises(LrkvError, match="the validation text is empty or too short"):
+        windows(tmp_path, [file("a.txt", "a" * 500)], validation=[str(file("b.txt", "b"))])
+
+
+def test_nulls_are_skipped_and_halves_of_characters_replaced(file, tmp_path):
+    data = file("a.jsonl", '{"text": null}\n\n{"text": "x\\ud800y"}\n{"text": ""}\n{"text": "z"}\n')
+    assert [text for _, text, _ in pieces(data, "text")] == ["x?y", "z"]
+    rows = [{"text": None}, {"text": "a"}, {"text": None}]
+    assert [text for _, text, _ in pieces(as_parquet(tmp_path / "a.parquet", rows), "text")] == ["a"]
+
+
+def test_a_mark_of_byte_order_is_no_text_and_lines_may_be_long(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "é".encode() * 200_000)
+    assert "".join(text for _, text, _ in pieces(tmp_path / "a.txt", "text")) == "é" * 200_000
+    assert max(len(text) for _, text, _ in pieces(tmp_path / "a.txt", "text")) < 100_000
+
+
+def test_thousands_of_files_are_not_all_open_at_once(tmp_path):
+    import resource
+    (tmp_path / "many").mkdir()
+    for i in range(300):
+        (tmp_path / "many" / f"{i}.{'txt' if i % 2 else 'jsonl'}").write_text("x" * 40 if i % 2 else json.dumps({"text": "y" * 40}))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        found = windows(tmp_path, [tmp_path / "many"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(found.tokens) == 300 * 41 // 16
+
+
+def test_files_and_datasets_are_not_mixed(file, tmp_path):
+    with pytest.raises(LrkvError, match="cannot be read side by side"):
+        windows(tmp_path, [file("a.txt", "a" * 500), "org/name"])
+
+
+def test_datasets_are_read_in_turn(monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **k: iter([{"text": name[-1] + str(i)} for i in range(3)]))
+    assert [text for text, _ in side_by_side(["org/a", "org/b"], "text")] == ["a0", "b0", "a1", "b1", "a2", "b2"]
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):

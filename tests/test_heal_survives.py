@@ -40,7 +40,7 @@ if moment == "before any checkpoint":
 elif moment == "in a step":
     dies(loop.Trainer, "step", 4)
 elif moment == "in mid-checkpoint":         # weights are written, the rest is not
-    dies(torch.optim.AdamW, "state_dict", 3)     # once when it is prepared, once per checkpoint
+    dies(run, "write_json", 3)              # heal.json, then state.json of every checkpoint
 elif moment == "before a checkpoint has its name":
     dies(run.os, "replace", 6)              # heal.json, windows.json, then state.json and the checkpoint itself, twice
 elif moment == "before old checkpoints go":
@@ -78,7 +78,7 @@ def test_killed_at_any_moment_the_run_resumes_to_the_same_bytes(moment, whole, c
     assert not out.exists()
     for checkpoint in (tmp_path / "out.partial" / "work").glob("checkpoint-??????"):        # those that bear a name are whole
         assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[-6:])
-        assert load_file(checkpoint / "model.safetensors") and (checkpoint / "optimizer_1.bin").stat().st_size
+        assert load_file(checkpoint / "model.safetensors") and (checkpoint / "optimizer.bin").stat().st_size
     with pytest.raises(LrkvError, match="holds a run that stopped after step [246].*--resume goes on"):
         heal(converted(), out, [str(sheep)], **SHORT)
     assert not out.exists()
@@ -188,12 +188,25 @@ def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path, monkeypatch):
     assert seen == [["01"], ["01", "02"], ["01", "02", "03"], ["02", "03", "04"], ["03", "04", "05"], ["04", "05", "06"]]
 
 
+def test_a_resume_may_pass_through_the_batch_in_another_way(converted, sheep, tmp_path, whole, monkeypatch):
+    from lrkv_convert.heal import loop
+    step = loop.Trainer.step
+    monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 0))
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 1 of 6"):
+        heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "micro_batch_size": 2})
+    monkeypatch.undo()
+    heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
+    assert [line["loss"] for line in log(tmp_path / "out") if "loss" in line] == pytest.approx([line["loss"] for line in log(whole) if "loss" in line], rel=1e-4)
+    a, b = load_file(tmp_path / "out" / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-3) for name in a)
+
+
 @pytest.mark.parametrize("changed, says", [({"muon_lr": 1e-3}, "muon_lr 0.0005, not 0.001"), ({"tokens": 8 * 4 * 64}, "tokens"), ({"data": "other"}, "data"),
-                                           ({"model": "other"}, "model")])
+                                           ({"model": "other"}, "begun from other weights")])
 def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(changed, says, converted, sheep, tmp_path, monkeypatch):
     from lrkv_convert.heal import loop
     step = loop.Trainer.step
-    monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: step(self, n, run, stop or n == 3))
+    monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3))
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of 6"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     monkeypatch.undo()
@@ -210,3 +223,65 @@ def test_overwrite_begins_anew(converted, sheep, tmp_path, whole):
     assert child("in a step", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
     heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_what_is_not_ours_is_not_removed(converted, sheep, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(LrkvError, match="is in the way"):
+            heal(converted(), tmp_path / "out", [str(sheep)], overwrite=overwrite, **SHORT)
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "x"
+
+
+def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, tmp_path):
+    from lrkv_convert.store import Store
+    Store(tmp_path / "out.partial" / "work", {}).save("fitted-0", 1)
+    with pytest.raises(LrkvError, match="is in the way"):
+        heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
+    heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT)
+
+
+def test_two_runs_do_not_write_one_folder(converted, sheep, tmp_path):
+    from lrkv_convert.heal.loop import Trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *a: heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT))
+        with pytest.raises(LrkvError, match="another process is writing"):
+            heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
+
+
+def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, monkeypatch):
+    assert child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
+    from lrkv_convert.heal import healing
+    monkeypatch.setattr(healing, "pack", lambda *a, **k: pytest.fail("packed again"))
+    heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "keep": 1})
+
+
+def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path, monkeypatch):
+    from lrkv_convert.heal import loop
+    step = loop.Trainer.step
+
+    def twice(self, n, run, stop):
+        if n == 4:
+            raise KeyboardInterrupt         # as the handler does when the signal comes again
+        return step(self, n, run, stop)
+
+    monkeypatch.setattr(loop.Trainer, "step", twice)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-000004; the same command with --resume"):
+        heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
+
+
+def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
+    assert child("in a step", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
+    [checkpoint] = (tmp_path / "out.partial" / "work").glob("checkpoint-*")
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(LrkvError, match="cannot go on from .*checkpoint-000002"):
+        heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
+
+
+def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path, monkeypatch):
+    from lrkv_convert.heal import loop
+    monkeypatch.setattr(loop.Trainer, "losses", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(LrkvError, match="out of memory at step 1: .*smaller micro_batch_size"):
+        heal(converted(), tmp_path / "new" / "deep" / "out", [str(sheep)], **SHORT)
+    assert not list(tmp_path.iterdir())

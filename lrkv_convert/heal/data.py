@@ -1,16 +1,19 @@
 """Text files, jsonl, parquet or a dataset of the hub -> packed windows of tokens on disk, the same in every process and after every restart.
 
-All sources are read side by side, each as far in proportion as the others, until there are enough tokens: of a large corpus no more is read (or
-fetched) than is trained on. Documents follow one another without padding, the end-of-text token between them, and are cut into windows. What
+Files are read side by side, each as far in proportion as the others, datasets in turn, until there are enough tokens: of a large corpus no more is
+read (or fetched) than is trained on. Documents follow one another without padding, the end-of-text token between them, and are cut into windows. What
 training reads in a step is then a function of the step alone, which is why a run can be resumed, and sharded over any number of processes,
 without changing what it learns from.
 """
+import codecs
 import hashlib
+import heapq
 import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,7 +24,9 @@ from ..writer import write_json
 
 PIECE = 1 << 16             # bytes of a text file read at once
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-FILE, ABOUT = "windows.npy", "windows.json"
+TOKENS, ABOUT = "windows.int32", "windows.json"
+
+Piece = tuple[float, str, bool]     # share of the source read so far (of a dataset: rows, as its length is not known), text, whether a document ends with it
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -32,7 +37,7 @@ def sources(data: list[str], seed: int) -> list[Path | str]:
     for name in data:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
+            files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file() and not f.name.startswith("."))
             if not files:
                 raise LrkvError(f"{name} holds no {', '.join(SUFFIXES)} file", "give text files, or a folder of them")
             found += [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
@@ -46,11 +51,13 @@ def sources(data: list[str], seed: int) -> list[Path | str]:
             found.append(name)
     if not found:
         raise LrkvError("there is no text to train on", "give --data")
+    if len({isinstance(source, str) for source in found}) > 1:
+        raise LrkvError("files and datasets cannot be read side by side: how long a dataset is, is not known", "give files or datasets")
     return found
 
 
-def pieces(source: Path | str, field: str) -> Iterator[tuple[float, str, bool]]:
-    """(share of the source read so far, text, whether a document ends with it). Raises LrkvError for what cannot be read."""
+def pieces(source: Path | str, field: str) -> Iterator[Piece]:
+    """The texts of a source. No file stays open between two of them. Raises LrkvError for what cannot be read."""
     try:
         if isinstance(source, str):
             yield from _dataset(source, field)
@@ -66,74 +73,96 @@ def pieces(source: Path | str, field: str) -> Iterator[tuple[float, str, bool]]:
         raise LrkvError(f"{source} is not UTF-8 text", "convert it, or give another file") from error
 
 
-def _text(file: Path) -> Iterator[tuple[float, str, bool]]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        while part := stream.read(PIECE) + stream.readline():
-            yield stream.tell() / size, part.decode("utf-8"), stream.tell() >= size
+def _blocks(file: Path, longest_line: int = -1) -> Iterator[tuple[float, bytes]]:
+    """(share of the file read so far, about PIECE bytes that end with a line)."""
+    size, at = file.stat().st_size, 0
+    while at < size:
+        with open(file, "rb") as stream:
+            stream.seek(at)
+            block = stream.read(PIECE) + stream.readline(longest_line)
+        at += len(block)
+        yield at / size, block
 
 
-def _jsonl(file: Path, field: str) -> Iterator[tuple[float, str, bool]]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        for number, line in enumerate(iter(stream.readline, b""), 1):
+def _text(file: Path) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    for share, block in _blocks(file, longest_line=PIECE):
+        yield share, decoder.decode(block, final=share == 1), share == 1
+
+
+def _jsonl(file: Path, field: str) -> Iterator[Piece]:
+    number, before = 0, 0.0
+    for share, block in _blocks(file):
+        lines = block.splitlines()
+        for i, line in enumerate(lines, 1):
+            number += 1
             if line.strip():
                 try:
                     row = json.loads(line)
                 except ValueError as error:
                     raise LrkvError(f"line {number} of {file} is not JSON", "jsonl has one object per line") from error
-                yield stream.tell() / size, _field(row, field, f"line {number} of {file}"), True
+                yield from _row(before + (share - before) * i / len(lines), row, field, f"line {number} of {file}")
+        before = share
 
 
-def _parquet(file: Path, field: str) -> Iterator[tuple[float, str, bool]]:
+def _parquet(file: Path, field: str) -> Iterator[Piece]:
     if importlib.util.find_spec("pyarrow") is None:
         raise LrkvError(f"to read {file}, pyarrow is needed", "pip install 'lrkv-convert[data]'")
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
-    try:
-        opened = ParquetFile(file)
-    except ArrowInvalid as error:
-        raise LrkvError(f"{file} is not parquet: {first_line(error)}", "is it whole?") from error
-    if field not in opened.schema_arrow.names:
-        raise LrkvError(f"{file} has no column {field!r}", f"it has {', '.join(opened.schema_arrow.names)}: set text_field")
+
+    def opened() -> ParquetFile:
+        try:
+            return ParquetFile(file)
+        except ArrowInvalid as error:
+            raise LrkvError(f"{file} is not parquet: {first_line(error)}", "is it whole?") from error
+
+    with opened() as about:
+        groups, rows, names = about.num_row_groups, about.metadata.num_rows, about.schema_arrow.names
+    if field not in names:
+        raise LrkvError(f"{file} has no column {field!r}", f"it has {', '.join(names)}: set text_field")
     done = 0
-    for batch in opened.iter_batches(columns=[field], batch_size=256):
-        for value in batch.column(0).to_pylist():
+    for group in range(groups):
+        with opened() as reader:
+            column = reader.read_row_group(group, columns=[field]).column(0).to_pylist()
+        for value in column:
             done += 1
-            yield done / opened.metadata.num_rows, _field({field: value}, field, f"row {done} of {file}"), True
+            yield from _row(done / rows, {field: value}, field, f"row {done} of {file}")
 
 
-def _dataset(name: str, field: str) -> Iterator[tuple[float, str, bool]]:
-    """name: "org/name", "org/name:config" or "org/name:config:split", streamed; how long it is, is not known."""
+def _dataset(name: str, field: str) -> Iterator[Piece]:
+    """name: "org/name", "org/name:config" or "org/name:config:split", streamed."""
     if importlib.util.find_spec("datasets") is None:
         raise LrkvError(f"{name} is no file, and to stream it as a dataset `datasets` is needed", "pip install 'lrkv-convert[data]'")
     from datasets import load_dataset
     repository, config, split = (name.split(":") + ["", ""])[:3]
     try:
-        stream = load_dataset(repository, config or None, split=split or "train", streaming=True)
-        for number, row in enumerate(stream, 1):
-            yield number / 1e12, _field(row, field, f"row {number} of {name}"), True
+        for number, row in enumerate(load_dataset(repository, config or None, split=split or "train", streaming=True), 1):
+            yield from _row(number, row, field, f"row {number} of {name}")
     except LrkvError:
         raise
     except Exception as error:          # the hub, the network and every file format raise their own
         raise LrkvError(f"cannot read the dataset {name}: {first_line(error)}", "write org/name:config:split, or give files") from error
 
 
-def _field(row, field: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+def _row(share: float, row, field: str, where: str) -> Iterator[Piece]:
+    """The document of a row; none where the field is null."""
+    if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
         known = f"it has {', '.join(map(str, row))}: set text_field" if isinstance(row, dict) else "it is no object"
         raise LrkvError(f"{where} has no text in {field!r}", known)
-    return row[field]
+    if row[field]:
+        yield share, row[field].encode("utf-8", "replace").decode(), True       # JSON may hold halves of characters
 
 
 def side_by_side(found: list[Path | str], field: str) -> Iterator[tuple[str, bool]]:
     """(text, whether a document ends), always from the source of which the smallest share was read."""
     readers = [(0.0, i, pieces(source, field)) for i, source in enumerate(found)]
     while readers:
-        share, i, reader = min(readers, key=lambda r: r[:2])
-        readers.remove((share, i, reader))
-        if (piece := next(reader, None)) is not None:
-            readers.append((piece[0], i, reader))
+        share, i, reader = readers[0]
+        if (piece := next(reader, None)) is None:
+            heapq.heappop(readers)
+        else:
+            heapq.heapreplace(readers, (piece[0], i, reader))
             yield piece[1:]
 
 
@@ -167,25 +196,53 @@ class Windows:
         return tokens / (len(self.training) * self.tokens.shape[1])
 
 
+class Cutter:
+    """Writes windows to a file as they fill.
+
+    file: open for writing; vocabulary: how many tokens the model knows. Afterwards `windows` says how many there are, `digest` has their sha256.
+    """
+
+    def __init__(self, file: BinaryIO, tokenizer, seq_len: int, vocabulary: int):
+        self.file, self.tokenizer, self.seq_len, self.vocabulary = file, tokenizer, seq_len, vocabulary
+        self.windows, self.digest = 0, hashlib.sha256()
+
+    def cut(self, what: str, data: list[str], most: int, field: str, seed: int) -> int:
+        """Up to `most` windows of the data; how many they are. Raises LrkvError for data too short for one, naming it `what`, and for tokens that the model does not know."""
+        between = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        first, buffer = self.windows, []
+        for text, ends in side_by_side(sources(data, seed), field):
+            buffer += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (between if ends else [])
+            whole = min(len(buffer) // self.seq_len, most - (self.windows - first))
+            if whole:
+                rows = np.array(buffer[:whole * self.seq_len], dtype=np.int32)
+                if rows.max() >= self.vocabulary:
+                    raise LrkvError(f"the tokenizer gives the token {rows.max()}, the model knows {self.vocabulary}", "the tokenizer does not belong to this model")
+                self.file.write(rows.tobytes())
+                self.digest.update(rows.tobytes())
+                self.windows += whole
+                del buffer[:whole * self.seq_len]
+            if self.windows - first == most:
+                break
+        if self.windows == first:
+            raise LrkvError(f"{what} is empty or too short: it does not fill one window of {self.seq_len} tokens", "give more text, or a smaller seq_len")
+        return self.windows - first
+
+
 def pack(data: list[str], tokenizer, folder: Path, *, seq_len: int, tokens: int, validation: list[str] | None, validation_tokens: int, field: str,
          seed: int, vocabulary: int) -> None:
     """Tokenise and write what `packed` reads into `folder`. Raises LrkvError for data that cannot be read, is too short or has tokens the model does not know."""
     held = max(1, validation_tokens // seq_len)
-    rows = _cut(data, tokenizer, seq_len, -(-tokens // seq_len) + (0 if validation else held), field, seed)
-    if validation:
-        apart = _cut(validation, tokenizer, seq_len, held, field, seed)
-        chosen = torch.arange(len(rows), len(rows) + len(apart))
-        rows = np.concatenate([rows, apart])
-    else:
-        held = min(held, max(1, len(rows) // 10))       # of a short text a tenth
-        chosen = torch.linspace(0, len(rows) - 1, held + 2)[1:-1].round().long()
-    training = torch.tensor(sorted(set(range(len(rows))) - set(chosen.tolist())), dtype=torch.long)
-    if not len(training) or not len(chosen):
-        raise LrkvError(f"the data fills {len(rows)} window(s) of {seq_len} tokens: too short to train on and hold some out", "give more text, or a smaller seq_len")
-    if rows.max() >= vocabulary:
-        raise LrkvError(f"the tokenizer gives the token {rows.max()}, the model knows {vocabulary}", "the tokenizer does not belong to this model")
-    np.save(folder / FILE, rows)
-    write_json(folder / ABOUT, {"training": training.tolist(), "validation": chosen.tolist(), "sha256": hashlib.sha256(rows.tobytes()).hexdigest()})
+    with open(folder / TOKENS, "wb") as file:
+        cutter = Cutter(file, tokenizer, seq_len, vocabulary)
+        count = cutter.cut("the data", data, -(-tokens // seq_len) + (0 if validation else held), field, seed)
+        if validation:
+            chosen = count + torch.arange(cutter.cut("the validation text", validation, held, field, seed))
+        else:
+            chosen = torch.linspace(0, count - 1, min(held, max(1, count // 10)) + 2)[1:-1].round().long()      # of a short text a tenth
+    training = torch.tensor(sorted(set(range(count)) - set(chosen.tolist())), dtype=torch.long)
+    if not len(training):
+        raise LrkvError(f"the data fills {count} window(s) of {seq_len} tokens: too short to train on and hold some out", "give more text, or a smaller seq_len")
+    write_json(folder / ABOUT, {"seq_len": seq_len, "training": training.tolist(), "validation": chosen.tolist(), "sha256": cutter.digest.hexdigest()})
 
 
 def packed(folder: Path) -> Windows | None:
@@ -193,22 +250,5 @@ def packed(folder: Path) -> Windows | None:
     if not (folder / ABOUT).is_file():      # written last
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    return Windows(np.load(folder / FILE, mmap_mode="r"), torch.tensor(about["training"]), torch.tensor(about["validation"]), about["sha256"])
-
-
-def _cut(data: list[str], tokenizer, seq_len: int, most: int, field: str, seed: int) -> np.ndarray:
-    """At most `most` windows (n, T) of the data."""
-    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    windows, buffer, cut = [], [], 0
-    for text, ends in side_by_side(sources(data, seed), field):
-        buffer += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (between if ends else [])
-        whole = len(buffer) // seq_len
-        if whole:
-            windows.append(np.array(buffer[:whole * seq_len], dtype=np.int32).reshape(whole, seq_len))
-            del buffer[:whole * seq_len]
-            cut += whole
-        if cut >= most:
-            break
-    if not windows:
-        raise LrkvError(f"the data is empty or too short: it does not fill one window of {seq_len} tokens", "give more text, or a smaller seq_len")
-    return np.concatenate(windows)[:most]
+    tokens = np.memmap(folder / TOKENS, dtype=np.int32, mode="r").reshape(-1, about["seq_len"])
+    return Windows(tokens, torch.tensor(about["training"]), torch.tensor(about["validation"]), about["sha256"])

@@ -5,6 +5,7 @@
 
 The result has the form of a converted folder and loads the same way; its lrkv.json and its model card say how it came about.
 """
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -12,55 +13,60 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
-from transformers import AutoConfig
+from accelerate.utils import SAFE_WEIGHTS_NAME, DistributedType
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
 
-from ..adapters import ADAPTERS
+from ..adapters import ADAPTERS, Adapter
 from ..errors import LrkvError, first_line
 from ..evaluate.load import load_model, load_tokenizer, location
-from ..writer import RECORD, check_output
+from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
 from .loop import Report, Trainer
-from .optimise import choose_trained, groups, optimizers, schedule
+from .optimise import MuonAdamW, choose_trained, groups, schedule
 from .options import Options
 from .result import finish, history_entry
 from .run import Run
 
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)      # every process holds the whole model
+WRAPPED = "module."         # before the names of a model that several processes train
 UNRECORDED = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # may differ when a run is resumed
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What `heal` did: the folder it wrote, and its entry in the history of lrkv.json."""
+    """What `heal` did: the folder it wrote, and its entry in the history of lrkv.json; main: whether this process speaks for all."""
 
     out: Path
     entry: dict
+    main: bool = True
 
 
 def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | None = None, device: str = "auto", overwrite: bool = False,
          resume: bool = False, recipe: str | None = None, max_shard_size: int | str = "5GB", report: Report = lambda line: None,
-         stage: Callable[[str], None] = lambda name: None, **options) -> Healing:
+         stage: Callable[[str], None] = lambda name: None, notice: Callable[[str], None] = lambda text: None, **options) -> Healing:
     """Train the converted folder `model` for a while and write the result to `out`; `options` are the fields of `Options`.
 
     data: text, jsonl or parquet files, folders of them, or datasets "org/name:config:split"; teacher: the original (default: the one lrkv.json
     names, if it is still there); device: "auto", "cpu" or "cuda"; overwrite: replace an earlier healed folder, or an unfinished run; resume: go
     on from the last checkpoint of a run that stopped, with the same bytes as a result on a CPU; recipe: name to record; report: called after every
-    step; stage: called with what is being done. Raises LrkvError for anything that cannot be done as asked; checkpoints are kept then. After
-    Ctrl-C or SIGTERM a checkpoint is saved and KeyboardInterrupt raised.
+    step; stage: called with what is being done; notice: with what the user should know. Raises LrkvError for anything that cannot be done as
+    asked; checkpoints are kept then. After Ctrl-C or SIGTERM a checkpoint is saved and KeyboardInterrupt raised.
     """
-    model, out, options = Path(model).expanduser(), Path(out), Options(**options)
+    model, out, options = Path(model).expanduser(), Path(out).expanduser(), Options(**options)
+    out = out if out.name else out.resolve()        # "."
     options.check()
+    check_shard_size(max_shard_size)
     record = read_record(model)
     check_output(out, model, overwrite)
-    teacher, kl_weight = choose_loss(teacher, record, options)
+    teacher, kl_weight = choose_loss(teacher, record, options, notice)
     accelerator = new_accelerator(device, options, out)
-    accelerator.gradient_accumulation_steps = options.accumulation(accelerator.num_processes)
-    asked = {"model": str(model.resolve()), "weights": fingerprint(model), "data": data, "teacher": teacher,
+    asked = {"model": fingerprint(model), "data": data, "teacher": teacher,
              **{name: value for name, value in asdict(options).items() if name not in UNRECORDED}}
     run = Run(out, asked, accelerator, options.keep)
-    run.begin(resume, overwrite)
     try:
+        run.begin(resume, overwrite)
         stage("reading the data")
         windows = read_data(run, data, model, teacher, options)
         stage("loading")
@@ -70,16 +76,20 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
         stage("writing")
         entry = history_entry(run, trainer, baseline, teacher, recipe, data)
         finish(run, trainer, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
-        return Healing(out, entry)
-    except BaseException:
-        run.abandon()
+        return Healing(out, entry, accelerator.is_main_process)
+    except KeyboardInterrupt as stop:
+        if not stop.args and run.latest():
+            raise KeyboardInterrupt(f"interrupted; {run.last_good()}; the same command with --resume goes on from there") from None
         raise
     finally:
+        run.leave()
         accelerator.end_training()
 
 
 def read_record(model: Path) -> dict:
     """lrkv.json of a converted folder. Raises LrkvError for any other."""
+    if not model.is_dir():
+        raise LrkvError(f"there is no folder {model}", "give the folder of a converted model; one of the hub must be downloaded first")
     try:
         return json.loads((model / RECORD).read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,20 +98,24 @@ def read_record(model: Path) -> dict:
         raise LrkvError(f"{model / RECORD} is not JSON", "convert the model again") from error
 
 
-def choose_loss(teacher: str | None, record: dict, options: Options) -> tuple[str | None, float]:
+def choose_loss(teacher: str | None, record: dict, options: Options, notice: Callable[[str], None]) -> tuple[str | None, float]:
     """(the original, weight of KL in the loss). Raises LrkvError for a loss that wants a teacher where there is none."""
     named = record.get("source", {}).get("path")
     found = teacher or (named if named and Path(named).exists() else None)
-    wanted = options.loss in ("kl", "mix") or options.match_attention
-    if wanted and found is None:
-        what = f"the loss {options.loss}" if options.loss in ("kl", "mix") else "match_attention"
-        raise LrkvError(f"{what} needs the original model, and {named or 'it'} is no longer there", "give --teacher, or use loss: ce")
+    if found is None:
+        wanted = f"the loss {options.loss}" if options.loss in ("kl", "mix") else "match_attention" if options.match_attention else None
+        if wanted:
+            raise LrkvError(f"{wanted} needs the original model, and {named or 'it'} is no longer there", "give --teacher, or use loss: ce")
+        notice(f"the original is not at {named}: training on cross-entropy, without it (--teacher says where it is)")
+    elif Path(found).expanduser().exists():
+        found = str(Path(found).expanduser().resolve())
     return found, {"auto": 1.0 if found else 0.0, "kl": 1.0, "ce": 0.0, "mix": options.kl_weight}[options.loss]
 
 
-def fingerprint(model: Path) -> list:
-    """What tells this folder's weights from others', without reading them."""
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.glob("*.safetensors"))]
+def fingerprint(model: Path) -> str:
+    """What tells this folder's weights from others', without reading them: its record, and the sizes of its files."""
+    sizes = [(f.name, f.stat().st_size) for f in sorted(model.glob("*.safetensors"))]
+    return hashlib.sha256(repr(sizes).encode() + (model / RECORD).read_bytes()).hexdigest()
 
 
 def read_data(run: Run, data: list[str], model: Path, teacher: str | None, options: Options) -> Windows:
@@ -131,14 +145,15 @@ def check_teacher(teacher: str, config, tokenizer) -> None:
         other = AutoConfig.from_pretrained(where, **extra)
     except Exception as error:          # the hub, json, gguf and transformers raise their own
         raise LrkvError(f"cannot read the config of the teacher {teacher}: {first_line(error)}", "is the folder whole?") from error
-    if other.vocab_size != config.vocab_size:
-        raise LrkvError(f"the teacher {teacher} has another vocabulary ({other.vocab_size} tokens, the student {config.vocab_size})",
-                        "give the model that was converted")
+    size = other.get_text_config().vocab_size
+    if size != config.vocab_size:
+        raise LrkvError(f"the teacher {teacher} has another vocabulary ({size} tokens, the student {config.vocab_size})", "give the model that was converted")
     try:
-        theirs = load_tokenizer(teacher)
+        theirs, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
     except LrkvError:
         return          # a teacher without one reads the student's tokens
-    if theirs.get_vocab() != tokenizer.get_vocab():
+    shared = theirs.keys() & ours.keys()        # padding may differ
+    if len(shared) < 0.9 * len(ours) or any(theirs[token] != ours[token] for token in shared):
         raise LrkvError(f"the tokenizer of the teacher {teacher} is another one than the student's", "give the model that was converted")
 
 
@@ -153,22 +168,23 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
             stage: Callable[[str], None]) -> tuple[Trainer, dict[str, float], int]:
     """(trainer, validation losses before training, the step to begin with)."""
     accelerator = run.accelerator
-    student = load_model(str(model), torch.device("cpu"), torch.float32)           # master weights; autocast makes bfloat16 of them
+    student = load_model(str(model), torch.device("cpu"))
     adapter = ADAPTERS[student.config.model_type.removeprefix("lrkv_")]
     choose_trained(student, adapter, options.train)
+    set_precision(student, adapter, frozen=torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.distributed_type in PLAIN else torch.float32)
     if options.gradient_checkpointing:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)         # its newer name
         enable({"use_reentrant": False})
-    made = optimizers(groups(student, options.optimizer), options)
-    student, *prepared = accelerator.prepare(student.train(), *made.values())
-    made = dict(zip(made, prepared))
-    schedules = [schedule(optimizer, options) for optimizer in made.values()]
-    accelerator.register_for_checkpointing(*schedules)
-    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    student, optimizer = accelerator.prepare(student.train(), MuonAdamW(groups(student, options.optimizer), options))
+    rates = schedule(optimizer.optimizer, options)
+    accelerator.register_for_checkpointing(rates)
+    if accelerator.distributed_type in PLAIN:
         accelerator.register_save_state_pre_hook(only_trained)
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else "auto"
-    original = None if teacher is None else load_model(teacher, accelerator.device, dtype).requires_grad_(False)
-    trainer = Trainer(accelerator, student, original, adapter, made, schedules, windows, options, kl_weight)
+        accelerator.register_load_state_pre_hook(load_trained)
+    original = None
+    if teacher is not None:
+        original = load_model(teacher, accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32).requires_grad_(False)
+    trainer = Trainer(accelerator, student, original, adapter, optimizer, rates, windows, options, kl_weight)
     accelerator.init_trackers("lrkv-heal", config={name: value for name, value in asdict(options).items() if isinstance(value, (int, float, str))})
     if resume:
         state = run.load()
@@ -184,9 +200,35 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
     return trainer, baseline, 0
 
 
+def set_precision(student: PreTrainedModel, adapter: Adapter, frozen: torch.dtype) -> None:
+    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the matrices of the layers; those, if they are frozen, in `frozen`."""
+    layers = student.get_submodule(adapter.layer_path)
+    matrices = {id(p) for p in layers.parameters() if p.ndim == 2 and not p.requires_grad}
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(frozen if id(parameter) in matrices else torch.float32)
+
+
+def trained(model: torch.nn.Module) -> list[str]:
+    """Names of what trains, as in a model that is not wrapped."""
+    return [name.removeprefix(WRAPPED) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def only_trained(models: list, weights: list[dict], folder: str) -> None:
-    """Leave frozen weights out of a checkpoint: they stand in the converted folder."""
+    """What a checkpoint holds of a model: frozen weights stand in the converted folder, and the names are those of one process."""
     for model, state in zip(models, weights):
-        trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
-        for name in [name for name in state if name.removeprefix("module.") not in trained]:
-            del state[name]
+        kept = {name: state.get(name, state.get(WRAPPED + name)) for name in trained(model)}
+        state.clear()
+        state.update(kept)
+
+
+def load_trained(models: list, folder: str) -> None:
+    """Put what `only_trained` kept into the models, and leave none for accelerate to load. Raises LrkvError where something is missing."""
+    while models:
+        model = models.pop()
+        state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        if missing := set(trained(model)) - state.keys():
+            raise LrkvError(f"{folder} lacks {sorted(missing)[0]}", "begin anew with --overwrite")
+        names = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                names[name if name in names else WRAPPED + name].copy_(value)

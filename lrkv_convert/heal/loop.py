@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ..adapters import Adapter
-from ..errors import LrkvError
+from ..errors import LrkvError, first_line
 from .data import Windows
 from .objective import AttentionOutputs, divergence, mismatch
+from .optimise import learning_rates
 from .options import Options
 from .run import Run
 
@@ -54,14 +55,14 @@ class Stop:
 
 @dataclass
 class Trainer:
-    """Everything a step needs. student, optimizers: as accelerate prepared them; teacher: frozen, or None; kl_weight: 1 for kl, 0 for ce."""
+    """Everything a step needs. student, optimizer: as accelerate prepared them; teacher: frozen, or None; kl_weight: 1 for kl, 0 for ce."""
 
     accelerator: Accelerator
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     adapter: Adapter
-    optimizers: dict[str, Optimizer]
-    schedules: list[LambdaLR]
+    optimizer: Optimizer
+    schedule: LambdaLR
     windows: Windows
     options: Options
     kl_weight: float
@@ -72,54 +73,50 @@ class Trainer:
         Raises LrkvError for a loss or gradient that is not finite, KeyboardInterrupt after a signal, with the checkpoint saved.
         """
         options, clock = self.options, Clock(self.options.seq_len * self.options.batch_size)
-        state = lambda: {"baseline": baseline, "seconds": clock.total}
-        clock.total = self.seconds_before(run)
+        clock.total = next((line["seconds"] for line in reversed(run.log()) if "seconds" in line), 0.0)      # of a resumed run
         with Stop()() as stop:
             for step in range(first, options.steps):
                 with clock:
-                    line, stopping = self.step(step, run, bool(stop.asked))
+                    line, stopping = self.step(step, run, stop)
                 line |= {"tokens_per_second": round(clock.speed, 1), "seconds": round(clock.total, 2)}
                 done = step + 1
-                if done % options.validate_every == 0 or done == options.steps:
+                if done == options.steps or done % options.validate_every == 0 and not stopping:        # who asked to stop may not wait long
                     line |= self.validated(baseline)
                 run.note(line)
                 self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=done)
                 report(line | {"steps": options.steps})
                 if stopping or done % options.checkpoint_every == 0 or done == options.steps:
-                    run.save(done, state())
+                    run.save(done, {"baseline": baseline})
                 if stopping and done < options.steps:
                     raise KeyboardInterrupt(f"interrupted after step {done} of {options.steps}; the same command with --resume goes on from there")
 
-    def seconds_before(self, run: Run) -> float:
-        """Seconds of training that a resumed run has behind it."""
-        return next((line["seconds"] for line in reversed(run.log()) if "seconds" in line), 0.0)
-
-    def step(self, step: int, run: Run, stop: bool) -> tuple[dict, bool]:
-        """One optimiser step; what to log of it, and whether any process was asked to stop."""
+    def step(self, step: int, run: Run, stop: Stop) -> tuple[dict, bool]:
+        """One optimiser step; what to log of it, and whether any process was asked to stop. Raises LrkvError where it cannot be taken."""
         options, accelerator = self.options, self.accelerator
         chosen = self.windows.batch(step, options.batch_size, options.seed)
         mine = chosen[accelerator.process_index::accelerator.num_processes]
-        sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)      # loss, kl, ce, match, stop
+        sums = torch.zeros(5, device=accelerator.device)        # loss, kl, ce, match, stop
         passes = mine.split(options.micro_batch_size)
-        for part in passes:
-            with accelerator.accumulate(self.student):
-                losses = self.losses(self.windows.ids(part).to(accelerator.device))
-                accelerator.backward(losses[0])
-                sums[:4] += torch.stack([x.detach().double() for x in losses]) / len(passes)
-        sums[4] = stop
-        loss, kl, ce, match, stopping = accelerator.reduce(sums.float(), "mean").tolist()
-        trained = [p for o in self.optimizers.values() for group in o.param_groups for p in group["params"]]
-        norm = float(accelerator.clip_grad_norm_(trained, options.clip))
+        try:
+            for part in passes:
+                with accelerator.accumulate(self.student):
+                    losses = self.losses(self.windows.ids(part).to(accelerator.device))
+                    accelerator.backward(losses[0])
+                    sums[:4] += torch.stack([x.detach() for x in losses]) / len(passes)
+        except torch.OutOfMemoryError as error:
+            raise LrkvError(f"out of memory at step {step + 1}: {first_line(error)}",
+                            f"{run.last_good()}; give a smaller micro_batch_size or gradient_checkpointing=true, also with --resume") from error
+        sums[4] = bool(stop.asked)
+        loss, kl, ce, match, stopping = accelerator.reduce(sums, "mean").tolist()
+        norm = float(accelerator.clip_grad_norm_([p for p in self.student.parameters() if p.requires_grad], options.clip) or 0)        # DeepSpeed says None at first
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
             raise LrkvError(f"{what} at step {step + 1}, windows {', '.join(map(str, chosen.tolist()))}",
                             f"{run.last_good()}; begin anew with smaller learning rates")
-        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
-        for schedule in self.schedules:
-            schedule.step()
+        rates = learning_rates(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
         line = {"step": step + 1, "tokens": (step + 1) * options.batch_size * options.seq_len, "loss": loss, "ce": ce, "grad_norm": norm,
                 **{f"lr_{name}": rate for name, rate in rates.items()}}
         if self.kl_weight:
@@ -169,7 +166,7 @@ class Trainer:
                 _, _, ce = divergence(logits, None, ids[0, 1:], 0.0)
                 sums += torch.tensor([ce.double() * len(logits), len(logits)], dtype=torch.float64, device=sums.device)
         model.train(training)
-        total, count = accelerator.reduce(sums.float() if sums.device.type == "mps" else sums, "sum").tolist()
+        total, count = accelerator.reduce(sums, "sum").tolist()
         return total / count
 
 

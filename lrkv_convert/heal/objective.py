@@ -4,8 +4,8 @@
     ce    cross-entropy of the next token
     and beside them the attention outputs of the teacher, layer by layer, if asked for.
 
-Logits are the largest tensors of a step. `divergence` computes the loss and its gradient in one go, a few rows at a time, so that no more than
-the gradient itself is kept for the backward pass; plain torch (`kl_div` of two `log_softmax`) keeps four such arrays and takes twice as long.
+Logits are the largest tensors of a step. `divergence` computes the loss and its gradient in one go, a few rows at a time, so that beside the logits
+no more than the gradient is kept; plain torch (`kl_div` of two `log_softmax`) keeps several such arrays and takes twice as long.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        return grad * ctx.saved_tensors[0], None, None, None, None
+        return ctx.saved_tensors[0].mul_(grad), None, None, None, None         # in place: it is read once
 
 
 def divergence(student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +63,7 @@ class AttentionOutputs:
 
     def __init__(self, layers: nn.ModuleList, attention: str):
         """layers: the decoder layers; attention: the attention module's name in each."""
-        self.modules, self.outputs = [layer.get_submodule(attention) for layer in layers], []
+        self.modules = [layer.get_submodule(attention) for layer in layers]
 
     @contextmanager
     def __call__(self) -> Iterator[list[Tensor]]:

@@ -35,7 +35,7 @@ def groups(model: PreTrainedModel, optimizer: str) -> dict[str, dict[str, nn.Par
     """{"muon": {name: parameter}, "adamw": {...}}: every parameter that trains, in exactly one of them."""
     apart = {id(p) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None for p in module.parameters()}
     apart |= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    apart |= {id(p) for module in model.modules() if isinstance(module, LowRankHeads) for p in per_head(module)}
+    apart |= {id(p) for module in model.modules() if isinstance(module, LowRankHeads) for p in of_heads(module)}
     found = {"muon": {}, "adamw": {}}
     for name, parameter in model.named_parameters():        # a tied one comes once
         if parameter.requires_grad:
@@ -44,21 +44,36 @@ def groups(model: PreTrainedModel, optimizer: str) -> dict[str, dict[str, nn.Par
     return found
 
 
-def per_head(heads: LowRankHeads) -> list[nn.Parameter]:
-    """U, C and B: the factors that hold one small matrix per head."""
-    return [p for p in (heads.U.weight if heads.U is not None else None, heads.C, heads.B) if p is not None]
+def of_heads(heads: LowRankHeads) -> list[nn.Parameter]:
+    """What holds something of its own for every head: U, C, B and the biases (H, d), which are vectors though they look like a matrix."""
+    return [p for p in (heads.U.weight if heads.U is not None else None, heads.C, heads.B, heads.bias) if p is not None]
 
 
-def optimizers(found: dict[str, dict[str, nn.Parameter]], options: Options) -> dict[str, Optimizer]:
-    """torch's optimisers over those groups that are not empty."""
-    made = {}
-    if found["muon"]:
-        made["muon"] = torch.optim.Muon(found["muon"].values(), lr=options.muon_lr, weight_decay=options.weight_decay, momentum=options.momentum,
-                                        adjust_lr_fn=options.adjust_lr)
-    if found["adamw"]:
-        made["adamw"] = torch.optim.AdamW(found["adamw"].values(), lr=options.adamw_lr, weight_decay=options.weight_decay,
-                                          betas=(options.beta1, options.beta2))
-    return made
+class MuonAdamW(Optimizer):
+    """torch's Muon and AdamW as one optimiser, with one state and one list of groups, because what shards, saves and restores optimisers expects
+    one per model.
+
+    found: {"muon": {name: parameter}, "adamw": {...}}, either of them may be empty.
+    """
+
+    def __init__(self, found: dict[str, dict[str, nn.Parameter]], options: Options):
+        self.parts = {}
+        if found["muon"]:
+            self.parts["muon"] = torch.optim.Muon(found["muon"].values(), lr=options.muon_lr, weight_decay=options.weight_decay, momentum=options.momentum,
+                                                  adjust_lr_fn=options.adjust_lr)
+        if found["adamw"]:
+            self.parts["adamw"] = torch.optim.AdamW(found["adamw"].values(), lr=options.adamw_lr, weight_decay=options.weight_decay,
+                                                    betas=(options.beta1, options.beta2))
+        super().__init__([{**group, "optimizer": name} for name, part in self.parts.items() for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of both."""
+        loss = None if closure is None else closure()
+        for name, part in self.parts.items():       # loading and sharding put other lists and other states in place of those there were
+            part.param_groups, part.state = [group for group in self.param_groups if group["optimizer"] == name], self.state
+            part.step()
+        return loss
 
 
 def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:
@@ -71,3 +86,8 @@ def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:
         return options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """{"muon": rate, "adamw": rate} of the next step."""
+    return {group["optimizer"]: group["lr"] for group in optimizer.param_groups}

@@ -84,11 +84,13 @@ class Options:
                 raise LrkvError(f"{name} is {getattr(self, name)}", f"it must be at least {1 + (name == 'seq_len')}")
         for name, low, high in (("kl_weight", 0, 1), ("match_attention", 0, math.inf), ("weight_decay", 0, 1), ("warmup", 0, 1), ("final_lr", 0, 1),
                                 ("momentum", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1)):
-            if not low <= getattr(self, name) <= high:
+            if not (low <= getattr(self, name) <= high and math.isfinite(getattr(self, name))):
                 raise LrkvError(f"{name} is {getattr(self, name)}", f"it must lie between {low} and {high}" if high < math.inf else f"it must be at least {low}")
         for name in ("muon_lr", "adamw_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise LrkvError(f"{name} is {getattr(self, name)}", "it must be positive")
+        if not 0 <= self.seed < 2**31:
+            raise LrkvError(f"seed is {self.seed}", "it must lie between 0 and 2147483647")
         if max(self.momentum, self.beta1, self.beta2) == 1:
             raise LrkvError("momentum, beta1 or beta2 is 1, which never forgets", "they must be smaller than 1")
         if self.steps < 1:

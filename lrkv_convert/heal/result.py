@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from ..assemble import tensor_shapes
 from ..checkpoint import INDEX, check_finite
@@ -46,18 +47,26 @@ def finish(run: Run, trainer: Trainer, model: Path, record: dict, max_shard_size
     if accelerator.is_main_process:
         try:
             write(run, trainer, state, model, record, max_shard_size)
+            publish(run.folder, run.out)
         except OSError as error:
             raise LrkvError(f"cannot write {run.folder}: {error.strerror or error}", f"{run.last_good()}; make room, then go on with --resume") from error
-        publish(run.folder, run.out)
         shutil.rmtree(run.out / WORK, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
 def write(run: Run, trainer: Trainer, state: dict[str, torch.Tensor], model: Path, record: dict, max_shard_size: int | str) -> None:
-    """The weights, in the dtype they came in, and what stands beside them."""
+    """The weights, in the dtype they came in, and what stands beside them; what did not train is taken over from there."""
     stored = getattr(torch, json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32")
-    writer = ShardWriter(run.folder, tensor_shapes(trainer.accelerator.unwrap_model(trainer.student), stored), max_shard_size)
-    for name in writer.shapes:
+    for stale in run.folder.glob("*.safetensors*"):         # of a run that was killed here
+        stale.unlink()
+    student = trainer.accelerator.unwrap_model(trainer.student)
+    frozen = {name for name, p in student.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in frozen.intersection(opened.keys()):
+                writer.add(name, opened.get_tensor(name))
+    for name in writer.shapes.keys() - frozen:
         writer.add(name, check_finite(name, state[name]))
     writer.finish()
     for file in model.iterdir():

@@ -2,20 +2,27 @@
 
     <out>.partial/heal.jsonl               one line per step, one per validation
     <out>.partial/work/heal.json           what was asked for; a resumed run must ask for the same
-    <out>.partial/work/windows.npy         packed data (data.py)
-    <out>.partial/work/checkpoint-000120/  model, optimisers, schedules, random numbers (accelerate's save_state), and state.json
+    <out>.partial/work/windows.*           packed data (data.py)
+    <out>.partial/work/checkpoint-000120/  trained weights, optimiser, schedule, random numbers (accelerate's save_state), and state.json
 """
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..errors import LrkvError, first_line
+from ..store import FINGERPRINT
 from ..writer import PARTIAL, WORK, write_json
 
-LOG, RUN, STATE, UNFINISHED = "heal.jsonl", "heal.json", "state.json", ".tmp"
+try:
+    import fcntl
+except ImportError:         # not on this system
+    fcntl = None
+
+LOG, RUN, STATE, LOCK, UNFINISHED = "heal.jsonl", "heal.json", "state.json", "lock", ".tmp"
 
 
 class Run:
@@ -27,35 +34,61 @@ class Run:
     def __init__(self, out: Path, asked: dict, accelerator: Accelerator, keep: int):
         self.out, self.asked, self.accelerator, self.keep = out, json.loads(json.dumps(asked, default=str)), accelerator, keep
         self.folder = out.with_name(out.name + PARTIAL)
-        self.work, self.made = self.folder / WORK, False
+        self.work, self.made, self.lock = self.folder / WORK, False, None
+        self.new_parents = [folder for folder in self.folder.parents if not folder.exists()]     # deepest first
 
     def begin(self, resume: bool, overwrite: bool) -> None:
         """Make the folder, or find the one to go on from. Raises LrkvError where the two are at odds, or other arguments were given then."""
-        there = self.latest()
+        there, before = self.latest(), self.asked_before()
         if resume:
             if there is None:
                 raise LrkvError(f"there is no run to resume in {self.folder}", "leave --resume out")
-            before = json.loads((self.work / RUN).read_text(encoding="utf-8"))
-            for name in self.asked.keys() | before.keys():
-                if before.get(name) != self.asked.get(name):
-                    raise LrkvError(f"the run in {self.folder} was begun with {name} {before.get(name)}, not {self.asked.get(name)}",
-                                    "resume with the same arguments, or begin anew with --overwrite")
+            self.compare(before)
         elif there is not None and not overwrite:
             raise LrkvError(f"{self.folder} holds a run that stopped after step {step_of(there)}", "--resume goes on from there, --overwrite begins anew")
+        elif before is None and self.folder.exists() and any(self.folder.iterdir()) and not (overwrite and (self.work / FINGERPRINT).is_file()):
+            raise LrkvError(f"{self.folder} is in the way: it holds something other than a run of heal", "give another --out, or remove it")
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and not resume:
+        if self.accelerator.is_main_process:
             try:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.work.mkdir(parents=True)
-                write_json(self.work / RUN, self.asked)
-                self.made = True
+                self.claim()
+                if not resume and (before != self.asked or there is not None):      # data that this run packed before it was killed is kept
+                    self.made = True
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    self.work.mkdir(parents=True)
+                    self.claim()
+                    write_json(self.work / RUN, self.asked)
+                self.made = not resume
             except OSError as error:
                 raise LrkvError(f"cannot write {self.folder}: {error.strerror or error}", "check permissions and free space") from error
         self.accelerator.wait_for_everyone()
 
+    def claim(self) -> None:
+        """Keep other processes out of the folder, if it is there, for as long as this one lives."""
+        if fcntl is not None and self.work.is_dir():
+            if self.lock is not None:
+                self.lock.close()
+            self.lock = open(self.work / LOCK, "a")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LrkvError(f"another process is writing {self.folder}", "wait for it, or give another --out") from error
+
+    def compare(self, before: dict | None) -> None:
+        """Raise LrkvError where the run was begun with other arguments."""
+        for name in self.asked.keys() | before.keys():
+            if before.get(name) != self.asked.get(name):
+                what = "from other weights" if name == "model" else f"with {name} {before.get(name)}, not {self.asked.get(name)}"
+                raise LrkvError(f"the run in {self.folder} was begun {what}", "resume with the same arguments, or begin anew with --overwrite")
+
+    def asked_before(self) -> dict | None:
+        """What the run in the folder was asked for; None if there is none."""
+        return json.loads((self.work / RUN).read_text(encoding="utf-8")) if (self.work / RUN).is_file() else None
+
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(p for p in self.work.glob("checkpoint-*") if p.suffix != UNFINISHED) if (self.work / RUN).is_file() else []
+        found = [p for p in self.work.glob("checkpoint-*") if p.suffix != UNFINISHED] if (self.work / RUN).is_file() else []
+        return sorted(found, key=step_of)
 
     def latest(self) -> Path | None:
         return (self.checkpoints() or [None])[-1]
@@ -86,19 +119,31 @@ class Run:
         return f"the last good checkpoint is {self.latest()}" if self.latest() else "there is no checkpoint yet"
 
     def load(self) -> dict:
-        """Put the last checkpoint into everything accelerate has prepared; its state. The log is cut back to it."""
-        self.accelerator.load_state(str(self.latest()), strict=False)       # frozen weights are not in it
-        state = json.loads((self.latest() / STATE).read_text(encoding="utf-8"))
-        if self.accelerator.is_main_process:
-            kept = [json.dumps(line) for line in self.log() if line["step"] <= state["step"]]
-            (self.folder / LOG).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        """Put the last checkpoint into everything accelerate has prepared; its state. The log is cut back to it. Raises LrkvError."""
+        latest = self.latest()
+        try:
+            self.accelerator.load_state(str(latest))
+            self.accelerator.step = 0       # passes since the last step: another number of processes or passes per step may go on from here
+            state = json.loads((latest / STATE).read_text(encoding="utf-8"))
+            if self.accelerator.is_main_process:
+                kept, temporary = [json.dumps(line) for line in self.log() if line["step"] <= state["step"]], self.folder / (LOG + UNFINISHED)
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                os.replace(temporary, self.folder / LOG)
+        except LrkvError:
+            raise
+        except Exception as error:
+            raise LrkvError(f"cannot go on from {latest}: {first_line(error)}", "begin anew with --overwrite, or remove this checkpoint to go on from the one before") from error
+        self.accelerator.wait_for_everyone()
         return state
 
     def note(self, line: dict) -> None:
-        """Append to the log."""
+        """Append to the log. Raises LrkvError where there is no room."""
         if self.accelerator.is_main_process:
-            with open(self.folder / LOG, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            try:
+                with open(self.folder / LOG, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise LrkvError(f"cannot write {self.folder / LOG}: {error.strerror or error}", f"{self.last_good()}; make room, then go on with --resume") from error
 
     def log(self) -> list[dict]:
         """What was noted so far; a last line that was cut short is left out."""
@@ -110,10 +155,15 @@ class Run:
                 break
         return lines
 
-    def abandon(self) -> None:
-        """Leave nothing behind, if there is nothing worth keeping."""
+    def leave(self) -> None:
+        """Let others have the folder; leave nothing behind, if there is nothing worth keeping."""
+        if self.lock is not None:
+            self.lock.close()
         if self.made and self.latest() is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self.new_parents:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def step_of(checkpoint: Path) -> int:
