@@ -1,6 +1,6 @@
 """What healing gives back: optimisers, losses and starts side by side, on the same tokens in the same order.
 
-    python benchmarks/heal.py MODEL --data TEXT... --text TEXT... --out DIR [--calibration TEXT...] [--tokens N] [--tune-tokens N]
+    python benchmarks/heal.py MODEL --data TEXT... --text TEXT... --out DIR [--calibration TEXT...] [--tokens N] [--tune-tokens N] [--batch-size N]
 
 Converts MODEL three times into one shape (joint fit; mean of the heads and SVD of the residuals, without calibration; random factors), heals each
 way in ROWS and measures all of it on the first --test-tokens tokens of each --text. Learning rates are chosen first, for every row alike, from --scales times those of
@@ -100,24 +100,26 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+")
     parser.add_argument("--rank-k", type=int, default=6)
     parser.add_argument("--rank-v", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=51200)
-    parser.add_argument("--tune-tokens", type=int, default=10240)
+    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--tune-tokens", type=int, default=8192)
+    parser.add_argument("--batch-size", type=int, default=2, help="windows per step: small, so that few tokens make enough steps")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1, 3])
     parser.add_argument("--test-tokens", type=int, default=8704, help="of each text")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
-    shape, step = {"rank_k": args.rank_k, "rank_v": args.rank_v}, Options().batch_size * Options().seq_len
+    shape, step = {"rank_k": args.rank_k, "rank_v": args.rank_v}, args.batch_size * Options().seq_len
+    size = {"batch_size": args.batch_size, "validation_tokens": 4096}
     rows, folders = [], []
     for i, (label, name, options) in enumerate(ROWS):
         source, tried = start(name, args.model, args.out, shape, args.calibration, args.device), {}
         for scale in args.scales:
-            entry, _ = run(f"tuning {label}", source, args.out / f"tune-{i}-{scale:g}", args.data, scale, args.device, tokens=args.tune_tokens, checkpoint_every=10**6, **options)
+            entry, _ = run(f"tuning {label}", source, args.out / f"tune-{i}-{scale:g}", args.data, scale, args.device, tokens=args.tune_tokens, checkpoint_every=10**6, validate_every=10**6, **size, **options)
             tried[scale] = entry["validation"]["nll"]["healed"]
         best = min(tried, key=tried.get)
         out = args.out / f"healed-{i}"
-        entry, log = run(label, source, out, args.data, best, args.device, tokens=args.tokens, validate_every=max(1, args.tokens // step // 8), **options)
+        entry, log = run(label, source, out, args.data, best, args.device, tokens=args.tokens, validate_every=max(1, args.tokens // step // 8), checkpoint_every=10**6, **size, **options)
         folders += [source, out]
         rows.append({"way": label, "start": name, "scale": best, "muon_lr": entry["recipe"]["muon_lr"], "adamw_lr": entry["recipe"]["adamw_lr"],
                      "tuning": {f"{s:g}": nll for s, nll in tried.items()}, "tokens": entry["tokens"], "seconds": entry["seconds"],
@@ -134,7 +136,7 @@ def main() -> None:
         rates = f"{row['adamw_lr']:g}" if "AdamW," in row["way"] and "Muon" not in row["way"] else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
         print(f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** | {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |")
     print(f"\n{rows[0]['tokens']:,} tokens trained on, {tokens:,} tokens predicted, windows of 512")
-    write_json(args.out / "heal.json", {**environment(pick_device(args.device)), "model": Path(args.model).name, "shape": shape,
+    write_json(args.out / "heal.json", {**environment(pick_device(args.device)), "model": Path(args.model).name, "shape": shape, "batch_size": args.batch_size,
                                         "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)], "texts": [r["text"] for r in results],
                                         "test_tokens": tokens, "rows": rows})
     draw(rows, args.out / "heal.png", step)

@@ -57,8 +57,10 @@ def healing(shown: bool = True):
 
     def report(line: dict) -> None:
         if "validation_ratio" in line:
-            state["ratio"] = f"×{line['validation_ratio']:.4f} "
+            state["ratio"] = f"held out ×{line['validation_ratio']:.4f} "
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        if bar.tasks[0].total is None:      # a resumed run does not begin at 0, and the time left is reckoned from here
+            bar.reset(task, total=line["steps"], completed=line["step"] - 1)
         bar.update(task, total=line["steps"], completed=line["step"], figures=f"loss {line['loss']:.4f} {state['ratio']}{speed}")
         if shown and not console.is_terminal and "validation_ratio" in line:
             print(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}", file=sys.stderr, flush=True)

@@ -130,7 +130,7 @@ What it cost in quality: `lrkv compare {title} {name} --text FILE`. Limits are t
 {"".join(map(healing_section, record["history"]))}
 ## Fit
 
-Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit.
+Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit{', before healing' if record['history'] else ''}.
 
 | layer | keys | error | values | error |
 |---|---|---|---|---|
