@@ -18,10 +18,10 @@ from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate import load_model
 from lrkv_convert.heal import Options
 from lrkv_convert.heal.data import Windows
-from lrkv_convert.heal.healing import set_precision
 from lrkv_convert.heal.launch import new_accelerator
 from lrkv_convert.heal.loop import Stop, Trainer
-from lrkv_convert.heal.optimise import MuonAdamW, choose_trained, groups, schedule
+from lrkv_convert.heal.optimise import MuonAdamW, groups, schedule
+from lrkv_convert.heal.student import choose_trained, set_precision
 from lrkv_convert.writer import write_json
 
 

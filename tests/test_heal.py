@@ -15,7 +15,8 @@ from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.heal import Options, heal
 from lrkv_convert.heal.objective import divergence, mismatch
-from lrkv_convert.heal.optimise import MuonAdamW, choose_trained, groups, schedule
+from lrkv_convert.heal.optimise import MuonAdamW, groups, schedule
+from lrkv_convert.heal.student import choose_trained
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
 @pytest.fixture(scope="session")

@@ -13,24 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import SAFE_WEIGHTS_NAME, DistributedType
-from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
+from accelerate.utils import DistributedType
+from transformers import AutoConfig
 
-from ..adapters import ADAPTERS, Adapter
+from ..adapters import ADAPTERS
 from ..errors import LrkvError, first_line
 from ..evaluate.load import load_model, load_tokenizer, location
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
 from .loop import Report, Trainer
-from .optimise import MuonAdamW, choose_trained, groups, schedule
+from .optimise import MuonAdamW, groups, schedule
 from .options import Options
 from .result import finish, history_entry
 from .run import Run
+from .student import choose_trained, load_trained, only_trained, set_precision
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)      # every process holds the whole model
-WRAPPED = "module."         # before the names of a model that several processes train
 UNRECORDED = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # may differ when a run is resumed
 
 
@@ -198,37 +197,3 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
     run.note({"step": 0, "validation_nll": baseline["converted"],
               **({"validation_ratio": math.exp(baseline["converted"] - baseline["original"])} if "original" in baseline else {})})
     return trainer, baseline, 0
-
-
-def set_precision(student: PreTrainedModel, adapter: Adapter, frozen: torch.dtype) -> None:
-    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the matrices of the layers; those, if they are frozen, in `frozen`."""
-    layers = student.get_submodule(adapter.layer_path)
-    matrices = {id(p) for p in layers.parameters() if p.ndim == 2 and not p.requires_grad}
-    for parameter in student.parameters():
-        parameter.data = parameter.data.to(frozen if id(parameter) in matrices else torch.float32)
-
-
-def trained(model: torch.nn.Module) -> list[str]:
-    """Names of what trains, as in a model that is not wrapped."""
-    return [name.removeprefix(WRAPPED) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def only_trained(models: list, weights: list[dict], folder: str) -> None:
-    """What a checkpoint holds of a model: frozen weights stand in the converted folder, and the names are those of one process."""
-    for model, state in zip(models, weights):
-        kept = {name: state.get(name, state.get(WRAPPED + name)) for name in trained(model)}
-        state.clear()
-        state.update(kept)
-
-
-def load_trained(models: list, folder: str) -> None:
-    """Put what `only_trained` kept into the models, and leave none for accelerate to load. Raises LrkvError where something is missing."""
-    while models:
-        model = models.pop()
-        state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-        if missing := set(trained(model)) - state.keys():
-            raise LrkvError(f"{folder} lacks {sorted(missing)[0]}", "begin anew with --overwrite")
-        names = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in state.items():
-                names[name if name in names else WRAPPED + name].copy_(value)

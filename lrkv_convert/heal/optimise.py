@@ -1,4 +1,4 @@
-"""What trains, and by which optimiser.
+"""By which optimiser each parameter trains.
 
 Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) orthogonalises the update of a matrix, which is meant for hidden matrices; with
 `match_rms_adamw` (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982) its update has the size of one of AdamW's. Embeddings, the
@@ -14,21 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from ..adapters import Adapter
 from ..modeling.factors_lrkv import LowRankHeads
 from .options import Options
-
-
-def choose_trained(model: PreTrainedModel, adapter: Adapter, train: str) -> None:
-    """Freeze what does not train. "attention": the attention modules, which hold W_shared, C, U, B, biases, W_Q and W_O; "all": everything."""
-    model.requires_grad_(train == "all")
-    for layer in model.get_submodule(adapter.layer_path):
-        layer.get_submodule(adapter.attention).requires_grad_(True)
-    for module in model.modules():          # a short training has nothing to fear from overfitting, and the teacher has none
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def groups(model: PreTrainedModel, optimizer: str) -> dict[str, dict[str, nn.Parameter]]:
