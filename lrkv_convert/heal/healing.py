@@ -8,7 +8,9 @@ The result has the form of a converted folder and loads the same way; its lrkv.j
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,7 +84,8 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
         raise
     finally:
         run.leave()
-        accelerator.end_training()
+        with redirect_stdout(sys.stderr):
+            accelerator.end_training()
 
 
 def read_record(model: Path) -> dict:
@@ -184,7 +187,8 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
     if teacher is not None:
         original = load_model(teacher, accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32).requires_grad_(False)
     trainer = Trainer(accelerator, student, original, adapter, optimizer, rates, windows, options, kl_weight)
-    accelerator.init_trackers("lrkv-heal", config={name: value for name, value in asdict(options).items() if isinstance(value, (int, float, str))})
+    with redirect_stdout(sys.stderr):       # trackers greet, and stdout is the result's
+        accelerator.init_trackers("lrkv-heal", config={name: value for name, value in asdict(options).items() if isinstance(value, (int, float, str))})
     if resume:
         state = run.load()
         return trainer, state["baseline"], state["step"]

@@ -13,6 +13,7 @@ from ..errors import LrkvError
 from ..writer import PARTIAL
 from .options import Options
 
+RUNS = "runs"       # where trackers that write files write them
 PATIENCE = timedelta(days=1)       # how long processes wait for one another: one packs the data, and writes the result, for all
 
 
@@ -23,7 +24,7 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
     cpu = pick_device(device).type == "cpu"
     precision = {"bf16": "bf16", "fp32": "no", "auto": "bf16" if fast_bf16(cpu) else "no"}[options.precision]
     AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)        # an earlier run in this process may have had another device or precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=choose_tracker(options.tracker), project_dir=str(out.with_name(out.name + PARTIAL)),
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=choose_tracker(options.tracker), project_dir=str(out.with_name(out.name + PARTIAL) / RUNS),
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     accelerator.gradient_accumulation_steps = options.accumulation(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
