@@ -45,48 +45,54 @@ def progress():
 
 @contextmanager
 def healing(shown: bool = True):
-    """(report, stage, notice) callbacks for a training run: one bar on stderr with loss, validation ratio, speed and time left, if stderr is a
-    terminal; otherwise a line at every validation."""
-    console, state = _console(stderr=True), {"ratio": ""}
-    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"),
-                   TimeRemainingColumn(), console=console, transient=True, disable=not (shown and console.is_terminal))
+    """(report, stage, notice) callbacks for a training run: one bar on stderr with loss, held-out ratio, speed and time left, if stderr is a
+    terminal; otherwise a line for each stage and validation."""
+    console, ratio = _console(stderr=True), {"text": ""}
+    wide, at_terminal = console.width >= 90, console.is_terminal
+    bar = Progress(TextColumn("{task.description}"), *([BarColumn(bar_width=None)] if wide else []), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+                   TimeRemainingColumn(compact=True), *([TextColumn("left")] if wide else []), console=console, transient=True, disable=not (shown and at_terminal))
     task = bar.add_task("loading", total=None, figures="")
 
+    def line_of(text: str) -> None:
+        if shown:
+            print(text, file=sys.stderr, flush=True)
+
     def stage(name: str) -> None:
-        bar.update(task, description=name)
+        bar.update(task, description=name.partition(":")[0])
+        if not at_terminal or ":" in name:
+            line_of(name)
 
     def report(line: dict) -> None:
         if "validation_ratio" in line:
-            state["ratio"] = f"held out ×{line['validation_ratio']:.4f} "
+            ratio["text"] = f"held out ×{line['validation_ratio']:.4f}"
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
         if bar.tasks[0].total is None:      # a resumed run does not begin at 0, and the time left is reckoned from here
             bar.reset(task, total=line["steps"], completed=line["step"] - 1)
-        bar.update(task, total=line["steps"], completed=line["step"], figures=f"loss {line['loss']:.4f} {state['ratio']}{speed}")
-        if shown and not console.is_terminal and "validation_ratio" in line:
-            print(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}", file=sys.stderr, flush=True)
-
-    def notice(text: str) -> None:
-        if shown:
-            print(f"note: {text}", file=sys.stderr, flush=True)
+        bar.update(task, total=line["steps"], completed=line["step"], figures=" ".join([f"loss {line['loss']:.4f}", ratio["text"], *([speed] if wide else [])]))
+        if not at_terminal and "validation_ratio" in line:
+            left = (line["steps"] - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
+            line_of(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}, {left / 60:,.1f} min left")
 
     with bar:
-        yield report, stage, notice
+        yield report, stage, lambda text: line_of(f"note: {text}")
 
 
 def show_healing(entry: dict, model: str, folder: Path) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
-    out, nll = _console(), entry["validation"]["nll"]
+    out, nll, text = _console(), entry["validation"]["nll"], entry["validation"]["text"]
     base = nll.get("original", nll["converted"])
-    table = _table("held-out text", "loss", "perplexity", "ratio")
+    table = _table("held-out text" if text == "held out" else ", ".join(text), "loss", "perplexity", "ratio")
     for name in ("original", "converted", "healed"):
         if name in nll:
             table.add_row(name, f"{nll[name]:.4f}", f"{math.exp(nll[name]):.3f}", f"×{math.exp(nll[name] - base):.4f}")
     out.print(table)
-    if nll.get("original", math.inf) < nll["converted"]:
-        regained = (nll["converted"] - nll["healed"]) / (nll["converted"] - nll["original"])
-        out.print(f"{regained:.0%} of the lost log-perplexity is back")
-    speed = entry["tokens"] / entry["seconds"] if entry["seconds"] else 0
-    out.print(f"{entry['tokens']:,} tokens ({entry['data_read']:.2g} times the data) in {entry['seconds']:,.0f} s, {speed:,.0f} tokens/s; "
+    if nll["healed"] >= nll["converted"]:
+        out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
+    elif nll.get("original", math.inf) < nll["converted"]:
+        between = " (held out between the windows trained on: a text apart, as in --set validation=FILE, says less)" if text == "held out" else ""
+        out.print(f"{(nll['converted'] - nll['healed']) / (nll['converted'] - nll['original']):.0%} of the lost log-perplexity is back{between}")
+    speed, rounds = entry["tokens"] / entry["seconds"] if entry["seconds"] else 0, f", each window {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""
+    out.print(f"{entry['tokens']:,} tokens{rounds} in {entry['seconds']:,.0f} s of training, {speed:,.0f} tokens/s, {_bytes(entry['peak_memory_bytes'])} of memory; "
               f"{entry['validation']['tokens']:,} tokens held out")
     if not entry["picture"]:
         print("pip install matplotlib for a picture of the curve")
@@ -94,14 +100,11 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:
-    """Kind, name, and the command in the header of each."""
-    out = _console()
-    table = _table("recipe", "command", left=2)
+    """Kind and name of each, and under it the command in its header, whole so that it can be copied."""
     for kind, found in recipes.items():
         for name, text in found.items():
-            table.add_row(f"{kind}/{name}", text.splitlines()[0].removeprefix("# "))
-    out.print(table)
-    print("lrkv recipes NAME prints one")
+            print(f"{kind}/{name}\n    {text.splitlines()[0].removeprefix('# ')}")
+    print("lrkv recipes NAME prints one; write it to a file, change it, and give --recipe FILE")
 
 
 def _bytes(count: float) -> str:

@@ -127,7 +127,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
 What it cost in quality: `lrkv compare {title} {name} --text FILE`. Limits are those of the source model, and its licence applies.
-{"".join(map(healing_section, record["history"]))}
+{"".join(healing_section(entry, i + 1, len(record["history"])) for i, entry in enumerate(record["history"]))}
 ## Fit
 
 Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit{', before healing' if record['history'] else ''}.
@@ -140,19 +140,21 @@ Source weights sha256 `{source['sha256']}`; everything else about the conversion
 """
 
 
-def healing_section(entry: dict) -> str:
-    """One round of continued training, in the model card."""
-    nll, recipe = entry["validation"]["nll"], entry["recipe"]
+def healing_section(entry: dict, number: int, count: int) -> str:
+    """One round of continued training, the number-th of `count`, in the model card; the picture in the folder is the last one's."""
+    nll, recipe, names = entry["validation"]["nll"], entry["recipe"], {"converted": "converted" if number == 1 else "before"}
     base = nll.get("original", nll["converted"])
-    rows = "\n".join(f"| {name} | {math.exp(nll[name]):.3f} | ×{math.exp(nll[name] - base):.4f} |" for name in ("original", "converted", "healed") if name in nll)
+    rows = "\n".join(f"| {names.get(name, name)} | {math.exp(nll[name]):.3f} | ×{math.exp(nll[name] - base):.4f} |" for name in ("original", "converted", "healed") if name in nll)
     goal = {"kl": "divergence from the original", "ce": "cross-entropy"}.get(entry["loss"], "divergence from the original and cross-entropy")
+    text = entry["validation"]["text"]
+    where = "held out between the windows trained on" if text == "held out" else f"of {', '.join(text)}"
     return f"""
-## Healing
+## Healing{f" {number}" if count > 1 else ""}
 
 {entry['tokens']:,} tokens of {', '.join(entry['data'])} in {entry['steps']:,} steps ({entry['date']}): {goal}, {recipe['train']} weights,
-{'Muon and AdamW' if recipe['optimizer'] == 'muon' else 'AdamW'}. On {entry['validation']['tokens']:,} tokens held out of that text:
+{'Muon and AdamW' if recipe['optimizer'] == 'muon' else 'AdamW'}. On {entry['validation']['tokens']:,} tokens {where}:
 
 | model | perplexity | ratio |
 |---|---|---|
 {rows}
-{f"{chr(10)}![curve of the training]({entry['picture']}){chr(10)}" if entry['picture'] else ""}"""
+{f"{chr(10)}![curve of the training]({entry['picture']}){chr(10)}" if entry['picture'] and number == count else ""}"""

@@ -229,7 +229,8 @@ def test_healing_goes_on_from_a_healed_model(healed, sheep, tmp_path):
     heal(healed(), tmp_path / "again", [str(sheep)], **{**SHORT, "seed": 1})
     first, second = json.loads((tmp_path / "again" / "lrkv.json").read_text())["history"]
     assert second["validation"]["nll"]["converted"] != first["validation"]["nll"]["converted"] and second["recipe"]["seed"] == 1
-    assert (tmp_path / "again" / "README.md").read_text().count("| healed |") == 2
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.count("| healed |") == 2 and card.count("heal.png") == 1 and card.index("## Healing 2") < card.index("| before |") < card.index("heal.png")
 
 
 def test_validation_is_perplexity_of_the_held_out_text(converted, sheep, healed):
@@ -239,7 +240,7 @@ def test_validation_is_perplexity_of_the_held_out_text(converted, sheep, healed)
     folder = healed().parent
     pack([str(sheep)], load_tokenizer(str(converted())), folder, seq_len=64, tokens=SHORT["tokens"], validation=None, validation_tokens=256, field="text", seed=0, vocabulary=260)
     windows = packed(folder)
-    assert windows.sha256 == entry["data_sha256"]
+    assert windows.sha256 == entry["windows_sha256"]
     for name, model in (("converted", converted()), ("healed", healed())):
         loaded, nll = load_model(str(model), torch.device("cpu")), []
         for ids in windows.ids(windows.validation):

@@ -49,8 +49,34 @@ def test_the_table_shows_before_and_after(converted, sheep, tmp_path):
         assert f"{math.exp(entry['validation']['nll'][name]):.3f}" in rows[name]
     assert "tokens/s" in result.stdout and f"next: lrkv compare {entry['teacher']}" in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100 and "\x1b" not in result.stdout
-    assert result.stderr.count("held-out perplexity") == 2         # no terminal: a line per validation
+    assert result.stderr.count("held-out perplexity") == 3 and result.stderr.count("left") == 2         # no terminal: a line before, and per validation
+    assert "between the windows trained on" in result.stdout or "did not help" in result.stdout
     assert entry["recipe"]["name"] == "short"
+
+
+def test_a_validation_text_is_named_and_a_healing_that_does_not_help_says_so(converted, sheep, tmp_path):
+    (tmp_path / "own.txt").write_text("nothing of the kind, " * 40)
+    shown = run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--set", *SETTINGS, f"validation={tmp_path / 'own.txt'}", "muon_lr=0.5", "adamw_lr=0.5").stdout
+    assert shown.startswith("own.txt ") and "Healing did not help" in shown
+    assert "tokens of own.txt:" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_bar_keeps_step_loss_ratio_and_time_on_narrow_terminals(width, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from lrkv_cli import display
+    stream = io.StringIO()
+    monkeypatch.setattr(display, "_console", lambda stderr=False: Console(file=stream, width=width, force_terminal=True, legacy_windows=False, highlight=False))
+    with display.healing() as (report, stage, notice):
+        stage("training")
+        for step in (20, 40):
+            report({"step": step, "steps": 97, "tokens": step * 2048, "loss": 0.0597, "tokens_per_second": 226.4, "validation_ratio": 1.023})
+    last = [line for line in stream.getvalue().replace("\r", "\n").splitlines() if "training" in line][-1]
+    for figure in ("40/97", "loss 0.0597", "held out ×1.0230"):
+        assert figure in last
 
 
 def test_json_is_the_entry(converted, sheep, tmp_path):
@@ -60,7 +86,7 @@ def test_json_is_the_entry(converted, sheep, tmp_path):
 
 def test_flags_override_settings_and_settings_the_recipe(converted, sheep, tmp_path):
     (tmp_path / "r.yaml").write_text("muon_lr: 0.001\nadamw_lr: 0.003\ntokens: 99999\nloss: mix\n")
-    run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--recipe", tmp_path / "r.yaml", "--set", *SETTINGS, "adamw_lr=0.002", "--tokens", 512, "--loss", "ce")
+    run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--recipe", tmp_path / "r.yaml", "--set", *SETTINGS, "adamw_lr=2e-3", "--tokens", 512, "--loss", "ce")
     recipe = json.loads((tmp_path / "out" / "lrkv.json").read_text())["history"][0]["recipe"]
     assert (recipe["muon_lr"], recipe["adamw_lr"], recipe["tokens"], recipe["loss"]) == (0.001, 0.002, 512, "ce")
 
@@ -185,10 +211,10 @@ def test_a_tracker_is_taken_if_it_is_installed_and_gets_the_curve(converted, she
 # ------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("settings, says", [
-    (["muon_lrr=1e-3"], "did you mean muon_lr?"), (["muon_lr"], "write name=value"), (["muon_lr=fast"], "muon_lr is 'fast'"), (["muon_lr=1e-3"], "write 5.0e-4"),
+    (["muon_lrr=1e-3"], "did you mean muon_lr?"), (["muon_lr"], "write name=value"), (["muon_lr=fast"], "muon_lr is 'fast'"),
     (["muon_lr=-1"], "must be positive"), (["muon_lr=.nan"], "muon_lr is nan"), (["tokens=0"], "at least 1"), (["tokens=1.5"], "whole number"), (["seq_len=1"], "at least 2"), (["loss=huber"], "choose from auto, kl, ce, mix"),
     (["warmup=2"], "between 0 and 1"), (["beta2=1.0"], "never forgets"), (["match_attention=.inf"], "at least 0"), (["seed=-1"], "between 0"), (["seed=99999999999"], "between 0"), (["gradient_checkpointing=1"], "true or false"), (["micro_batch_size=3"], "does not divide"),
-    (["tokens=100"], "less than one step"), (["optimizer=sgd"], "muon, adamw"), (["seq_len=1024", "tokens=99999"], "longer than"), (["validation=a.txt"], "a list of files"),
+    (["tokens=100"], "less than one step"), (["optimizer=sgd"], "muon, adamw"), (["seq_len=1024", "tokens=99999"], "longer than"), (["validation=3"], "a list of files"), (["validation=a.txt"], "no such file"),
     (["text_field=["], "not YAML")])
 def test_impossible_settings_are_refused(converted, sheep, tmp_path, settings, says):
     refused(converted(), "--data", sheep, "--set", *SETTINGS, *settings, says=says, out=tmp_path / "out")
@@ -289,7 +315,7 @@ def test_shipped_recipes_are_possible_and_explain_every_field(name):
     text = shipped("heal")[name]
     found = yaml.safe_load(text)
     Options(**found).check()
-    assert set(found) == {field.name for field in fields(Options)} - {"validation"}
+    assert set(found) == {field.name for field in fields(Options)}
     for line in text.splitlines():
         if line and not line.startswith("#"):
             assert "# " in line, line

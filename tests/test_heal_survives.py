@@ -97,11 +97,13 @@ def test_killed_at_the_very_end_the_result_is_whole(whole, converted, sheep, tmp
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_nothing_in_the_way(whole, converted, sheep, tmp_path):
+def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_it_begins_anew(whole, converted, sheep, tmp_path):
     assert child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
-    with pytest.raises(LrkvError, match="there is no run to resume"):
+    said = []
+    heal(converted(), tmp_path / "out", [str(sheep)], resume=True, notice=said.append, **SHORT)
+    assert len(said) == 1 and "no checkpoint" in said[0]
+    with pytest.raises(LrkvError, match="is finished: there is nothing to resume"):
         heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
-    heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -122,7 +124,7 @@ def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path
     last = stderr.strip().splitlines()[-1]
     [checkpoint] = (tmp_path / "out.partial" / "work").glob("checkpoint-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert last.startswith(f"interrupted after step {step} of 500") and "--resume" in last and "Traceback" not in stderr
+    assert last.startswith(f"interrupted after step {step} of 500, which {tmp_path}") and "--resume" in last and "Traceback" not in stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(converted, sheep, tmp_path, monkeypatch):
@@ -207,7 +209,7 @@ def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(changed, say
     from lrkv_convert.heal import loop
     step = loop.Trainer.step
     monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3))
-    with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of 6"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of 6, which"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     monkeypatch.undo()
     other = tmp_path / "other.txt"

@@ -120,7 +120,7 @@ def _parquet(file: Path, field: str) -> Iterator[Piece]:
     with opened() as about:
         groups, rows, names = about.num_row_groups, about.metadata.num_rows, about.schema_arrow.names
     if field not in names:
-        raise LrkvError(f"{file} has no column {field!r}", f"it has {', '.join(names)}: set text_field")
+        raise LrkvError(f"{file} has no column {field!r}", f"it has {', '.join(names)}: --set text_field=NAME")
     done = 0
     for group in range(groups):
         with opened() as reader:
@@ -148,7 +148,7 @@ def _dataset(name: str, field: str) -> Iterator[Piece]:
 def _row(share: float, row, field: str, where: str) -> Iterator[Piece]:
     """The document of a row; none where the field is null."""
     if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
-        known = f"it has {', '.join(map(str, row))}: set text_field" if isinstance(row, dict) else "it is no object"
+        known = f"it has {', '.join(map(str, row))}: --set text_field=NAME" if isinstance(row, dict) else "it is no object"
         raise LrkvError(f"{where} has no text in {field!r}", known)
     if row[field]:
         yield share, row[field].encode("utf-8", "replace").decode(), True       # JSON may hold halves of characters
@@ -233,12 +233,13 @@ def pack(data: list[str], tokenizer, folder: Path, *, seq_len: int, tokens: int,
     """Tokenise and write what `packed` reads into `folder`. Raises LrkvError for data that cannot be read, is too short or has tokens the model does not know."""
     held = max(1, validation_tokens // seq_len)
     with open(folder / TOKENS, "wb") as file:
-        cutter = Cutter(file, tokenizer, seq_len, vocabulary)
-        count = cutter.cut("the data", data, -(-tokens // seq_len) + (0 if validation else held), field, seed)
+        cutter, most = Cutter(file, tokenizer, seq_len, vocabulary), -(-tokens // seq_len) + (0 if validation else held)
+        count = cutter.cut("the data", data, most, field, seed)
         if validation:
             chosen = count + torch.arange(cutter.cut("the validation text", validation, held, field, seed))
         else:
-            chosen = torch.linspace(0, count - 1, min(held, max(1, count // 10)) + 2)[1:-1].round().long()      # of a short text a tenth
+            held = held if count == most else min(held, max(1, count // 10))        # of a text that ran out, a tenth at most
+            chosen = torch.linspace(0, count - 1, held + 2)[1:-1].round().long()
     training = torch.tensor(sorted(set(range(count)) - set(chosen.tolist())), dtype=torch.long)
     if not len(training):
         raise LrkvError(f"the data fills {count} window(s) of {seq_len} tokens: too short to train on and hold some out", "give more text, or a smaller seq_len")

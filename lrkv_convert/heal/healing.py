@@ -60,14 +60,16 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     options.check()
     check_shard_size(max_shard_size)
     record = read_record(model)
+    if resume and (out / RECORD).is_file() and not overwrite:
+        raise LrkvError(f"{out} is finished: there is nothing to resume", "--overwrite begins anew")
     check_output(out, model, overwrite)
     teacher, kl_weight = choose_loss(teacher, record, options, notice)
     accelerator = new_accelerator(device, options, out)
-    asked = {"model": fingerprint(model), "data": data, "teacher": teacher,
+    asked = {"model": fingerprint(model), "data": [str(Path(d).expanduser().resolve()) if Path(d).expanduser().exists() else d for d in data], "teacher": teacher,
              **{name: value for name, value in asdict(options).items() if name not in UNRECORDED}}
     run = Run(out, asked, accelerator, options.keep)
     try:
-        run.begin(resume, overwrite)
+        resume = run.begin(resume, overwrite, notice)
         stage("reading the data")
         windows = read_data(run, data, model, teacher, options)
         stage("loading")
@@ -198,6 +200,8 @@ def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows
         baseline["original"] = trainer.validation_loss(original)
         if not kl_weight and not options.match_attention:
             trainer.teacher = None          # it was here to be compared with
-    run.note({"step": 0, "validation_nll": baseline["converted"],
-              **({"validation_ratio": math.exp(baseline["converted"] - baseline["original"])} if "original" in baseline else {})})
+    ratio = {"validation_ratio": math.exp(baseline["converted"] - baseline["original"]), "original_nll": baseline["original"]} if "original" in baseline else {}
+    run.note({"step": 0, "tokens": 0, "validation_nll": baseline["converted"], **ratio})
+    stage(f"before training: held-out perplexity {math.exp(baseline['converted']):.3f}" + (f", ×{ratio['validation_ratio']:.4f} of the original's" if ratio else "")
+          + f"; {options.steps:,} steps")
     return trainer, baseline, 0

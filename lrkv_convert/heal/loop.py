@@ -88,7 +88,7 @@ class Trainer:
                 if stopping or done % options.checkpoint_every == 0 or done == options.steps:
                     run.save(done, {"baseline": baseline})
                 if stopping and done < options.steps:
-                    raise KeyboardInterrupt(f"interrupted after step {done} of {options.steps}; the same command with --resume goes on from there")
+                    raise KeyboardInterrupt(f"interrupted after step {done} of {options.steps}, which {run.folder} holds; the same command with --resume goes on from there")
 
     def step(self, step: int, run: Run, stop: Stop) -> tuple[dict, bool]:
         """One optimiser step; what to log of it, and whether any process was asked to stop. Raises LrkvError where it cannot be taken."""

@@ -1,5 +1,6 @@
 """What a user may ask of healing: the fields of a recipe (recipes/heal/*.yaml), one by one. Checked before anything is loaded."""
 import math
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 from ..errors import LrkvError
@@ -66,6 +67,15 @@ class Options:
     keep: int = 2
     tracker: str = "auto"
 
+    def __post_init__(self):
+        """One file is a list of files, and YAML's 1e-3, which it reads as text, a number."""
+        if isinstance(self.validation, str):
+            object.__setattr__(self, "validation", [self.validation])
+        for field in fields(self):
+            if field.type is float and isinstance(value := getattr(self, field.name), str):
+                with suppress(ValueError):
+                    object.__setattr__(self, field.name, float(value))
+
     @property
     def steps(self) -> int:
         return self.tokens // (self.seq_len * self.batch_size)
@@ -120,4 +130,4 @@ def _fits(value, kind) -> bool:
 
 
 def _kind(kind) -> str:
-    return {float: "a number (YAML reads 5e-4 as text: write 5.0e-4)", int: "a whole number", str: "a word", bool: "true or false"}.get(kind, "a list of files")
+    return {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}.get(kind, "a list of files")

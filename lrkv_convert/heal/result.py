@@ -2,6 +2,7 @@
 import datetime
 import importlib.util
 import json
+import resource
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,14 +28,19 @@ def history_entry(run: Run, trainer: Trainer, baseline: dict[str, float], teache
     last, tokens = next(line for line in reversed(run.log()) if "validation_nll" in line), options.steps * options.batch_size * options.seq_len
     return {
         "kind": "heal", "date": datetime.date.today().isoformat(), "recipe": {"name": recipe, **asdict(options)},
-        "data": [Path(d).name if Path(d).exists() else d for d in data], "data_sha256": windows.sha256, "data_read": round(windows.rounds(tokens), 3),
+        "data": [Path(d).name if Path(d).exists() else d for d in data], "windows_sha256": windows.sha256, "rounds": round(windows.rounds(tokens), 3),
         "teacher": teacher, "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
-        "steps": options.steps, "tokens": tokens, "seconds": last["seconds"],
+        "steps": options.steps, "tokens": tokens, "seconds": last["seconds"], "peak_memory_bytes": peak_memory(accelerator.device),
         "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
-        "validation": {"tokens": len(windows.validation) * (options.seq_len - 1), "nll": {**baseline, "healed": last["validation_nll"]}},
+        "validation": {"text": [Path(v).name for v in options.validation] if options.validation else "held out", "tokens": len(windows.validation) * (options.seq_len - 1), "nll": {**baseline, "healed": last["validation_nll"]}},
         "versions": {"lrkv_convert": version("lrkv-convert"), "torch": torch.__version__, "transformers": transformers.__version__},
         "picture": PICTURE if importlib.util.find_spec("matplotlib") else None,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process held, on the device that it trained on."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def finish(run: Run, trainer: Trainer, model: Path, record: dict, max_shard_size: int | str) -> None:

@@ -8,6 +8,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,12 +38,13 @@ class Run:
         self.work, self.made, self.lock = self.folder / WORK, False, None
         self.new_parents = [folder for folder in self.folder.parents if not folder.exists()]     # deepest first
 
-    def begin(self, resume: bool, overwrite: bool) -> None:
-        """Make the folder, or find the one to go on from. Raises LrkvError where the two are at odds, or other arguments were given then."""
+    def begin(self, resume: bool, overwrite: bool, notice: Callable[[str], None]) -> bool:
+        """Make the folder, or find the one to go on from; whether there is one. Raises LrkvError where the two are at odds, or other arguments were given then."""
         there, before = self.latest(), self.asked_before()
+        if resume and there is None:        # a job that is queued again and again may always say --resume
+            notice(f"there is no checkpoint in {self.folder} to resume from: beginning")
+            resume = False
         if resume:
-            if there is None:
-                raise LrkvError(f"there is no run to resume in {self.folder}", "leave --resume out")
             self.compare(before)
         elif there is not None and not overwrite:
             raise LrkvError(f"{self.folder} holds a run that stopped after step {step_of(there)}", "--resume goes on from there, --overwrite begins anew")
@@ -62,6 +64,7 @@ class Run:
             except OSError as error:
                 raise LrkvError(f"cannot write {self.folder}: {error.strerror or error}", "check permissions and free space") from error
         self.accelerator.wait_for_everyone()
+        return resume
 
     def claim(self) -> None:
         """Keep other processes out of the folder, if it is there, for as long as this one lives."""
