@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from environment import environment
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lrkv_convert import convert
@@ -52,16 +53,12 @@ def start(name: str, model: str, folder: Path, shape: dict, calibration: list[st
     return out
 
 
-@torch.no_grad()
 def randomise(folder: Path) -> None:
-    """Draw all factors anew, as for a model that is built from its config alone."""
+    """Draw all factors as in a model that is built from its config alone."""
     torch.manual_seed(0)
-    model, state = load_model(str(folder), torch.device("cpu")), load_file(folder / "model.safetensors")
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankHeads):
-            module.reset_parameters()
-            state |= {f"{name}.{key}": value.contiguous() for key, value in module.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    built = AutoModelForCausalLM.from_config(load_model(str(folder), torch.device("cpu")).config)       # what was loaded would not be drawn anew
+    drawn = {f"{name}.{key}": value.contiguous() for name, module in built.named_modules() if isinstance(module, LowRankHeads) for key, value in module.state_dict().items()}
+    save_file(load_file(folder / "model.safetensors") | drawn, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def run(label: str, source: Path, out: Path, data: list[str], scale: float, device: str, **options) -> tuple[dict, list[dict]]:
