@@ -34,6 +34,7 @@ ROWS = [    # (label, start, options)
     ("Muon + AdamW, KL, mean base and SVD", "mean", {}),
     ("Muon + AdamW, KL, random factors", "random", {}),
 ]
+NEAR = 1.5       # ratios below this are drawn once more by themselves
 STARTS = {"joint": {}, "mean": {"base": "mean", "calibration": []}}      # options of convert
 
 
@@ -73,18 +74,21 @@ def run(label: str, source: Path, out: Path, data: list[str], scale: float, devi
 
 
 def draw(rows: list[dict], file: Path, per_step: int) -> None:
+    """All rows on the left, those that come near the original once more on the right."""
     from lrkv_convert.plot import MARKERS, pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=130, layout="constrained")
-    for row, marker in zip(rows, MARKERS):
-        axes.plot([step * per_step for step, _ in row["curve"]], [ratio for _, ratio in row["curve"]], marker=marker, label=row["way"])
-    axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda y, _: f"×{y:g}")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("perplexity on held-out text, relative to the original (log scale)")
-    axes.grid(True, which="both", linewidth=0.4)
-    axes.legend()
+    figure, (every, near) = pyplot.subplots(1, 2, figsize=(11, 5), dpi=130, layout="constrained")
+    for row, marker, colour in zip(rows, MARKERS, pyplot.rcParams["axes.prop_cycle"].by_key()["color"]):
+        for axes in (every, near) if row["curve"][-1][1] < NEAR else (every,):
+            axes.plot([step * per_step for step, _ in row["curve"]], [ratio for _, ratio in row["curve"]], marker=marker, color=colour, label=row["way"])
+    every.set_yscale("log")
+    for axes, form in ((every, "×{:g}"), (near, "×{:.2f}")):
+        axes.axhline(1, color="0.6", linewidth=0.8)
+        axes.yaxis.set_major_formatter(lambda y, _, form=form: form.format(y))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.set_xlabel("tokens trained on")
+        axes.grid(True, which="both", linewidth=0.4)
+    every.set_ylabel("held-out perplexity, relative to the original")
+    figure.legend(*every.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(file)
 
 
