@@ -37,7 +37,7 @@ def main() -> None:
     logging.disable_progress_bar()
     options = Options(precision=args.precision, tracker="none")
     accelerator = new_accelerator(args.device, options, Path("unused"))
-    teacher = load_model(args.model, accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else "auto").requires_grad_(False)
+    teacher = load_model(args.model, accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32).requires_grad_(False)
     tokens = np.random.default_rng(0).integers(0, teacher.config.vocab_size, (64, options.seq_len), dtype=np.int32)
     windows = Windows(tokens, torch.arange(63), torch.tensor([63]), "")
     contenders = {}

@@ -19,6 +19,7 @@ from lrkv_convert.heal.optimise import MuonAdamW, groups, schedule
 from lrkv_convert.heal.student import choose_trained
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
+
 @pytest.fixture(scope="session")
 def healed(converted, sheep, tmp_path_factory):
     """healed(family, **options) -> folder; each combination is healed once."""

@@ -202,9 +202,11 @@ def test_a_tracker_is_taken_if_it_is_installed_and_gets_the_curve(converted, she
     assert launch.choose_tracker("auto") == launch.choose_tracker("tensorboard") == "tensorboard"
     monkeypatch.setattr(launch, "is_trackio_available", lambda: True)
     assert launch.choose_tracker("auto") == "trackio"
-    from accelerate import Accelerator
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: asked.append((step, values["loss"])))
-    run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--set", *SETTINGS)
+    made, real = [], launch.Accelerator
+    monkeypatch.setattr(launch, "Accelerator", lambda log_with, **options: (made.append(log_with), real(**options))[1])
+    monkeypatch.setattr(real, "log", lambda self, values, step: asked.append((step, values["loss"])))
+    run("heal", converted(), "--data", sheep, "--out", tmp_path / "out", "--set", *SETTINGS, "tracker=tensorboard")
+    assert made == ["tensorboard"]
     assert asked == [(line["step"], line["loss"]) for line in log(tmp_path / "out") if "loss" in line]
 
 

@@ -40,7 +40,7 @@ DOCUMENTS = [f"document {i} " + "abc" * i for i in range(30)]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder", "dataset"])
-def test_every_kind_of_data_gives_the_same_windows(kind, tmp_path, monkeypatch):
+def test_every_kind_of_data_gives_its_documents(kind, tmp_path, monkeypatch):
     if kind == "txt":
         file = tmp_path / "a.txt"
         file.write_text("".join(DOCUMENTS))
@@ -156,7 +156,7 @@ def test_a_mark_of_byte_order_is_no_text_and_lines_may_be_long(tmp_path):
     assert max(len(text) for _, text, _ in pieces(tmp_path / "a.txt", "text")) < 100_000
 
 
-def test_thousands_of_files_are_not_all_open_at_once(tmp_path):
+def test_more_files_are_read_than_may_be_open_at_once(tmp_path):
     import resource
     (tmp_path / "many").mkdir()
     for i in range(300):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..adapters import ADAPTERS
 from ..errors import LrkvError, first_line
@@ -32,7 +32,7 @@ from .run import Run
 from .student import choose_trained, load_trained, only_trained, set_precision
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)      # every process holds the whole model
-UNRECORDED = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # may differ when a run is resumed
+MAY_DIFFER = ("micro_batch_size", "gradient_checkpointing", "validate_every", "checkpoint_every", "keep", "tracker")      # when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     check_output(out, model, overwrite)
     teacher, kl_weight = choose_loss(teacher, record, options, notice)
     accelerator = new_accelerator(device, options, out)
-    asked = {"model": fingerprint(model), "data": [str(Path(d).expanduser().resolve()) if Path(d).expanduser().exists() else d for d in data], "teacher": teacher,
-             **{name: value for name, value in asdict(options).items() if name not in UNRECORDED}}
+    asked = {"model": fingerprint(model), "data": [absolute(d) for d in data], "teacher": teacher,
+             **{name: value for name, value in asdict(options).items() if name not in MAY_DIFFER}}
     run = Run(out, asked, accelerator, options.keep)
     try:
         resume = run.begin(resume, overwrite, notice)
@@ -111,9 +111,13 @@ def choose_loss(teacher: str | None, record: dict, options: Options, notice: Cal
         if wanted:
             raise LrkvError(f"{wanted} needs the original model, and {named or 'it'} is no longer there", "give --teacher, or use loss: ce")
         notice(f"the original is not at {named}: training on cross-entropy, without it (--teacher says where it is)")
-    elif Path(found).expanduser().exists():
-        found = str(Path(found).expanduser().resolve())
-    return found, {"auto": 1.0 if found else 0.0, "kl": 1.0, "ce": 0.0, "mix": options.kl_weight}[options.loss]
+    return found and absolute(found), {"auto": 1.0 if found else 0.0, "kl": 1.0, "ce": 0.0, "mix": options.kl_weight}[options.loss]
+
+
+def absolute(name: str) -> str:
+    """A path that holds wherever the command is given again; ids of the hub as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def fingerprint(model: Path) -> str:
@@ -124,7 +128,7 @@ def fingerprint(model: Path) -> str:
 
 def read_data(run: Run, data: list[str], model: Path, teacher: str | None, options: Options) -> Windows:
     """The packed data of this run, made by the main process if it is not there yet. Raises LrkvError, also for tokenizers that differ."""
-    config, tokenizer = load_config(model), load_tokenizer(str(model))
+    config, tokenizer = load_config(str(model)), load_tokenizer(str(model))
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
         raise LrkvError(f"windows of {options.seq_len} tokens are longer than {model} can read ({limit})", "give a smaller seq_len")
@@ -144,12 +148,7 @@ def read_data(run: Run, data: list[str], model: Path, teacher: str | None, optio
 
 def check_teacher(teacher: str, config, tokenizer) -> None:
     """Raise LrkvError for an original with another vocabulary, or another tokenizer."""
-    where, extra = location(teacher)
-    try:
-        other = AutoConfig.from_pretrained(where, **extra)
-    except Exception as error:          # the hub, json, gguf and transformers raise their own
-        raise LrkvError(f"cannot read the config of the teacher {teacher}: {first_line(error)}", "is the folder whole?") from error
-    size = other.get_text_config().vocab_size
+    size = load_config(teacher).get_text_config().vocab_size
     if size != config.vocab_size:
         raise LrkvError(f"the teacher {teacher} has another vocabulary ({size} tokens, the student {config.vocab_size})", "give the model that was converted")
     try:
@@ -161,10 +160,12 @@ def check_teacher(teacher: str, config, tokenizer) -> None:
         raise LrkvError(f"the tokenizer of the teacher {teacher} is another one than the student's", "give the model that was converted")
 
 
-def load_config(model: Path):
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a converted folder or of an original, wherever it is. Raises LrkvError."""
+    where, extra = location(model)
     try:
-        return AutoConfig.from_pretrained(model)
-    except Exception as error:
+        return AutoConfig.from_pretrained(where, **extra)
+    except Exception as error:          # the hub, json, gguf and transformers raise their own
         raise LrkvError(f"cannot read the config of {model}: {first_line(error)}", "is the folder whole?") from error
 
 

@@ -1,9 +1,10 @@
 """The folder of a run in progress, <out>.partial: packed data, checkpoints, the log. Whatever happens to the process, the last checkpoint is whole.
 
-    <out>.partial/heal.jsonl               one line per step, one per validation
-    <out>.partial/work/heal.json           what was asked for; a resumed run must ask for the same
-    <out>.partial/work/windows.*           packed data (data.py)
-    <out>.partial/work/checkpoint-000120/  trained weights, optimiser, schedule, random numbers (accelerate's save_state), and state.json
+    heal.jsonl              one line per step, with what validation found
+    work:
+      heal.json             what was asked for; a resumed run must ask for the same
+      windows.*             packed data (data.py)
+      checkpoint-000120     trained weights, optimiser, schedule, random numbers (accelerate's save_state), and state.json
 """
 import json
 import os
