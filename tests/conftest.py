@@ -142,3 +142,13 @@ def log(folder) -> list[dict]:
 
 def losses(folder) -> list[float]:
     return [line["loss"] for line in log(folder) if "loss" in line]
+
+
+SETTINGS = [f"{name}={value}" for name, value in SHORT.items()]     # the same, for --set
+
+
+def run(*arguments, code=0):
+    """Run `lrkv` in this process; it must end with that code."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + result.stderr + repr(result.exception)
+    return result
