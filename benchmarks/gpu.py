@@ -50,8 +50,7 @@ def model_steps(model: str, text: str, out: Path, device: torch.device, quick: b
         done = convert(model, out / name, device=str(device), overwrite=True, calibration_tokens=1024 if quick else None, **options)
         folders.append(str(out / name))
         records[name] = {key: done.record[key] for key in ("seconds", "seconds_per_stage", "peak_memory_bytes")}
-    [content] = read_texts([text])
-    quality = compare([model, *folders], content, max_tokens=1024 if quick else 17408, batch_size=4, device=device)
+    quality = compare([model, *folders], read_texts([text]), max_tokens=1024 if quick else 17408, batch_size=4, device=device)
     speed = bench([model, *folders], tokens=[64] if quick else [2048, 8000], batches=[1] if quick else [1, 8, 32], routes=["auto", "split", "rebuild"], device=device,
                   dtype=torch.bfloat16)
     for row in speed["rows"]:
@@ -69,8 +68,7 @@ def heal_step(model: str, text: str, data: list[str], tokens: int, out: Path, de
     size = {"tokens": 4096, "validation_tokens": 512} if quick else {"tokens": tokens, "micro_batch_size": 4, "batch_size": 8, "validate_every": 50, "checkpoint_every": 200}
     done = heal(half, healed, data, device=str(device), overwrite=True, tracker="none", **size, report=lambda line: print(
         f"step {line['step']} of {line['steps']}: held out x{line['validation_ratio']:.4f}, {line['tokens_per_second']:,.0f} tokens/s", flush=True) if "validation_ratio" in line else None)
-    [content] = read_texts([text])
-    quality = compare([model, str(half), str(healed)], content, max_tokens=1024 if quick else 17408, batch_size=4, device=device, dtype=torch.float32)
+    quality = compare([model, str(half), str(healed)], read_texts([text]), max_tokens=1024 if quick else 17408, batch_size=4, device=device, dtype=torch.float32)
     for row in quality["models"]:
         print(f"{row['path']:<40} perplexity x{row['ratio']:.4f}  KL {row['kl']:.4f}", flush=True)
         row["path"] = Path(row["path"]).name

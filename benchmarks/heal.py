@@ -125,21 +125,18 @@ def main() -> None:
         rows.append({"way": label, "start": name, "scale": best, "muon_lr": entry["recipe"]["muon_lr"], "adamw_lr": entry["recipe"]["adamw_lr"],
                      "tuning": {f"{s:g}": nll for s, nll in tried.items()}, "tokens": entry["tokens"], "seconds": entry["seconds"],
                      "curve": [[line["step"], line["validation_ratio"]] for line in log if "validation_ratio" in line]})
-    results = [compare([args.model, *dict.fromkeys(map(str, folders))], text, max_tokens=args.test_tokens, device=pick_device(args.device), dtype=torch.float32)
-               for text in read_texts(args.text)]
-    tokens = sum(r["tokens"] for r in results)
-    nll = lambda path: sum(m["nll"] * r["tokens"] for r in results for m in r["models"] if m["path"] == str(path)) / tokens
-    kl = lambda path: sum(m["kl"] * r["tokens"] for r in results for m in r["models"] if m["path"] == str(path)) / tokens
+    result = compare([args.model, *dict.fromkeys(map(str, folders))], read_texts(args.text), max_tokens=args.test_tokens, device=pick_device(args.device), dtype=torch.float32)
+    models = {row["path"]: row for row in result["models"]}
     print("\n| healing | learning rates | before | after | of the lost log-perplexity | KL after | tokens/s |\n|---|---|---|---|---|---|---|")
     for i, row in enumerate(rows):
-        before, after = (nll(path) - nll(args.model) for path in folders[2 * i:2 * i + 2])
-        row |= {"before": math.exp(before), "after": math.exp(after), "regained": (before - after) / before, "kl": kl(folders[2 * i + 1])}
+        before, after = (models[str(path)] for path in folders[2 * i:2 * i + 2])
+        row |= {"before": before["ratio"], "after": after["ratio"], "regained": 1 - math.log(after["ratio"]) / math.log(before["ratio"]), "kl": after["kl"]}
         rates = f"{row['adamw_lr']:g}" if "AdamW," in row["way"] and "Muon" not in row["way"] else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
         print(f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** | {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |")
-    print(f"\n{rows[0]['tokens']:,} tokens trained on, {tokens:,} tokens predicted, windows of 512")
+    print(f"\n{rows[0]['tokens']:,} tokens trained on, {result['tokens']:,} tokens predicted, windows of 512")
     write_json(args.out / "heal.json", {**environment(pick_device(args.device)), "model": Path(args.model).name, "shape": shape, "batch_size": args.batch_size,
-                                        "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)], "texts": [r["text"] for r in results],
-                                        "test_tokens": tokens, "rows": rows})
+                                        "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)], "texts": result["texts"],
+                                        "test_tokens": result["tokens"], "rows": rows})
     draw(rows, args.out / "heal.png", step)
 
 

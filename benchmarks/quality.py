@@ -19,7 +19,7 @@ from transformers.utils import logging
 from lrkv_convert.calibrate import Skeleton, read_texts, window_length, windows
 from lrkv_convert.conversion import observe, open_model, plan_budget
 from lrkv_convert.device import pick_device
-from lrkv_convert.evaluate.compare import measure, text_windows
+from lrkv_convert.evaluate.perplexity import Candidate, measure, text_windows
 from lrkv_convert.evaluate.load import load_model, load_tokenizer
 from lrkv_convert.options import Options
 from lrkv_convert.store import Store
@@ -95,9 +95,9 @@ def main() -> None:
             print(f"# {label} ({calibration}): {time.perf_counter() - began:.0f} s", flush=True)
         for text in read_texts(args.text):
             ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])[:args.tokens]
-            sums, predicted = measure(models, text_windows(ids, 512, 1))
-            results.append({"text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted,
-                            "models": [{"nll": s.nll / predicted, "kl": s.kl / predicted} for s in sums]})
+            scores = measure([Candidate(model) for model in models], text_windows(ids, 512, 1))
+            results.append({"text": {"name": text.name, "sha256": text.sha256}, "tokens": scores[0].tokens,
+                            "models": [{"nll": s.mean("nll"), "kl": s.mean("kl")} for s in scores]})
     tokens = sum(r["tokens"] for r in results)
     pooled = lambda i, key: sum(r["models"][i][key] * r["tokens"] for r in results) / tokens
     base = pooled(0, "nll")

@@ -1,56 +1,85 @@
 """`lrkv compare` and `lrkv eval`."""
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import app, quiet_libraries
+from .app import Variadic, app, quiet_libraries
 
-TextFile = Annotated[str, typer.Option("--text", help="Text file to measure on.")]
-SeqLen = Annotated[int, typer.Option(min=2, help="Window in tokens; windows do not overlap.")]
-MaxTokens = Annotated[int | None, typer.Option(min=2, help="Read no more of the text than this.")]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="Text files to measure on, or folders of them; several.")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="wikitext2 or c4 by the standard protocol, or org/name:config:split; several.")]
+SeqLen = Annotated[int | None, typer.Option(min=2, help="Window in tokens; windows do not overlap. Default: 512; 2048 with --dataset.")]
+MaxTokens = Annotated[int | None, typer.Option(min=2, help="Read no more of each text than this.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16 or float64.")]
+Caches = Annotated[list[str] | None, typer.Option("--cache", help="Also read every model from a quantised cache: fp8, int8, int4; several.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Let every model go on from this; several.")]
+Samples = Annotated[int | None, typer.Option(min=0, help="Let every model go on from so many passages of the first text. Default: 0; 3 with --report.")]
+LongContext = Annotated[int | None, typer.Option(min=0, help="Passkeys hidden in up to so many tokens, and loss by position up to there. 0: as many as the models read.")]
+Tasks = Annotated[list[str] | None, typer.Option("--tasks", help="Tasks of lm-eval: arc_easy, mmlu, gsm8k, ...; several, or one,two,three.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Examples per task.")]
+TaskFolder = Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as lm-eval's YAML.")]
+GeneratedCode = Annotated[bool, typer.Option("--run-generated-code", help="Allow tasks that run what a model writes (humaneval) on this machine.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Card = Annotated[bool, typer.Option("--card", help="Also write what was measured into the model cards of the converted folders.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Also write one HTML page with tables, pictures and commands.")]
 
 
-@app.command()
+@app.command(cls=Variadic)
 def compare(
     base: Annotated[str, typer.Argument(help="The original model: folder, .gguf file or hub id.")],
-    others: Annotated[list[str], typer.Argument(help="Models to compare with it.")],
-    text: TextFile, seq_len: SeqLen = 512, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto", dtype: DType = "auto",
-    json_file: Json = None,
+    others: Annotated[list[str], typer.Argument(help="Models to compare with it: converted, healed, any.")],
+    text: Texts = None, dataset: Datasets = None, seq_len: SeqLen = None, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto",
+    dtype: DType = "auto", cache: Caches = None, prompt: Prompts = None, samples: Samples = None, long_context: LongContext = None, tasks: Tasks = None,
+    limit: Limit = None, task_folder: TaskFolder = None, run_generated_code: GeneratedCode = False, json_file: Json = None, report: Report = None, card: Card = False,
 ) -> None:
-    """Perplexity, KL, agreement and cache of models beside their original."""
-    measure([base, *others], text, seq_len, max_tokens, batch_size, device, dtype, json_file)
+    """Perplexity, KL, agreement and cache of models beside their original; at length, on tasks and in words if asked."""
+    measure([base, *others], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file, report, card, caches=cache or [], prompts=prompt or [],
+            samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=[t for given in tasks or [] for t in given.split(",") if t],
+            limit=limit, task_folder=task_folder, generated_code=run_generated_code)
 
 
-@app.command("eval")
+@app.command("eval", cls=Variadic)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
-    text: TextFile, seq_len: SeqLen = 512, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto", dtype: DType = "auto",
-    json_file: Json = None,
+    text: Texts = None, dataset: Datasets = None, seq_len: SeqLen = None, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto",
+    dtype: DType = "auto", json_file: Json = None,
 ) -> None:
     """Perplexity and cache of one model."""
-    measure([model], text, seq_len, max_tokens, batch_size, device, dtype, json_file)
+    measure([model], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file)
 
 
-def measure(models: list[str], text: str, seq_len: int, max_tokens: int | None, batch_size: int, device: str, dtype: str, json_file: Path | None) -> None:
+def measure(models: list[str], text: list[str] | None, dataset: list[str] | None, seq_len: int | None, max_tokens: int | None, batch_size: int, device: str, dtype: str,
+            json_file: Path | None, report: Path | None = None, card: bool = False, **more) -> None:
     quiet_libraries()
     from lrkv_convert import LrkvError
-    from lrkv_convert.calibrate import read_texts
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import compare as run
+    from lrkv_convert.evaluate.corpora import gather
+    from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import write_json
 
     from . import display
-    [content] = read_texts([text])
-    if json_file and not json_file.parent.is_dir():
-        raise LrkvError(f"cannot write {json_file}: its folder does not exist", "make it first")
+    for file in (json_file, report):
+        if file and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise LrkvError(f"cannot write {file}: its folder does not exist or is not writable", "make it first")
+    if report:
+        from lrkv_convert.evaluate.page import write_page
+    texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
     with display.progress() as progress:
-        result = run(models, content, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device),
-                     dtype=pick_dtype(dtype), progress=lambda done, total: progress("measuring", done, total))
+        result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),
+                     progress=progress, **more)
     if json_file:
         write_json(json_file, result)
+    if report:
+        write_page(result, report, shlex.join(["lrkv", *sys.argv[1:]]))
+    written = [file for file in (json_file, report) if file]
+    if card:
+        written += [Path(model) / "README.md" for model in models[1:] if add_evaluation(Path(model), result)]
     display.show_comparison(result)
+    if written:
+        print("\nwritten: " + ", ".join(map(str, written)))

@@ -25,7 +25,6 @@ def demo(
     from lrkv_convert.device import pick_device
     from lrkv_convert.options import TOKENS
     from lrkv_convert.evaluate import compare
-    from lrkv_convert.evaluate.samples import continuations
 
     from . import display
     model, device = str(demo_model()), pick_device("auto")
@@ -35,8 +34,7 @@ def demo(
     display.show_conversion(done.record, model, out, layers=False)
     manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))
     with display.progress() as progress:
-        result = compare([model, str(out)], manual, max_tokens=max_tokens, device=device, progress=lambda d, t: progress("comparing", d, t))
-    display.show_samples({name: continuations(path, PROMPTS, device) for name, path in (("original", model), ("LRKV", str(out)))}, PROMPTS)
+        result = compare([model, str(out)], [manual], max_tokens=max_tokens, device=device, prompts=list(PROMPTS), progress=progress)
     display.show_comparison(result)
     display.show_location(out)
 

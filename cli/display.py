@@ -2,6 +2,7 @@
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -163,17 +164,77 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
 
 
 def show_comparison(result: dict) -> None:
-    """One row per model, the base first."""
-    out = _console()
-    several = len(result["models"]) > 1         # alone there is nothing to be compared with
-    compared = ["ratio", "KL", "top-1"] if several else []
-    table = _table("model", "perplexity", *compared, "cache/token", *(["of base"] if several else []), "params")
-    for row in result["models"]:
-        distance = [f"×{row['ratio']:.4f}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}"] if several else []
-        table.add_row(_short(row["path"]), f"{row['perplexity']:.3f}", *distance, _bytes(row["kv_bytes_per_token_allocated"]),
-                      *([f"{row['kv_ratio']:.1%}"] if several else []), f"{row['parameters'] / 1e6:,.1f}M")
-    out.print(table)
-    out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
+    """One row per model and cache, the base first; then by text, by length of context, far apart, tasks, and what each writes."""
+    out, rows = _console(), result["models"]
+    names, several = [row["name"] for row in rows], len(rows) > 1       # alone there is nothing to be compared with
+    compared = [("ratio", lambda r: f"×{r['ratio']:.4f}"), ("KL", lambda r: f"{r['kl']:.4f}"), ("top-1", lambda r: f"{r['top1_agreement']:.1%}")] if several else []
+    quality = [("perplexity", lambda r: f"{r['perplexity']:.3f}"), *compared]
+    sizes = [("cache/token", lambda r: _bytes(r["kv_bytes_per_token_allocated"])), *([("of base", lambda r: f"{r['kv_ratio']:.1%}")] if several else [])]
+    spread = [("95 % interval", _interval)] if several else []
+    for columns in ([[*quality[:2], *spread, *quality[2:], *sizes]] if out.width >= 90 else [quality, [*spread, *sizes]]):
+        table = _table("model", *(name for name, _ in columns))
+        for name, row in zip(names, rows):
+            table.add_row(name, *(cell(row) for _, cell in columns))
+        out.print(table)
+    out.print(f"{', '.join(t['name'] for t in result['texts'])}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
+    if len(result["texts"]) > 1:
+        _grid(out, "ratio on", [f"{text['name']} ({text['tokens']:,})" for text in result["texts"]], names,
+              lambda i, j: f"{rows[j]['texts'][i]['perplexity']:.3f}" if j == 0 else f"×{rows[j]['texts'][i]['ratio']:.4f}")
+    if several and len(rows[0]["context"]) > 1:
+        _by_context(out, rows[1:])
+    if "long_context" in result:
+        _show_far(out, result["long_context"])
+    if result.get("tasks"):
+        _show_tasks(out, result["tasks"])
+    for sample in result.get("samples", []):
+        out.print()
+        out.print(f'"{" ".join(sample["prompt"].split())} …"', markup=False)
+        for name, text in zip(names, sample["continuations"]):
+            out.print(f"  {name}: … {' '.join(text.split())}", markup=False)
+
+
+def _interval(row: dict) -> str:
+    return "" if row["ratio_low"] is None or row["kl"] == 0 else f"{row['ratio_low']:.3f}–{row['ratio_high']:.3f}"
+
+
+def _grid(out: Console, corner: str, rows: list[str], columns: list[str], cell: Callable[[int, int], str]) -> None:
+    """A table of rows by columns, in as many parts beside one another as the width makes of it. cell: (row, column) -> text."""
+    room = max(1, (out.width - max(map(len, [corner, *rows]))) // 20)
+    for first in range(0, len(columns), room):
+        part = range(first, min(first + room, len(columns)))
+        table = _table(corner, *(columns[j] for j in part))
+        for i, name in enumerate(rows):
+            table.add_row(name, *(cell(i, j) for j in part))
+        out.print()
+        out.print(table)
+
+
+def _by_context(out: Console, rows: list[dict]) -> None:
+    """KL and agreement for predictions from ever more context."""
+    buckets = [row["context"] for row in rows]
+    _grid(out, "KL, top-1 after", [f"{b['from']:,} to {b['to']:,} tokens" if b["to"] > b["from"] else f"{b['from']:,} tokens" for b in buckets[0]],
+          [row["name"] for row in rows], lambda i, j: f"{buckets[j][i]['kl']:.4f} {buckets[j][i]['top1_agreement']:.1%}")
+
+
+def _show_far(out: Console, far: dict) -> None:
+    names, lengths = [row["name"] for row in far["models"]], [f["tokens"] for f in far["models"][0]["passkey"]]
+    cell = lambda i, j: f"{sum(d['found'] for d in far['models'][j]['passkey'][i]['depths'])}/{len(far['models'][j]['passkey'][i]['depths'])}"
+    _grid(out, "passkey found in", [f"{length:,} tokens" for length in lengths], names, cell)
+    if cell(0, 0).startswith("0/"):
+        out.print("the first model does not find it either: that says nothing about the others")
+    if len(names) > 1:
+        _by_context(out, far["models"][1:])
+
+
+def _show_tasks(out: Console, tasks: list[dict]) -> None:
+    names, kinds = list(dict.fromkeys(row["name"] for row in tasks)), list(dict.fromkeys((row["task"], row["metric"]) for row in tasks))
+    values = {(row["name"], row["task"], row["metric"]): row for row in tasks}
+
+    def cell(i: int, j: int) -> str:
+        row = values[(names[j], *kinds[i])]
+        return f"{row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")
+
+    _grid(out, "task", [f"{task}, {metric}" for task, metric in kinds], names, cell)
 
 
 def show_bench(result: dict) -> None:
@@ -199,15 +260,6 @@ def _mib(count: int | None) -> str:
 def _short(path: str, width: int = 30) -> str:
     name = Path(path).name
     return name if len(name) <= width else name[: width - 1] + "…"
-
-
-def show_samples(samples: dict[str, list[str]], prompts: tuple[str, ...]) -> None:
-    """What each model makes of the same beginnings."""
-    out = _console()
-    for i, prompt in enumerate(prompts):
-        out.print(f'"{prompt} …"', markup=False)
-        for name, texts in samples.items():
-            out.print(f"  {name:<9} … {' '.join(texts[i].split())}", markup=False)
 
 
 def show_location(folder: Path) -> None:

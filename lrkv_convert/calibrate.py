@@ -31,10 +31,11 @@ KEPT_AS = torch.bfloat16    # activations that wait on disk for the refit: they 
 
 @dataclass(frozen=True)
 class Text:
-    """A named text. `sha256` is of its UTF-8 bytes."""
+    """A named text. `sha256` is of its UTF-8 bytes; max_tokens: no more than its first so many are meant."""
 
     name: str
     content: str
+    max_tokens: int | None = None
 
     @property
     def sha256(self) -> str:

@@ -1,6 +1,7 @@
 """Pictures. Needs the `plot` extra."""
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
@@ -99,6 +100,73 @@ def healing(log: list[dict], entry: dict, file: Path) -> None:
         axes.legend()
     above.set_title(f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens, {entry['recipe']['optimizer']}, {entry['precision'].replace('no', 'float32')}")
     figure.savefig(file)
+    pyplot.close(figure)
+
+
+def cache(record: dict, name: str, file: Path) -> None:
+    """Numbers that each layer caches per token, base and residuals of keys and values, and below the relative error of their fit."""
+    layers, heads, width = record["layers"], record["geometry"]["kv_heads"], record["geometry"]["head_dim"]
+    places, height = range(len(layers)), [0] * len(record["layers"])
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True)
+    for side, colours in (("keys", ("C0", "#9ecae1")), ("values", ("C1", "#fdd0a2"))):
+        for part, colour in zip(("base_width", "rank"), colours):
+            numbers = [layer[side][part] * (heads if part == "rank" else 1) for layer in layers]
+            above.bar(places, numbers, bottom=height, color=colour, label=f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}")
+            height = [a + b for a, b in zip(height, numbers)]
+        below.plot(places, [layer[side]["error"] for layer in layers], marker=MARKERS[side == "values"], color=colours[0], label=side)
+    above.axhline(2 * heads * width, color="0.4", linestyle="--", linewidth=1, label="the original")
+    above.set_ylabel("numbers cached per token")
+    above.set_title(f"{name}: {record['cache']['kv_ratio']:.1%} of the original's cache")
+    above.legend(fontsize="small", ncols=2)
+    below.set_ylabel("relative error of the fit\n(in its metric)")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("layer")
+    below.legend(fontsize="small")
+    for axes in (above, below):
+        axes.grid(True, axis="y", linewidth=0.4)
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def comparison(rows: list[dict], file: BinaryIO) -> None:
+    """Perplexity ratio against cache for every row but the base, with its confidence interval."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, row in enumerate(rows[1:]):
+        spread = None if row["ratio_low"] is None else [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
+        axes.errorbar(row["kv_ratio"], row["ratio"], yerr=spread, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=4, label=row["name"])
+    axes.plot(1, 1, marker="*", markersize=12, linestyle="none", color="0.3", label=rows[0]["name"])
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set_xlim(0, max(1.05, 1.05 * max(row["kv_ratio"] for row in rows)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
+    axes.set_xlabel("cached bytes per token, share of the original's")
+    axes.set_ylabel("perplexity, relative to the original\n(bars: 95 % interval)")
+    axes.grid(True, linewidth=0.4)
+    axes.legend(fontsize="small")
+    figure.savefig(file, format="svg")
+    pyplot.close(figure)
+
+
+def by_context(rows: list[dict], file: BinaryIO) -> None:
+    """KL to the original and perplexity ratio against the tokens of context before the prediction (evaluate/statistics.by_context)."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for i, row in enumerate(rows):
+        buckets = row["context"]
+        middles = [math.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
+        for axes, key in zip(panels, ("kl", "ratio")):
+            axes.plot(middles, [bucket[key] for bucket in buckets], marker=MARKERS[i % len(MARKERS)], label=row["name"])
+    edges = [bucket["from"] for bucket in rows[0]["context"]] + [rows[0]["context"][-1]["to"]]
+    for axes, label in zip(panels, ("KL to the original (nats)", "perplexity, relative to the original")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+        axes.set_xlabel("tokens of context before the prediction")
+        axes.set_ylabel(label)
+        axes.grid(True, linewidth=0.4)
+    panels[0].set_ylim(bottom=0)
+    panels[1].axhline(1, color="0.6", linewidth=0.8)
+    panels[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(file, format="svg")
     pyplot.close(figure)
 
 

@@ -1,9 +1,10 @@
-"""What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, the model card."""
-import importlib
-import math
+"""What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, and the model card (card.py)."""
+import datetime
+import importlib.util
+import json
 import platform
-import re
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .adapters import Adapter
 from .calibrate import Text
+from .card import PICTURE, model_card, source_metadata
 from .checkpoint import Checkpoint
 from .errors import LrkvError
 from .modeling import FAMILIES, auto_map
 from .plan import Plan
-from .writer import RECORD, write_json
+from .writer import RECORD, write_json, write_text
 
 FORMAT = 1
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config")
@@ -46,6 +48,7 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str,
                      "python": platform.python_version()},
         "cache": {key: value for key, value in plan.as_dict().items() if key.startswith("kv_")},
         "keys": plan.keys,
+        "geometry": asdict(plan.geometry),
         "layers": [{"layer": i, "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": error["keys"]},
                     "values": {"base_width": p.value_width, "rank": p.value_rank, "error": error["values"]}}
                    for i, (p, error) in enumerate(zip(plan.layers, errors))],
@@ -81,7 +84,10 @@ def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, con
         for licence in checkpoint.path.glob("LICENSE*"):
             shutil.copy(licence, folder / licence.name)
     write_json(folder / RECORD, record)
-    (folder / "README.md").write_text(model_card(record, source_licence(checkpoint.path), name), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        from . import plot
+        plot.cache(record, name, folder / PICTURE)
+    write_card(folder, record, source_metadata(checkpoint.path), name)
 
 
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
@@ -92,69 +98,25 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
         return GenerationConfig.from_model_config(checkpoint.config)
 
 
-def source_licence(folder: Path) -> str | None:
-    """The `license` of the source's model card, if it has one."""
-    card = folder / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.M) if card.is_file() else None
-    return found[1] if found else None
+def add_evaluation(folder: Path, result: dict) -> bool:
+    """Write what a comparison found of the converted model in `folder` into its lrkv.json and its card; False if it is none, or was not compared.
+
+    An earlier measurement of the same texts in the same windows is replaced.
+    """
+    rows = [i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]) == folder]
+    if not rows or not (folder / RECORD).is_file():
+        return False
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
+                "tokens": result["tokens"], "seq_len": result["seq_len"], "dtype": result["models"][0]["dtype"],
+                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context")} for i in (0, rows[0])]}
+    same = lambda other: (other["sha256"], other["seq_len"], other["tokens"]) == (measured["sha256"], measured["seq_len"], measured["tokens"])
+    record["evaluations"] = [other for other in record.get("evaluations", []) if not same(other)] + [measured]
+    write_json(folder / RECORD, record)
+    write_card(folder, record, source_metadata(folder), folder.name)
+    return True
 
 
-def model_card(record: dict, licence: str | None, name: str) -> str:
-    """README.md of a converted folder."""
-    cache, source = record["cache"], record["source"]
-    rows = "\n".join(f"| {x['layer']} | {x['keys']['base_width']} + H·{x['keys']['rank']} | {x['keys']['error']:.3f} "
-                     f"| {x['values']['base_width']} + H·{x['values']['rank']} | {x['values']['error']:.3f} |" for x in record["layers"])
-    texts = ", ".join(t["name"] for t in record["calibration"]["texts"]) or "none (weights only)"
-    title = Path(source["name"]).name if Path(source["name"]).exists() else source["name"]     # a path here says nothing to others
-    front = f"license: {licence}\n" if licence else ""
-    return f"""---
-{front}library_name: transformers
-pipeline_tag: text-generation
-tags: [lrkv, kv-cache]
----
-# {name}
-
-`{title}` with LRKV attention (Low-Rank Key-Value attention, arXiv 2601.11471). Each token caches
-**{cache['kv_bytes_per_token']:,} bytes instead of {cache['kv_bytes_per_token_before']:,} ({cache['kv_ratio']:.1%})**. Converted by lrkv-convert
-{record['versions']['lrkv_convert']} {'and healed (below)' if record['history'] else 'without training'}; `base={record['recipe']['base']}`, `metric={record['recipe']['metric']}`, calibration: {texts}, {record['calibration']['tokens']:,} tokens.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-inputs = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
-
-What it cost in quality: `lrkv compare {title} {name} --text FILE`. Limits are those of the source model, and its licence applies.
-{"".join(healing_section(entry, i + 1, len(record["history"])) for i, entry in enumerate(record["history"]))}
-## Fit
-
-Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit{', before healing' if record['history'] else ''}.
-
-| layer | keys | error | values | error |
-|---|---|---|---|---|
-{rows}
-
-Source weights sha256 `{source['sha256']}`; everything else about the conversion stands in `lrkv.json`.
-"""
-
-
-def healing_section(entry: dict, number: int, count: int) -> str:
-    """One round of continued training, the number-th of `count`, in the model card; the picture in the folder is the last one's."""
-    nll, recipe, names = entry["validation"]["nll"], entry["recipe"], {"converted": "converted" if number == 1 else "before"}
-    base = nll.get("original", nll["converted"])
-    rows = "\n".join(f"| {names.get(name, name)} | {math.exp(nll[name]):.3f} | ×{math.exp(nll[name] - base):.4f} |" for name in ("original", "converted", "healed") if name in nll)
-    goal = {"kl": "divergence from the original", "ce": "cross-entropy"}.get(entry["loss"], "divergence from the original and cross-entropy")
-    text = entry["validation"]["text"]
-    where = "held out between the windows trained on" if text == "held out" else f"of {', '.join(text)}"
-    return f"""
-## Healing{f" {number}" if count > 1 else ""}
-
-{entry['tokens']:,} tokens of {', '.join(entry['data'])} in {entry['steps']:,} steps ({entry['date']}): {goal}, {recipe['train']} weights,
-{'Muon and AdamW' if recipe['optimizer'] == 'muon' else 'AdamW'}. On {entry['validation']['tokens']:,} tokens {where}:
-
-| model | perplexity | ratio |
-|---|---|---|
-{rows}
-{f"{chr(10)}![curve of the training]({entry['picture']}){chr(10)}" if entry['picture'] and number == count else ""}"""
+def write_card(folder: Path, record: dict, carried: dict, name: str) -> None:
+    """README.md of a converted folder that will be called `name`."""
+    write_text(folder / "README.md", model_card(record, carried, name, picture=(folder / PICTURE).is_file()))

@@ -27,7 +27,7 @@ from .assemble import convert_layer, empty_target
 from .calibrate import Skeleton, Text, calibrate, calibrated_layer, window_length, windows
 from .conversion import gather_texts, open_model, plan_budget
 from .errors import LrkvError
-from .evaluate.compare import measure, text_windows
+from .evaluate.perplexity import Candidate, measure, text_windows
 from .evaluate.load import load_model
 from .factorise import group_count
 from .metrics import METRICS
@@ -98,12 +98,12 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
                 plans.append(budget_plan(rank, skeleton, geometry, store) if method == "budget" else matching_plan(method, rank, geometry))
                 models.append(build(original, skeleton, plans[-1], metric, store, METHODS[method][0] if method != "budget" else "joint", refit))
                 progress("sweeping", i * len(chosen) + j + 1, total)
-            (base, *sums), predicted = measure([original, *models], batches)
-            for (method, metric), plan, other in zip(chosen, plans, sums):
-                outcomes.append(Outcome(method, metric, rank, plan.ratio, math.exp(other.nll / predicted), math.exp((other.nll - base.nll) / predicted),
-                                        other.kl / predicted))
-            result = {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "refit": refit,
-                      "calibration_tokens": tokens.numel(), "base_perplexity": math.exp(base.nll / predicted),
+            base, *scores = measure([Candidate(m) for m in (original, *models)], batches)
+            for (method, metric), plan, other in zip(chosen, plans, scores):
+                nll = other.mean("nll")
+                outcomes.append(Outcome(method, metric, rank, plan.ratio, math.exp(nll), math.exp(nll - base.mean("nll")), other.mean("kl")))
+            result = {"model": checkpoint.source, "text": {"name": text.name, "sha256": text.sha256}, "tokens": base.tokens, "seq_len": seq_len, "refit": refit,
+                      "calibration_tokens": tokens.numel(), "base_perplexity": math.exp(base.mean("nll")),
                       "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]), "points": [asdict(o) for o in outcomes]}
             each(result)
     return result

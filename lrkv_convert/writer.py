@@ -148,7 +148,12 @@ def _header(offsets: dict[str, int], shapes: dict) -> bytes:
 
 
 def write_json(path: Path, content) -> None:
-    """JSON to a file, through a temporary name, so that it is never half there."""
+    """JSON to a file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Text to a file, through a temporary name, so that it is never half there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)

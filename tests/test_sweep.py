@@ -18,7 +18,7 @@ TEXT = Text("sample", "A frontier is drawn where two countries meet, and a knee 
 
 def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(tiny, converted, tmp_path):
     found = sweep(str(tiny()), [7], TEXT, methods=["lrkv"], calibration_tokens=1024, seq_len=64, device=CPU)
-    result = compare([str(tiny()), str(converted())], TEXT, seq_len=64, device=CPU)
+    result = compare([str(tiny()), str(converted())], [TEXT], seq_len=64, device=CPU)
     [point] = found["points"]
     assert point["ratio"] == pytest.approx(result["models"][1]["ratio"], rel=1e-5)
     assert point["kl"] == pytest.approx(result["models"][1]["kl"], rel=1e-3)

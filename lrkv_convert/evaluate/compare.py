@@ -1,88 +1,145 @@
-"""Perplexity of several models on one text, and how far each is from the first, token by token.
-
-Protocol: perplexity = exp(total negative log-likelihood / predicted tokens), in nats, over the whole text in non-overlapping windows of
-`seq_len` tokens (the last one may be shorter), no BOS token added, every token of a window but its first predicted. KL(base || other) and
-top-1 agreement are means over the same tokens. Logits are taken to float32 first.
-"""
+"""The story of a comparison: models read the same texts side by side; how far each is from the first, what it caches, what it writes."""
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import Text
 from ..errors import LrkvError
 from .load import load_model, load_tokenizer
-from .memory import allocated_bytes, formula_bytes
+from .longcontext import passkeys
+from .memory import allocated_bytes, cache_bytes, formula_bytes
+from .perplexity import Candidate, Scores, measure, text_windows
+from .samples import continuation, passages
+from .statistics import by_context, summary
+from .tasks import run_tasks
+
+Progress = Callable[[str, int, int], None]      # (stage, done, total)
 
 
-@dataclass
-class Sums:
-    """Totals over the predicted tokens of one model."""
+def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_len: int = 512, max_tokens: int | None = None, batch_size: int = 1,
+            device: torch.device, dtype: torch.dtype | str = "auto", prompts: list[str] = [], samples: int = 0, long_context: int | None = None,
+            tasks: list[str] = [], limit: int | None = None, task_folder: Path | None = None, generated_code: bool = False,
+            progress: Progress = lambda *_: None) -> dict:
+    """Compare `paths[1:]` with `paths[0]` on `texts`. Returns the JSON the README describes. Raises LrkvError.
 
-    nll: float = 0.0
-    kl: float = 0.0
-    agree: int = 0
-
-
-def text_windows(ids: Tensor, seq_len: int, batch_size: int) -> list[Tensor]:
-    """Token ids (n,) -> batches (N, T) of non-overlapping windows, the shorter last one on its own; one left-over token is dropped."""
-    whole = len(ids) // seq_len * seq_len
-    batches = list(ids[:whole].view(-1, seq_len).split(batch_size)) if whole else []
-    return batches + ([ids[whole:].unsqueeze(0)] if len(ids) - whole > 1 else [])
-
-
-@torch.no_grad()
-def measure(models: list[PreTrainedModel], batches: list[Tensor], progress: Callable[[int, int], None] = lambda *_: None) -> tuple[list[Sums], int]:
-    """Sums for every model, the first being the base, and the number of predicted tokens."""
-    sums, predicted = [Sums() for _ in models], 0
-    for done, batch in enumerate(batches):
-        base = base_top = None
-        for model, total in zip(models, sums):
-            ids = batch.to(model.device)
-            logits = model(ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)        # (n, vocabulary)
-            logp = torch.log_softmax(logits, dim=-1)
-            total.nll -= logp.gather(1, ids[:, 1:].reshape(-1, 1)).double().sum().item()
-            top = logp.argmax(-1)
-            if base is None:
-                base, base_top = logp, top
-                total.agree += len(top)
-            else:
-                total.kl += torch.nn.functional.kl_div(logp, base, log_target=True, reduction="sum").double().item()
-                total.agree += (top == base_top).sum().item()
-        predicted += base.shape[0]
-        progress(done + 1, len(batches))
-    return sums, predicted
-
-
-def compare(paths: list[str], text: Text, *, seq_len: int = 512, max_tokens: int | None = None, batch_size: int = 1, device: torch.device,
-            dtype: torch.dtype | str = "auto", progress: Callable[[int, int], None] = lambda *_: None) -> dict:
-    """Compare `paths[1:]` with `paths[0]` on `text`. Returns the JSON the README describes. Raises LrkvError.
-
-    seq_len: window in tokens; max_tokens: read no more of the text than this; batch_size: windows per forward pass.
+    caches: quantised caches (caches.CACHES), each a row more for every model; seq_len: window in tokens; max_tokens: read no more of each text than
+    this; batch_size: windows per forward pass; prompts, samples: beginnings to go on from, and how many more to take from the first text;
+    long_context: tokens (0: as many as the models can read) for the passkey task at a quarter, half and all of them and for the loss by position;
+    tasks: of lm-eval, with its limit, a folder of one's own, and whether tasks may run generated code.
     """
-    ids = torch.tensor(load_tokenizer(paths[0])(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)[:max_tokens]
+    tokenizer, models = load_tokenizer(paths[0]), []
+    ids = [tokens_of(text, tokenizer, max_tokens) for text in texts]
+    for path in paths:
+        models.append(load_model(path, device, dtype))
+        check_model(path, models[-1], models[0], seq_len)
+    length = check_long_context(long_context, models, ids)
+    candidates = [Candidate(model, kind) for model in models for kind in (None, *caches)]
+    names = [{"name": name + (f" + {kind}" if kind else ""), "path": path, "cache": kind} for name, path in zip(short_names(paths), paths) for kind in (None, *caches)]
+    for candidate in candidates:
+        candidate.empty(0)                  # a cache that cannot be made is refused here, not after an hour
+    every = measure_texts(candidates, ids, seq_len, batch_size, lambda done, total: progress("measuring", done, total))
+    rows = []
+    for i, (name, candidate) in enumerate(zip(names, candidates)):
+        of_text = [(scores[0], scores[i]) for scores in every]
+        base, own = (joined([pair[side] for pair in of_text]) for side in (0, 1))
+        rows.append({**name, **summary(base, own), **cached(candidate, seq_len), "dtype": str(candidate.model.dtype).removeprefix("torch."),
+                     "parameters": sum(p.numel() for p in candidate.model.parameters()),
+                     "texts": [{"name": text.name, **summary(*pair)} for text, pair in zip(texts, of_text)], "context": by_context(base, own)})
+    for row in rows:
+        row["kv_ratio"] = row["kv_bytes_per_token"] / rows[0]["kv_bytes_per_token"]
+    result = {"texts": [{"name": text.name, "sha256": text.sha256, "tokens": scores[0].tokens} for text, scores in zip(texts, every)],
+              "tokens": rows[0]["tokens"], "seq_len": seq_len, "bos": "none", "device": str(device), "models": rows}
+    if prompts or samples:
+        prompts = [*prompts, *passages(ids[0], samples, tokenizer)]
+        result["samples"] = [{"prompt": prompt, "continuations": [continuation(candidate, tokenizer, prompt) for candidate in candidates]} for prompt in prompts]
+    if length:
+        result["long_context"] = read_far(candidates, names, tokenizer, ids, length, progress)
+    if tasks:
+        result["tasks"] = []
+        for i, (name, model) in enumerate(zip(short_names(paths), models)):
+            progress("tasks", i, len(models))
+            result["tasks"] += [{"name": name, **row} for row in run_tasks(model, tokenizer, tasks, limit=limit, folder=task_folder, batch_size=batch_size,
+                                                                           generated_code=generated_code)]
+    return result
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """As much of the end of each path as it takes for all to differ."""
+    longest = max(len(Path(path).parts) for path in paths)
+    return next((short for n in range(1, longest + 1) if len(set(short := [str(Path(*Path(path).parts[-n:])) for path in paths])) == len(set(paths))), paths)
+
+
+def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Tensor:
+    """Ids (n,), at least two. Raises LrkvError."""
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)[:max_tokens][:text.max_tokens]
     if len(ids) < 2:
         raise LrkvError(f"the text {text.name} is empty or too short", "perplexity needs at least two tokens")
-    models = [load_model(path, device, dtype) for path in paths]
-    for path, model in zip(paths, models):
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and seq_len > limit:
-            raise LrkvError(f"windows of {seq_len} tokens are longer than {path} can read ({limit})", "give a smaller --seq-len")
-        if model.config.vocab_size != models[0].config.vocab_size:
-            raise LrkvError(f"{path} has another vocabulary than {paths[0]}", "compare a converted model with its own original")
-    sums, predicted = measure(models, text_windows(ids, seq_len, batch_size), progress)
-    rows = []
-    for path, model, total in zip(paths, models, sums):
-        bytes_per_token, nll = formula_bytes(model.config, model.dtype.itemsize), total.nll / predicted
-        allocated = allocated_bytes(model, min(16, seq_len))
-        rows.append({
-            "path": path, "nll": nll, "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), "kl": total.kl / predicted,
-            "top1_agreement": total.agree / predicted, "kv_bytes_per_token": bytes_per_token if bytes_per_token is not None else allocated,
-            "kv_bytes_per_token_allocated": allocated, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).removeprefix("torch.")})
-    for row in rows:
-        row["ratio"] = row["perplexity"] / rows[0]["perplexity"]
-        row["kv_ratio"] = row["kv_bytes_per_token"] / rows[0]["kv_bytes_per_token"]
-    return {"text": {"name": text.name, "sha256": text.sha256}, "tokens": predicted, "seq_len": seq_len, "bos": "none", "device": str(device),
-            "models": rows}
+    return ids
+
+
+def check_model(path: str, model: PreTrainedModel, base: PreTrainedModel, seq_len: int) -> None:
+    """Raise LrkvError for a model that cannot read such windows, or not what the base reads."""
+    limit = positions(model)
+    if limit is not None and seq_len > limit:
+        raise LrkvError(f"windows of {seq_len} tokens are longer than {path} can read ({limit})", "give a smaller --seq-len")
+    if model.config.vocab_size != base.config.vocab_size:
+        raise LrkvError(f"{path} has another vocabulary than the first model", "compare a converted model with its own original")
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read; None where nothing says so."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_long_context(asked: int | None, models: list[PreTrainedModel], ids: list[Tensor]) -> int | None:
+    """Tokens of the long-context check, None without one. Raises LrkvError for more than the models can read."""
+    limits = [limit for limit in map(positions, models) if limit is not None]
+    if asked is None:
+        return None
+    if asked == 0 and not limits:
+        raise LrkvError("the models do not say how many tokens they can read", "give --long-context a number")
+    if limits and asked > min(limits):
+        raise LrkvError(f"{asked} tokens are more than the models can read ({min(limits)})", "give a smaller --long-context")
+    length = asked or min(limits)
+    if not any(len(text) >= length for text in ids):
+        raise LrkvError(f"no text fills one window of {length:,} tokens", "give a longer text, or a smaller --long-context")
+    return length
+
+
+def measure_texts(candidates: list[Candidate], ids: list[Tensor], seq_len: int, batch_size: int, progress: Callable[[int, int], None]) -> list[list[Scores]]:
+    """For every text (n,), the scores of all candidates."""
+    batches = [text_windows(text, seq_len, batch_size) for text in ids]
+    found, total, before = [], sum(map(len, batches)), 0
+    for part in batches:
+        found.append(measure(candidates, part, lambda done, _: progress(before + done, total)))
+        before += len(part)
+    return found
+
+
+def joined(scores: list[Scores]) -> Scores:
+    """Those of several texts as those of one."""
+    return Scores(*(sum((getattr(s, name) for s in scores), []) for name in ("nll", "kl", "agree")))
+
+
+def cached(candidate: Candidate, seq_len: int) -> dict[str, float]:
+    """Bytes per token by the formula, and counted on the tensors of a live cache; a quantised one has no formula: its scales depend on its backend."""
+    model = candidate.model
+    if candidate.cache:
+        cache, ids = candidate.empty(seq_len), torch.zeros(1, seq_len, dtype=torch.long)
+        candidate.read(ids, cache)
+        allocated = cache_bytes(cache) / seq_len
+        return {"kv_bytes_per_token": allocated, "kv_bytes_per_token_allocated": allocated}
+    allocated, formula = allocated_bytes(model, min(16, seq_len)), formula_bytes(model.config, model.dtype.itemsize)
+    return {"kv_bytes_per_token": allocated if formula is None else formula, "kv_bytes_per_token_allocated": allocated}
+
+
+def read_far(candidates: list[Candidate], names: list[dict], tokenizer: PreTrainedTokenizerBase, ids: list[Tensor], length: int, progress: Progress) -> dict:
+    """The passkey task, and loss and divergence by position in windows of `length` tokens of all texts."""
+    whole = [text[:len(text) // length * length] for text in ids if len(text) >= length]
+    scores = [joined(list(column)) for column in zip(*measure_texts(candidates, whole, length, 1, lambda done, total: progress("far", done, total)))]
+    found = passkeys(candidates, tokenizer, sorted({max(1, length // share) for share in (4, 2, 1)}), lambda done, total: progress("passkey", done, total))
+    return {"tokens": length, "windows": len(scores[0].nll),
+            "models": [{**name, "context": by_context(scores[0], own), "passkey": rows} for name, own, rows in zip(names, scores, found)]}

@@ -1,16 +1,23 @@
-"""What a model writes."""
+"""What models write, side by side."""
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from .load import load_model, load_tokenizer
+from .perplexity import Candidate
+
+PROMPT, WRITTEN = 32, 32        # tokens
 
 
 @torch.no_grad()
-def continuations(model: str, prompts: tuple[str, ...], device: torch.device, max_new_tokens: int = 16) -> list[str]:
-    """Greedy continuations of the prompts, without the prompts."""
-    loaded, tokenizer = load_model(model, device), load_tokenizer(model)
-    texts = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-    return texts
+def continuation(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = WRITTEN) -> str:
+    """Greedy continuation of a prompt, without the prompt."""
+    model, inputs = candidate.model, tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                         **({"past_key_values": candidate.empty(0)} if candidate.cache else {}))
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def passages(ids: Tensor, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Beginnings for models to go on from: `count` places of a text (n,), spread evenly."""
+    starts = torch.linspace(0, max(0, len(ids) - PROMPT), count + 2)[1:-1].long().tolist()
+    return [tokenizer.decode(ids[start:start + PROMPT], skip_special_tokens=True) for start in starts]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import hub
 from ..errors import LrkvError, first_line
 from ..writer import write_json
 
@@ -132,17 +133,9 @@ def _parquet(file: Path, field: str) -> Iterator[Piece]:
 
 def _dataset(name: str, field: str) -> Iterator[Piece]:
     """name: "org/name", "org/name:config" or "org/name:config:split", streamed."""
-    if importlib.util.find_spec("datasets") is None:
-        raise LrkvError(f"{name} is no file, and to stream it as a dataset `datasets` is needed", "pip install 'lrkv-convert[data]'")
-    from datasets import load_dataset
-    repository, config, split = (name.split(":") + ["", ""])[:3]
-    try:
-        for number, row in enumerate(load_dataset(repository, config or None, split=split or "train", streaming=True), 1):
-            yield from _row(number, row, field, f"row {number} of {name}")
-    except LrkvError:
-        raise
-    except Exception as error:          # the hub, the network and every file format raise their own
-        raise LrkvError(f"cannot read the dataset {name}: {first_line(error)}", "write org/name:config:split, or give files") from error
+    repository, config, split = hub.parts(name)
+    for number, row in enumerate(hub.rows(name, repository, config, split=split or "train"), 1):
+        yield from _row(number, row, field, f"row {number} of {name}")
 
 
 def _row(share: float, row, field: str, where: str) -> Iterator[Piece]:

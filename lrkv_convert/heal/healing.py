@@ -78,6 +78,7 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
         trainer.train(run, first, baseline, report)
         stage("writing")
         entry = history_entry(run, trainer, baseline, teacher, recipe, data)
+        record.pop("evaluations", None)         # they are of the weights before
         finish(run, trainer, model, record | {"history": [*record.get("history", []), entry]}, max_shard_size)
         return Healing(out, entry, accelerator.is_main_process)
     except KeyboardInterrupt as stop:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from ..assemble import tensor_shapes
 from ..checkpoint import INDEX, check_finite
 from ..errors import LrkvError
-from ..report import model_card, source_licence, version
+from ..card import source_metadata
+from ..report import version, write_card
 from ..writer import RECORD, WORK, ShardWriter, publish, write_json
 from .loop import Trainer
 from .run import LOG, Run
@@ -79,7 +80,7 @@ def write(run: Run, trainer: Trainer, state: dict[str, torch.Tensor], model: Pat
         if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
             shutil.copy(file, run.folder / file.name)
     write_json(run.folder / RECORD, record)
-    (run.folder / "README.md").write_text(model_card(record, source_licence(model), run.out.name), encoding="utf-8")
     if record["history"][-1]["picture"]:
         from .. import plot         # needs matplotlib
         plot.healing(run.log(), record["history"][-1], run.folder / PICTURE)
+    write_card(run.folder, record, source_metadata(model), run.out.name)

@@ -1,0 +1,70 @@
+"""A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands that give it again."""
+import base64
+import datetime
+import json
+from collections.abc import Callable
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import transformers
+from jinja2 import Environment, StrictUndefined
+
+from ..errors import LrkvError
+from ..provenance import commands
+from ..report import version
+from ..writer import RECORD, write_text
+
+UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def write_page(result: dict, file: Path, command: str) -> None:
+    """Write the page of what `compare` returned; command: the one that was typed. Raises LrkvError without matplotlib."""
+    try:
+        from .. import plot
+    except ImportError as error:
+        raise LrkvError("the report has pictures, for which matplotlib is needed", "pip install 'lrkv-convert[plot]'") from error
+    rows, far, pictures = result["models"], result.get("long_context"), {}
+    if len(rows) > 1:
+        pictures["comparison"] = picture(plot.comparison, rows)
+        if len(rows[0]["context"]) > 1:
+            pictures["context"] = picture(plot.by_context, rows[1:])
+        if far:
+            pictures["far"] = picture(plot.by_context, far["models"][1:])
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        resources.files("lrkv_convert").joinpath("data/report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        result=result, rows=rows, far=far, pictures=pictures, bytes=in_units, command=command, made=made(rows), tasks=task_table(result.get("tasks", [])), date=datetime.date.today().isoformat(),
+        versions={"lrkv-convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__})
+    write_text(file, page)
+
+
+def picture(draw: Callable, *arguments) -> str:
+    """What `draw(*arguments, file)` draws, as the address of an image inside the page."""
+    stream = BytesIO()
+    draw(*arguments, stream)
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def in_units(count: float) -> str:
+    for unit in UNITS:
+        if count < 1024 or unit == UNITS[-1]:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+
+
+def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
+    """(name, commands) of every converted folder among the models."""
+    found = []
+    for path in dict.fromkeys(row["path"] for row in rows):
+        if (record := Path(path) / RECORD).is_file():
+            found.append((Path(path).name, commands(json.loads(record.read_text(encoding="utf-8")), Path(path).name)))
+    return found
+
+
+def task_table(tasks: list[dict]) -> dict:
+    """{"models": names, "rows": [(task, metric, [(value, stderr), ...]), ...]}"""
+    names, kinds = list(dict.fromkeys(row["name"] for row in tasks)), dict.fromkeys((row["task"], row["metric"]) for row in tasks)
+    values = {(row["task"], row["metric"], row["name"]): (row["value"], row["stderr"]) for row in tasks}
+    return {"models": names, "rows": [(*kind, [values[(*kind, name)] for name in names]) for kind in kinds]}

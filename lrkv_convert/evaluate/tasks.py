@@ -1,0 +1,44 @@
+"""Accuracy on the tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024): its `hf` backend takes a converted model as it is."""
+import logging
+import os
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import LrkvError, first_line
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str], *, limit: int | None = None, folder: Path | None = None,
+              batch_size: int = 1, generated_code: bool = False) -> list[dict]:
+    """One row per task and metric: {"task", "metric", "value", "stderr", "samples"}. Raises LrkvError.
+
+    limit: examples per task; folder: where tasks of your own are defined in YAML; generated_code: allow tasks that run what the model writes
+    (humaneval, mbpp) on this machine.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise LrkvError("tasks are run by lm-eval, which is not installed", "pip install 'lrkv-convert[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise LrkvError(f"lm-eval knows no task {unknown[0]!r}", "lm-eval ls tasks lists them; your own go to --task-folder")
+    try:
+        found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=names, limit=limit, task_manager=manager,
+                                log_samples=False, confirm_run_unsafe_code=generated_code, bootstrap_iters=1000)
+    except Exception as error:          # datasets that are not there, tasks that are broken: each raises its own
+        raise LrkvError(f"lm-eval failed on {', '.join(names)}: {first_line(error)}", "is its dataset at hand? without a network it must be in the cache") from error
+    rows = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, int | float) and "_stderr" not in metric and filtered:
+                error = metrics.get(f"{metric}_stderr,{filtered}")
+                rows.append({"task": task, "metric": metric if filtered == "none" else f"{metric}, {filtered}", "value": value,
+                             "stderr": error if isinstance(error, int | float) else None, "samples": found.get("n-samples", {}).get(task, {}).get("effective")})
+    return rows
