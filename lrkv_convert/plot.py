@@ -116,8 +116,10 @@ def cache(record: dict, name: str, file: Path) -> None:
         below.plot(places, [layer[side]["error"] for layer in layers], marker=MARKERS[side == "values"], color=colours[0], label=side)
     above.axhline(2 * heads * width, color="0.4", linestyle="--", linewidth=1, label="the original")
     above.set_ylabel("numbers cached per token")
+    above.set_ylim(0, 2 * heads * width * 1.35)         # room for the legend
+    above.set_xlim(-0.8, len(layers) - 0.2)
     above.set_title(f"{name}: {record['cache']['kv_ratio']:.1%} of the original's cache")
-    above.legend(fontsize="small", ncols=2)
+    above.legend(fontsize="small", ncols=3, loc="upper center")
     below.set_ylabel("relative error of the fit\n(in its metric)")
     below.set_ylim(bottom=0)
     below.set_xlabel("layer")
