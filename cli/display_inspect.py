@@ -41,7 +41,7 @@ def show_expectation(result: dict) -> None:
     out.print(table)
     out.print("Predicted KL(original || converted), nats per token: an estimate. Measured, it was 0.9 to 2.1 times that, before healing; perplexity "
               "rises by about exp(KL) on text that the model reads well.")
-    _show_recommendation(result)
+    _show_recommendation(out, result)
     if "ablation" in result:
         _show_ablation(out, result["ablation"])
 
@@ -56,19 +56,19 @@ def _show_diversity(out, diversity: dict) -> None:
               f"{diversity['ceiling_centred']:.1%}). It describes; it does not measure fidelity: random heads reach the ceiling.")
 
 
-def _show_recommendation(result: dict) -> None:
-    """The smallest rank and cache ratio within the target, and the command; whole, so that it can be copied."""
+def _show_recommendation(out, result: dict) -> None:
+    """The smallest rank and cache ratio within the target, and the command, which is not folded so that it can be copied."""
     found = result["recommended"]
     within = f"a predicted KL of {found['target_kl']:g}"
     if found["rank"] is None:
-        print(f"rank: none of these that saves anything stays within {within}")
+        out.print(f"Rank: none of these that saves anything stays within {within}.")
     else:
         share = next(row["cache_ratio"] for row in result["ranks"] if row["rank"] == found["rank"])
-        print(f"rank: {found['rank']} is the smallest within {within}, with {share:.1%} of the cache")
+        out.print(f"Rank: {found['rank']} is the smallest within {within}, with {share:.1%} of the cache.")
     if found["cache_ratio"] is None:
-        print(f"no plan below the original's size stays within {within} either")
+        out.print(f"No plan smaller than the original stays within {within} either.")
     else:
-        print(f"better at equal bytes: --cache-ratio {found['cache_ratio']:g} is planned per layer, predicted KL {found['cache_ratio_kl']:.3f}")
+        out.print(f"Better at equal bytes: --cache-ratio {found['cache_ratio']:g}, planned layer by layer, predicted KL {found['cache_ratio_kl']:.3f}.")
         print(f"next: lrkv convert {shlex.quote(result['model'])} --out DIR --cache-ratio {found['cache_ratio']:g}")
 
 

@@ -57,9 +57,9 @@ def ablation_curves(result: dict, file: Path) -> None:
         axes.set_title(f"{order} first")
         axes.set_xlabel(f"KV heads removed together, of {len(ablation['units'])}")
         axes.grid(True, which="major", linewidth=0.4)
-    low, high = min(axes.get_ylim()[0] for axes in panels), max(axes.get_ylim()[1] for axes in panels)
+    added = [value for row in ablation["removals"] for value in row["loss_increase"]]
     for axes in panels:
-        axes.set_ylim(low, high)
+        axes.set_ylim(min(added + [0]) - 0.02, max(added + [0.1]) * 1.5)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panels[0].set_ylabel("loss added, nats per token (linear below 0.1, then log)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

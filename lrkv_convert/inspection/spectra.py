@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import AttentionWeights
-from ..factorise import error_curve, joint
+from ..factorise import SWEEPS, error_curve, joint
 from ..metrics import LayerMetrics, Metric
 from .diversity import gram
 
@@ -60,7 +60,7 @@ class Spectrum:
 def spectrum(W: Tensor, metric: Metric, ranks: list[int]) -> Spectrum:
     """Spectrum of W (H, D, d) with errors at these ranks, all with a base d wide.
 
-    Errors come from two sweeps of the alternating fit, as in planning; a conversion takes up to twelve, and the error never rises over them.
+    The fit takes as many sweeps as a conversion's own: the errors are those that it will report for the same text.
     """
     d, heads = W.shape[2], [w.double() @ M for w, M in zip(W, metric.M.root)]                           # (D, d) each: W_h M_h^(1/2)
     singular = torch.stack([torch.linalg.eigvalsh(A.T @ (metric.sigma @ A)).clamp_min(0).flip(0).sqrt() for A in heads])     # (H, d)
@@ -69,7 +69,7 @@ def spectrum(W: Tensor, metric: Metric, ranks: list[int]) -> Spectrum:
     beyond = torch.stack([(E * (metric.sigma @ E)).sum().clamp_min(0) for E in left])                   # (H,)
     energy = singular.square().sum(-1)
     outside = torch.where(energy > 0, beyond / torch.where(energy > 0, energy, 1.0), 0.0)
-    return Spectrum(singular.cpu(), outside.cpu(), dict(zip(ranks, error_curve(W, metric, [(d, r) for r in ranks]))))
+    return Spectrum(singular.cpu(), outside.cpu(), dict(zip(ranks, error_curve(W, metric, [(d, r) for r in ranks], SWEEPS))))
 
 
 @dataclass(frozen=True)
