@@ -35,7 +35,7 @@ def inspect(
     if out and any(place.is_file() for place in (out, *out.parents)):
         raise LrkvError(f"{out} cannot be made: a file is in its place", "give another --out")
     with display.progress() as progress:
-        result = run(model, original=original, ranks=wanted, target_kl=target_kl, calibration=calibration, calibration_tokens=calibration_tokens,
+        result = run(model, original=original, ranks=wanted, target_kl=target_kl, calibration=[] if calibration == ["none"] else calibration, calibration_tokens=calibration_tokens,
                      ablate=ablate, text=text, max_tokens=max_tokens, device=device, progress=progress)
     show = display_inspect.show_expectation if result["kind"] == "original" else display_inspect.show_fidelity
     show(result)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import prompt, relative, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
 from lrkv_convert.adapters import Geometry
-from lrkv_convert.calibrate import Skeleton
+from lrkv_convert.calibrate import BUILT_IN, Skeleton, read_texts, windows
 from lrkv_convert.conversion import open_model
 from lrkv_convert.inspection import inspect, save
 from lrkv_convert.inspection.ahead import checked_ranks, planned_kl
@@ -87,7 +87,7 @@ def test_errors_are_those_that_the_conversion_reports(family, tiny, converted):
     found = inspect(str(tiny(family)), ranks=[7], calibration_tokens=1024)
     for layer, row in zip(record["layers"], found["layers"]):
         for side in ("keys", "values"):
-            assert row[side]["errors"]["7"] == pytest.approx(layer[side]["error"], rel=1e-6)
+            assert row[side]["errors"]["7"] == pytest.approx(layer[side]["error"], rel=1e-4)
     assert found["ranks"][0]["cache_ratio"] == pytest.approx(record["cache"]["kv_ratio"])
 
 
@@ -104,7 +104,7 @@ def test_errors_fall_with_rank_and_full_rank_has_none(tiny, family):
 def test_predicted_kl_is_that_of_the_conversion(tiny, converted):
     """The Fisher metric is the divergence to second order: where it is small, the prediction holds."""
     found = inspect(str(tiny("gpt2")), ranks=[12], calibration_tokens=8192)["ranks"][0]["predicted_kl"]
-    ids = torch.cat([prompt(200, seed=s) for s in range(8)])
+    ids = windows(read_texts([BUILT_IN]), AutoTokenizer.from_pretrained(tiny("gpt2")), 512, 8192)[::3]
     logp = [torch.log_softmax(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, -1)
             for folder in (tiny("gpt2"), converted("gpt2", rank=12, refit=False, calibration_tokens=8192))]
     assert found / 3 < (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item() < 3 * found
@@ -321,7 +321,8 @@ def refusal(*arguments) -> str:
 
 @pytest.mark.parametrize("options, says", [
     (["--ranks", "5", "21"], "rank 21 is out of range"), (["--ranks", "5,x"], "not numbers"), (["--ablate"], "--text"),
-    (["--original", "somewhere"], "is not converted"), (["--calibration", "nowhere.txt"], "cannot read"), (["--text", "nowhere.txt", "--ablate"], "cannot read"),
+    (["--original", "somewhere"], "is not converted"), (["--calibration", "nowhere.txt"], "cannot read"),
+    (["--calibration", "none"], "without calibration text"), (["--text", "nowhere.txt", "--ablate"], "cannot read"),
     (["--device", "abacus"], "cannot be used")])
 def test_what_cannot_be_looked_at_is_refused_in_one_line(options, says, tiny):
     assert says in refusal(tiny(), *options)
