@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from lrkv_convert.calibrate import Skeleton
 from lrkv_convert.conversion import open_model
 from lrkv_convert.inspection import inspect
-from lrkv_convert.inspection.ablate import Effect, WholeModel, correlation, predictors, within_layers
+from lrkv_convert.inspection.ablate import Effect, WholeModel, ablate, correlation, predictors, within_layers
 from lrkv_convert.inspection.diversity import diversity
 from lrkv_convert.inspection.spectra import LayerLook, Spectrum
 
@@ -74,6 +74,18 @@ def test_predictors_of_a_head_that_repeats_another_are_lower():
     assert found["rank drop"][0, 0] > found["rank drop"][0, 1] == pytest.approx(6 * diversity(G) - 4)
     assert found["energy values"] == pytest.approx({(0, 0): 1.0, (0, 1): 2.0, (0, 2): 3.0})
     assert found["own values"] == pytest.approx({(0, 0): 0.25, (0, 1): 0.5, (0, 2): 0.75})
+
+
+def test_the_least_and_the_most_are_removed_together(tiny):
+    ids, (skeleton, g) = prompt(30), opened(tiny())
+    values = [[3.0, 1.0, 5.0], [2.0, 6.0, 4.0]]
+    found = ablate(skeleton, g, [layer_look(torch.eye(6, dtype=torch.float64), v) for v in values], ids)
+    rows = {row["order"]: row for row in found["removals"] if row["predictor"] == "energy values"}
+    for order, units in (("least", [(0, 1), (1, 0)]), ("most", [(1, 1), (0, 2)])):
+        for count in (1, 2):
+            loss, kl = plainly(tiny(), units[:count], ids)
+            assert rows[order]["kl"][count - 1] == pytest.approx(kl, rel=1e-3)
+            assert rows[order]["loss_increase"][count - 1] == pytest.approx(loss - found["loss"], abs=1e-4)
 
 
 def test_correlations_see_order_and_nothing_else():
