@@ -26,7 +26,7 @@ def show_expectation(result: dict) -> None:
     out, g = _console(), result["geometry"]
     out.print(f"{_short(result['model'])}: {g['layers']} layers, {g['kv_heads']} KV heads of width {g['head_dim']}, {g['groups']} query head(s) each; "
               f"{result['calibration']['tokens']:,} tokens of calibration")
-    table = _narrow("layer", "keys\nbase", "\n90%", "\n99%", "\nrank", "values\nbase", "\n90%", "\n99%", "\nrank", "diversity", "centred")
+    table = _narrow("layer", "keys\nbase", "\n90%", "\n99%", "\nrank", "values\nbase", "\n90%", "\n99%", "\nrank", "diver-\nsity", "\ncentred")
     for row in result["layers"]:
         table.add_row(str(row["layer"]), *_side(row["keys"]), *_side(row["values"]), _percent(row["diversity"]["plain"]), _percent(row["diversity"]["centred"]))
     out.print(table)
