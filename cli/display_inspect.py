@@ -68,7 +68,8 @@ def _show_recommendation(out, result: dict) -> None:
     if found["cache_ratio"] is None:
         out.print(f"No plan smaller than the original stays within {within} either.")
     else:
-        out.print(f"Better: --cache-ratio {found['cache_ratio']:g}, planned layer by layer, stays within it too, predicted KL {found['cache_ratio_kl']:.3f}.")
+        out.print(f"Plan: --cache-ratio {found['cache_ratio']:g} is the smallest within it (predicted {found['cache_ratio_kl']:.3f}), usually the better choice: layers, keys "
+                  "and values each get what they need.")
         print(f"next: lrkv convert {shlex.quote(result['model'])} --out DIR --cache-ratio {found['cache_ratio']:g}")
 
 
