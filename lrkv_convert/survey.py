@@ -43,3 +43,8 @@ def curve(W: torch.Tensor, metric: Metric, geometry: Geometry, cap: int, weight:
     shapes = candidates(geometry, cap, keys)
     errors = [0.0] if keys == "full" else rotary_error_curve(W, metric, shapes) if keys == "rotary" else error_curve(W, metric, shapes)
     return [Point(m, r, m + geometry.kv_heads * r, weight * (error / 2) ** EXPONENT) for (m, r), error in zip(shapes, errors)]
+
+
+def second_order(loss: float, weight: float) -> float:
+    """Half the squared error that `curve` made a loss of with this weight: what the Fisher metric itself predicts, in nats of KL."""
+    return (loss / weight) ** (1 / EXPONENT)

@@ -30,7 +30,7 @@ def text(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"], ["bench", "--help"],
-                                       ["serve", "--help"], ["sweep", "--help"], ["heal", "--help"], ["recipes", "--help"]])
+                                       ["serve", "--help"], ["push", "--help"], ["sweep", "--help"], ["heal", "--help"], ["inspect", "--help"], ["recipes", "--help"]])
 def test_help_answers_without_torch(arguments):
     code = (f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\n"
             "try: app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} & set(sys.modules)")

@@ -74,6 +74,10 @@ class Adapter(ABC):
     def join(self, weights: AttentionWeights) -> dict[str, Tensor]:
         """The query and output tensors of the converted attention module, by their names inside it (keys and values are the factors')."""
 
+    @abstractmethod
+    def queries(self, tensors: dict[str, Tensor], geometry: Geometry) -> Tensor:
+        """W_Q (H, G, D, d) out of a converted attention module's tensors: what `join` put there."""
+
 
 def heads(weight: Tensor, *shape: int) -> Tensor:
     """(D, n d) -> (*shape, D, d) with prod(shape) = n: cut the columns into heads."""

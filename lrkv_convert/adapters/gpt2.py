@@ -32,3 +32,6 @@ class GPT2Adapter(Adapter):
         D = weights.W_Q.shape[2]
         return {"q_attn.weight": weights.W_Q.permute(2, 0, 1, 3).reshape(D, -1), "q_attn.bias": weights.b_Q.reshape(-1),
                 "c_proj.weight": weights.W_O.reshape(-1, weights.W_O.shape[-1])}
+
+    def queries(self, tensors: dict, geometry: Geometry):
+        return heads(tensors["q_attn.weight"], geometry.kv_heads, 1)

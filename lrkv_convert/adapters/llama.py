@@ -37,3 +37,6 @@ class LlamaAdapter(Adapter):
         if weights.b_Q is not None:
             tensors["q_proj.bias"] = weights.b_Q.reshape(-1)
         return tensors
+
+    def queries(self, tensors: dict, geometry: Geometry):
+        return heads(tensors["q_proj.weight"].T, geometry.kv_heads, geometry.groups)
