@@ -27,7 +27,7 @@ def inspect(
     from lrkv_convert.inspection import inspect as run
     from lrkv_convert.inspection import save
 
-    from . import display, display_inspect
+    from . import display
     try:
         wanted = [int(r) for group in ranks for r in group.split(",")] if ranks else None
     except ValueError as error:
@@ -37,7 +37,7 @@ def inspect(
     with display.progress() as progress:
         result = run(model, original=original, ranks=wanted, target_kl=target_kl, calibration=[] if calibration == ["none"] else calibration, calibration_tokens=calibration_tokens,
                      ablate=ablate, text=text, max_tokens=max_tokens, device=device, progress=progress)
-    show = display_inspect.show_expectation if result["kind"] == "original" else display_inspect.show_fidelity
+    show = display.show_expectation if result["kind"] == "original" else display.show_fidelity
     show(result)
     if out:
-        display_inspect.show_files(save(result, out))
+        display.show_files(save(result, out))

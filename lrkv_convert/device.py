@@ -1,4 +1,4 @@
-"""Devices, their memory, and dtypes as users name them."""
+"""Devices, their memory, and dtypes as users name them and read them."""
 import ctypes
 
 import torch
@@ -28,6 +28,14 @@ def pick_dtype(name: str) -> torch.dtype | str:
     if name != "auto" and name not in DTYPES:
         raise LrkvError(f"unknown dtype {name!r}", f"choose from auto, {', '.join(DTYPES)}")
     return DTYPES.get(name, name)
+
+
+def in_units(count: float) -> str:
+    """Bytes as people read them: "22.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
 
 
 def give_back_memory() -> None:

@@ -136,8 +136,8 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
     ran = 0
     for command in commands:
         words = shlex.split(command.partition(">")[0])
-        if words[1] in ("demo", "serve"):
-            continue        # `make demo` is for people; it takes minutes. A server has a test of its own
+        if words[1] in ("demo", "serve", "push"):
+            continue        # `make demo` is for people; it takes minutes. The server and the hub have tests of their own
         fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "DIR2": str(tmp_path / "healed"), "FILE": str(text)}
         arguments = [fill.get(w, w) for w in words[1:]]
         scaled = {"--tokens": "1024" if words[1] == "heal" else "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}

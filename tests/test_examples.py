@@ -39,6 +39,13 @@ def test_convert_and_load(tiny, tmp_path):
     assert (tmp_path / "half" / "lrkv.json").is_file()
 
 
+def test_read_the_spectrum(tiny, tmp_path):
+    shown = example("read_the_spectrum.py", tiny(), "--target-kl", 100, folder=tmp_path)
+    predicted = [float(kl) for kl in re.findall(r"predicted KL ([\d.]+)", shown)]
+    assert len(predicted) > 2 and predicted == sorted(predicted, reverse=True) and "% of the energy of all values" in shown and "take --cache-ratio" in shown
+    assert "no cache smaller" in example("read_the_spectrum.py", tiny(), "--target-kl", 0, folder=tmp_path) and list(tmp_path.iterdir()) == []
+
+
 def test_choose_a_rank(tiny, text, tmp_path):
     shown = example("choose_a_rank.py", tiny(), "--text", text, "--allow", 9, "--ranks", "3,7", folder=tmp_path)
     shares = [float(s) for s in re.findall(r"^ *([\d.]+)% of the cache", shown, re.M)]

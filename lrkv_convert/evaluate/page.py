@@ -11,13 +11,11 @@ import torch
 import transformers
 from jinja2 import Environment, StrictUndefined
 
+from ..device import in_units
 from ..errors import LrkvError
 from ..provenance import commands
 from ..report import version
 from ..writer import RECORD, write_text
-
-UNITS = ("B", "KiB", "MiB", "GiB")
-
 
 def write_page(result: dict, file: Path, command: str) -> None:
     """Write the page of what `compare` returned; command: the one that was typed. Raises LrkvError without matplotlib."""
@@ -45,13 +43,6 @@ def picture(draw: Callable, *arguments) -> str:
     stream = BytesIO()
     draw(*arguments, stream)
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def in_units(count: float) -> str:
-    for unit in UNITS:
-        if count < 1024 or unit == UNITS[-1]:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
 
 
 def made(rows: list[dict]) -> list[tuple[str, list[str]]]:

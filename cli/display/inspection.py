@@ -1,13 +1,13 @@
-"""What `lrkv inspect` shows, made of display.py's tables."""
+"""What `lrkv inspect` shows, head by head."""
 import shlex
 from pathlib import Path
 
-from .display import _console, _short, _table
+from .parts import console_for, short, table_of
 
 
 def _narrow(*columns: str):
     """A table of many figures: one space between columns."""
-    table = _table(*columns)
+    table = table_of(*columns)
     table.padding = (0, 1, 0, 0)
     return table
 
@@ -23,8 +23,8 @@ def _or_none(value, text: str = "{}") -> str:
 
 def show_expectation(result: dict) -> None:
     """An original: every layer, every rank, the diversity metric, a recommendation; of an ablation, what predicted what."""
-    out, g = _console(), result["geometry"]
-    out.print(f"{_short(result['model'])}: {g['layers']} layers, {g['kv_heads']} KV heads of width {g['head_dim']}, {g['groups']} query head(s) each; "
+    out, g = console_for(), result["geometry"]
+    out.print(f"{short(result['model'])}: {g['layers']} layers, {g['kv_heads']} KV heads of width {g['head_dim']}, {g['groups']} query head(s) each; "
               f"{result['calibration']['tokens']:,} tokens of calibration")
     table = _narrow("layer", "keys\nbase", "\n90%", "\n99%", "\nrank", "values\nbase", "\n90%", "\n99%", "\nrank", "diver-\nsity", "\ncentred")
     for row in result["layers"]:
@@ -95,7 +95,7 @@ def _show_ablation(out, ablation: dict) -> None:
 
 def show_fidelity(result: dict) -> None:
     """A converted model beside its original: every layer, and means."""
-    out = _console()
+    out = console_for()
     table = _narrow("layer", "diversity\nkept", "\ncentred", "similarity\nmean", "\nleast", "logit error\nmean", "\nworst", "attention KL\nmean", "\nworst", "output\nerror")
     for row in result["layers"]:
         s, e, kl = row["similarity"], row["logit_error"], row["attention_kl"]
@@ -108,7 +108,7 @@ def show_fidelity(result: dict) -> None:
               f"over layers: output error {result['output_error']:.3f}")
     _show_diversity(out, result["diversity"]["original"])
     out.print(f"Kept of it: {_or_none(kept['plain'], '{:.1%}')}, centred {_or_none(kept['centred'], '{:.1%}')}. Above 100% heads differ more than they did, not better.")
-    out.print(f"{text['name']}: {result['tokens']:,} tokens, {_short(result['original'])} and {_short(result['model'])} on the same inputs, layer by layer")
+    out.print(f"{text['name']}: {result['tokens']:,} tokens, {short(result['original'])} and {short(result['model'])} on the same inputs, layer by layer")
     if text["calibrated_on"]:
         out.print("This is a text it was calibrated on; --text FILE with another says more.")
 
