@@ -61,25 +61,33 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
     from lrkv_convert.report import add_evaluation
-    from lrkv_convert.writer import write_json
+    from lrkv_convert.writer import RECORD, write_json
 
     from . import display
     for file in (json_file, report):
         if file and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
             raise LrkvError(f"cannot write {file}: its folder does not exist or is not writable", "make it first")
+        if file and file.is_dir():
+            raise LrkvError(f"cannot write {file}: it is a folder", "give a file in it")
     if report:
-        from lrkv_convert.evaluate.page import write_page
+        try:
+            from lrkv_convert.evaluate.page import write_page
+        except ImportError as error:
+            raise LrkvError("the report has pictures, for which matplotlib is needed", "pip install 'lrkv-convert[plot]'") from error
+    cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
+    if card and not cards:
+        raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
     with display.progress() as progress:
         result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),
                      progress=progress, **more)
+    display.show_comparison(result)         # first of all: what comes now may fail
     if json_file:
         write_json(json_file, result)
     if report:
         write_page(result, report, shlex.join(["lrkv", *sys.argv[1:]]))
-    written = [file for file in (json_file, report) if file]
     if card:
-        written += [Path(model) / "README.md" for model in models[1:] if add_evaluation(Path(model), result)]
-    display.show_comparison(result)
-    if written:
+        for folder in cards:
+            add_evaluation(folder, result)
+    if written := [*filter(None, (json_file, report)), *(folder / "README.md" for folder in cards if card)]:
         print("\nwritten: " + ", ".join(map(str, written)))

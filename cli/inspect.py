@@ -1,4 +1,5 @@
 """`lrkv inspect`."""
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,8 @@ def inspect(
         raise LrkvError(f"ranks {' '.join(ranks)!r} are not numbers", "give some, as in --ranks 8 16 32") from error
     if out and any(place.is_file() for place in (out, *out.parents)):
         raise LrkvError(f"{out} cannot be made: a file is in its place", "give another --out")
+    if out and not os.access(next(place for place in (out, *out.absolute().parents) if place.exists()), os.W_OK):
+        raise LrkvError(f"{out} cannot be written to", "give another --out")
     with display.progress() as progress:
         result = run(model, original=original, ranks=wanted, target_kl=target_kl, calibration=[] if calibration == ["none"] else calibration, calibration_tokens=calibration_tokens,
                      ablate=ablate, text=text, max_tokens=max_tokens, device=device, progress=progress)

@@ -26,5 +26,5 @@ found = sweep(model, [int(rank) for rank in args.ranks.split(",")], text, method
 points = sorted(found["points"], key=lambda point: point["cache_ratio"])
 for point in points:
     print(f"{point['cache_ratio']:6.1%} of the cache: perplexity ×{point['ratio']:.3f}, KL {point['kl']:.3f}")
-good = [point for point in points if point["ratio"] <= args.allow]
+good = [point for point in points if point["ratio"] <= args.allow and point["cache_ratio"] < 1]
 print(f"take --cache-ratio {good[0]['cache_ratio']:.2f}" if good else f"none costs less than ×{args.allow}: allow more, or heal afterwards")

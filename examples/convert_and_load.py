@@ -14,7 +14,7 @@ from lrkv_convert.evaluate import load_model
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?")
-parser.add_argument("--out", default="half")
+parser.add_argument("--out", default="example-half")
 args = parser.parse_args()
 model = args.model or str(demo_model())
 

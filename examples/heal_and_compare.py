@@ -27,7 +27,7 @@ model = args.model or str(demo_model())
 
 with tempfile.TemporaryDirectory() as folder:
     half, healed, data = Path(folder, "half"), Path(folder, "healed"), Path(folder, "data.txt")
-    data.write_text(read_texts([args.data or BUILT_IN])[0].content)
+    data.write_text(read_texts([args.data or BUILT_IN])[0].content, encoding="utf-8")
     convert(model, half, cache_ratio=0.5, calibration_tokens=2048)
     done = heal(half, healed, [str(data)], teacher=model, tokens=args.tokens, seq_len=256, validation_tokens=1024, tracker="none")
     print(f"{done.entry['tokens']:,} tokens in {done.entry['seconds']:.0f} s of training")

@@ -3,24 +3,23 @@
 The metadata in front is the hub's; what the source says of its licence and languages is carried over, for it goes on to apply.
 """
 import math
+import re
 from pathlib import Path
 
 import yaml
 
-from .provenance import commands, source_name
+from .provenance import commands
 
-CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+CARRIED = ("license", "license_name", "license_link", "language")
 PICTURE = "cache.png"
 
 
 def source_metadata(folder: Path) -> dict:
-    """What the model card in a folder says of licence, languages and origin; {} without one."""
+    """What the model card in a folder says of licence and languages; {} without one."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if not text.startswith("---"):
-        return {}
+    front = re.match(r"---\n(.*?)\n---\s*$", card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "", re.S | re.M)
     try:
-        found = yaml.safe_load(text.split("---")[1])
+        found = yaml.safe_load(front[1]) if front else {}
     except yaml.YAMLError:
         return {}
     return {name: found[name] for name in CARRIED if name in found} if isinstance(found, dict) else {}
@@ -28,12 +27,13 @@ def source_metadata(folder: Path) -> dict:
 
 def metadata(record: dict, carried: dict, name: str) -> dict:
     """The YAML in front of the card. carried: `source_metadata` of the source, or of an earlier card of this model."""
-    source = source_name(record)
+    source = record["source"]["name"]
     found = {**carried, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lrkv", "kv-cache"]}
-    if "/" in source:
+    if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         found["base_model"] = source
-    if results := [result for measured in record.get("evaluations", []) for result in _results(measured)]:
-        found["model-index"] = [{"name": name, "results": results}]
+    results = {result["dataset"]["name"]: result for measured in record.get("evaluations", []) for result in _results(measured)}     # of each text the last
+    if results:
+        found["model-index"] = [{"name": name, "results": list(results.values())}]
     return found
 
 
@@ -45,12 +45,12 @@ def _results(measured: dict) -> list[dict]:
 
 def model_card(record: dict, carried: dict, name: str, picture: bool = False) -> str:
     """README.md of a converted folder called `name`. picture: whether PICTURE lies beside it."""
-    cache, source, history = record["cache"], source_name(record), record["history"]
+    cache, source, history = record["cache"], record["source"]["name"], record["history"]
     texts = ", ".join(t["name"] for t in record["calibration"]["texts"]) or "none (weights only)"
     rows = "\n".join(f"| {x['layer']} | {x['keys']['base_width']} + H·{x['keys']['rank']} | {x['keys']['error']:.3f} "
                      f"| {x['values']['base_width']} + H·{x['values']['rank']} | {x['values']['error']:.3f} |" for x in record["layers"])
     front = yaml.safe_dump(metadata(record, carried, name), sort_keys=False, allow_unicode=True)
-    licence = f"The licence of the source, {carried['license']}, applies." if "license" in carried else "The licence of the source model applies; its card names none."
+    licence = f"The licence of the source, {carried['license']}, applies." if "license" in carried else "The licence of the source model applies; no card beside the weights named one."
     return f"""---
 {front}---
 # {name}
@@ -75,7 +75,7 @@ does instead. To serve it (OpenAI-compatible): `lrkv serve {name}`.
 ## How it was made
 
 ```bash
-{chr(10).join(commands(record, name))}
+{chr(10).join(commands(record, name.rpartition("/")[2]))}
 ```
 
 ## What it cost
@@ -100,13 +100,13 @@ Source weights sha256 `{record['source']['sha256']}`; everything else about the 
 
 
 def _evaluations(record: dict) -> str:
-    """Tables of what `lrkv compare --card` measured, the last one of each text."""
+    """Tables of what `lrkv compare --card` measured."""
     tables = []
     for measured in record.get("evaluations", []):
-        rows = "\n".join(f"| {row['name']} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} | {row['kv_ratio']:.1%} |"
+        rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} | {row['kv_ratio']:.1%} |"
                          for row in measured["rows"])
         tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted in windows of {measured['seq_len']}, {measured['dtype']}, {measured['date']}.\n\n"
-                      f"| model | perplexity | ratio (95 % interval) | KL to the source | same top token | cache |\n|---|---|---|---|---|---|\n{rows}\n")
+                      f"| model | perplexity | ratio (95 % interval) | KL to `{measured['rows'][0]['name']}` | same top token | cache |\n|---|---|---|---|---|---|\n{rows}\n")
     return "\n".join(tables)
 
 

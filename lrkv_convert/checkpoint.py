@@ -17,7 +17,7 @@ from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 
 
 @dataclass(frozen=True)

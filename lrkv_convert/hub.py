@@ -1,13 +1,15 @@
 """The hub: datasets come from it, converted folders go to it."""
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+from .card import PICTURE, model_card, source_metadata
 from .errors import LrkvError, first_line
-from .writer import RECORD, WORK
+from .provenance import published
+from .writer import RECORD
 
 
 def rows(name: str, repository: str, *args, **kwargs) -> Iterator[dict]:
@@ -31,21 +33,24 @@ def parts(name: str) -> tuple[str, str | None, str | None]:
 def push(folder: Path, repository: str, *, private: bool = False, branch: str | None = None, message: str | None = None) -> str:
     """Upload a converted folder to `repository` ("org/name"), which is made if it is not there. Returns its address. Raises LrkvError.
 
-    The account is huggingface_hub's own (`hf auth login`, or HF_TOKEN).
+    One commit. The card speaks of the model by its name there, and lrkv.json goes without the paths of this machine. The account is huggingface_hub's own
+    (`hf auth login`, or HF_TOKEN).
     """
     if not (folder / RECORD).is_file() or not any(folder.glob("*.safetensors")):
         raise LrkvError(f"{folder} is no converted folder", "give one that lrkv convert or lrkv heal wrote")
+    if get_token() is None:
+        raise LrkvError("nobody is logged in to the hub", "hf auth login, or set HF_TOKEN")
     try:
         api = HfApi()
-        address = api.create_repo(repository, private=private, exist_ok=True)
+        made = api.create_repo(repository, private=private, exist_ok=True)
         if branch:
-            api.create_branch(repository, branch=branch, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, revision=branch, commit_message=message or f"Upload {folder.name}",
-                          ignore_patterns=[f"{WORK}/*", "*.tmp", ".*"])
-    except LocalTokenNotFoundError as error:
-        raise LrkvError("nobody is logged in to the hub", "hf auth login, or set HF_TOKEN") from error
-    except HFValidationError as error:
-        raise LrkvError(f"{repository!r} is no name of a repository: {first_line(error)}", "write org/name") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise LrkvError(f"cannot upload to {repository}: {first_line(error)}", "is the name yours to write to, and the network there?") from error
-    return str(address)
+            api.create_branch(made.repo_id, branch=branch, exist_ok=True)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        card = model_card(record, source_metadata(folder), made.repo_id, picture=(folder / PICTURE).is_file())
+        rewritten = {RECORD: json.dumps(published(record), indent=2, ensure_ascii=False), "README.md": card}
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in (".tmp", ".jsonl")]
+        api.create_commit(made.repo_id, [CommitOperationAdd(file.name, rewritten[file.name].encode() if file.name in rewritten else file) for file in files],
+                          commit_message=message or f"Upload {folder.resolve().name}", revision=branch)
+    except Exception as error:          # names, metadata, rights, the network: each raises its own, and the network's are another library's
+        raise LrkvError(f"cannot upload to {repository}: {first_line(error)}", "write org/name, a name that is yours to write to") from error
+    return str(made)

@@ -111,7 +111,7 @@ def cache(record: dict, name: str, file: Path) -> None:
     for side, colours in (("keys", ("C0", "#9ecae1")), ("values", ("C1", "#fdd0a2"))):
         for part, colour in zip(("base_width", "rank"), colours):
             numbers = [layer[side][part] * (heads if part == "rank" else 1) for layer in layers]
-            above.bar(places, numbers, bottom=height, color=colour, label=f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}")
+            above.bar(places, numbers, bottom=height, color=colour, hatch="///" if part == "rank" else None, edgecolor="white", linewidth=0, label=f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}")
             height = [a + b for a, b in zip(height, numbers)]
         below.plot(places, [layer[side]["error"] for layer in layers], marker=MARKERS[side == "values"], color=colours[0], label=side)
     above.axhline(2 * heads * width, color="0.4", linestyle="--", linewidth=1, label="the original")
@@ -135,8 +135,8 @@ def comparison(rows: list[dict], file: BinaryIO) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i, row in enumerate(rows[1:]):
         spread = None if row["ratio_low"] is None else [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
-        axes.errorbar(row["kv_ratio"], row["ratio"], yerr=spread, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=4, label=row["name"])
-    axes.plot(1, 1, marker="*", markersize=12, linestyle="none", color="0.3", label=rows[0]["name"])
+        axes.errorbar(row["kv_ratio"], row["ratio"], yerr=spread, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=4, label=shown(row["name"]))
+    axes.plot(1, 1, marker="*", markersize=12, linestyle="none", color="0.3", label=shown(rows[0]["name"]))
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set_xlim(0, max(1.05, 1.05 * max(row["kv_ratio"] for row in rows)))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -156,7 +156,7 @@ def by_context(rows: list[dict], file: BinaryIO) -> None:
         buckets = row["context"]
         middles = [math.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
         for axes, key in zip(panels, ("kl", "ratio")):
-            axes.plot(middles, [bucket[key] for bucket in buckets], marker=MARKERS[i % len(MARKERS)], label=row["name"])
+            axes.plot(middles, [bucket[key] for bucket in buckets], marker=MARKERS[i % len(MARKERS)], label=shown(row["name"]))
     edges = [bucket["from"] for bucket in rows[0]["context"]] + [rows[0]["context"][-1]["to"]]
     for axes, label in zip(panels, ("KL to the original (nats)", "perplexity, relative to the original")):
         axes.set_xscale("log", base=2)
@@ -170,6 +170,11 @@ def by_context(rows: list[dict], file: BinaryIO) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, format="svg")
     pyplot.close(figure)
+
+
+def shown(name: str) -> str:
+    """A name as a label: matplotlib leaves those out that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def smooth(values: list[float]) -> list[float]:

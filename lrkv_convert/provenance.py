@@ -1,5 +1,7 @@
-"""The commands that made a converted folder, read back from its lrkv.json."""
+"""Where a converted folder came from, read back from its lrkv.json: the source, the commands, and what of it may be shown to others."""
+import math
 import shlex
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,10 +13,25 @@ from .recipe import shipped
 LEFT_OUT = ("recipe", "max_shard_size")     # not in the record: what they decide is
 
 
-def source_name(record: dict) -> str:
-    """What was converted: a hub id, or the last part of a path, which says nothing to others."""
-    name = record["source"]["name"]
-    return Path(name).name if Path(name).exists() or name.startswith(("/", ".", "~")) else name
+def public_name(source: str) -> str:
+    """What a source is called: a hub id as it is, of a path that exists the last part, as the rest says nothing to others."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def published(record: dict) -> dict:
+    """lrkv.json without the paths of the machine it was made on."""
+    record = deepcopy(record)
+    record["source"].pop("path", None)
+    record["recipe"]["calibration"] = _names(record["recipe"].get("calibration"))
+    for entry in record["history"]:
+        entry["recipe"]["validation"] = _names(entry["recipe"].get("validation"))
+        entry["teacher"] = entry["teacher"] and Path(entry["teacher"]).name
+    return record
+
+
+def _names(paths: list[str] | None) -> list[str] | None:
+    return paths and [Path(path).name for path in paths]
 
 
 def commands(record: dict, out: str) -> list[str]:
@@ -26,14 +43,14 @@ def commands(record: dict, out: str) -> list[str]:
 
 
 def _convert(record: dict, out: str) -> list[str]:
-    recipe, words = record["recipe"], ["lrkv", "convert", source_name(record), "--out", out]
+    recipe, words = record["recipe"], ["lrkv", "convert", record["source"]["name"], "--out", out]
     for field in fields(Options):
         value = recipe.get(field.name, field.default)
         if field.name in LEFT_OUT or value == field.default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         if field.name == "calibration":
-            words += [flag, *([name if name in ("self", "built-in") else Path(name).name for name in value] or ["none"])]
+            words += [flag, *(_names(value) or ["none"])]
         elif field.name == "refit":
             words.append("--no-refit")
         else:
@@ -44,10 +61,10 @@ def _convert(record: dict, out: str) -> list[str]:
 def _heal(entry: dict, before: str, out: str) -> list[str]:
     recipe, known = entry["recipe"], shipped("heal")
     name = recipe["name"] if recipe["name"] in known else "short"
-    defaults = yaml.safe_load(known[name])
+    defaults, recipe = yaml.safe_load(known[name]), recipe | {"validation": _names(recipe.get("validation"))}
     words = ["lrkv", "heal", before, "--data", *entry["data"], "--out", out, "--recipe", name]
     changed = {field: value for field, value in recipe.items() if field != "name" and defaults.get(field, value) != value}
     for field in ("tokens", "loss", "optimizer", "train"):
         if field in changed:
             words += [f"--{field}", str(changed.pop(field))]
-    return words + [word for field, value in changed.items() for word in ("--set", f"{field}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")]
+    return words + [word for field, value in changed.items() for word in ("--set", f"{field}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]}")]

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import LrkvError
 from .modeling import FAMILIES, auto_map
 from .plan import Plan
+from .provenance import public_name
 from .writer import RECORD, write_json, write_text
 
 FORMAT = 1
@@ -42,7 +43,7 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str,
     source = checkpoint.path / checkpoint.gguf if checkpoint.gguf else checkpoint.path
     return {
         "format": FORMAT,
-        "source": {"name": checkpoint.source, "path": str(source.resolve()), "sha256": sha256, "model_type": checkpoint.config.model_type},
+        "source": {"name": public_name(checkpoint.source), "path": str(source.resolve()), "sha256": sha256, "model_type": checkpoint.config.model_type},
         "recipe": options,
         "versions": {"lrkv_convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -84,10 +85,19 @@ def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, con
         for licence in checkpoint.path.glob("LICENSE*"):
             shutil.copy(licence, folder / licence.name)
     write_json(folder / RECORD, record)
-    if importlib.util.find_spec("matplotlib"):
+    draw_cache(record, name, folder / PICTURE)
+    write_card(folder, record, {} if checkpoint.gguf else source_metadata(checkpoint.path), name)
+
+
+def draw_cache(record: dict, name: str, file: Path) -> None:
+    """The picture in the card, where matplotlib is installed and works: no conversion is lost for a picture."""
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    try:
         from . import plot
-        plot.cache(record, name, folder / PICTURE)
-    write_card(folder, record, source_metadata(checkpoint.path), name)
+        plot.cache(record, name, file)
+    except Exception:       # a broken installation, a name that it cannot set: the card does without
+        file.unlink(missing_ok=True)
 
 
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
@@ -98,23 +108,18 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
         return GenerationConfig.from_model_config(checkpoint.config)
 
 
-def add_evaluation(folder: Path, result: dict) -> bool:
-    """Write what a comparison found of the converted model in `folder` into its lrkv.json and its card; False if it is none, or was not compared.
-
-    An earlier measurement of the same texts in the same windows is replaced.
-    """
-    rows = [i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]) == folder]
-    if not rows or not (folder / RECORD).is_file():
-        return False
+def add_evaluation(folder: Path, result: dict) -> None:
+    """Write what a comparison found of the converted model in `folder`, one of its models, into its lrkv.json and its card. An earlier measurement of
+    the same texts in the same windows is replaced."""
+    found = next(i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]).expanduser() == folder)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
-                "tokens": result["tokens"], "seq_len": result["seq_len"], "dtype": result["models"][0]["dtype"],
-                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context")} for i in (0, rows[0])]}
+                "tokens": result["tokens"], "seq_len": result["seq_len"], "dtype": result["models"][found]["dtype"],
+                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context")} for i in (0, found)]}
     same = lambda other: (other["sha256"], other["seq_len"], other["tokens"]) == (measured["sha256"], measured["seq_len"], measured["tokens"])
     record["evaluations"] = [other for other in record.get("evaluations", []) if not same(other)] + [measured]
     write_json(folder / RECORD, record)
-    write_card(folder, record, source_metadata(folder), folder.name)
-    return True
+    write_card(folder, record, source_metadata(folder), folder.resolve().name)
 
 
 def write_card(folder: Path, record: dict, carried: dict, name: str) -> None:

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from conftest import SETTINGS, run
@@ -45,13 +45,13 @@ def test_metadata_is_what_the_hub_reads(licensed, tmp_path):
 def test_a_source_with_a_spoilt_card_is_converted(spoilt, source, tmp_path):
     (source / "README.md").write_text(spoilt)
     convert(str(source), tmp_path / "out", rank=7, calibration=[])
-    assert "its card names none" in card(tmp_path / "out") and ModelCard.load(tmp_path / "out" / "README.md").data.license is None
+    assert "no card beside the weights named one" in card(tmp_path / "out") and ModelCard.load(tmp_path / "out" / "README.md").data.license is None
 
 
 def test_a_source_from_the_hub_is_the_base_model(converted):
     from lrkv_convert.card import metadata
     record = json.loads((converted() / "lrkv.json").read_text())
-    record["source"]["name"] = "org/name"
+    record["source"] |= {"name": "org/name"}
     assert metadata(record, {}, "x")["base_model"] == "org/name" and commands(record, "x")[0].startswith("lrkv convert org/name --out x ")
 
 
@@ -100,7 +100,7 @@ def test_compare_writes_what_it_measured_into_the_card(tiny, source, text, tmp_p
     other.write_text(PASSAGE.upper())
     convert(str(source), out, rank=7, calibration=[])
     assert "Not measured yet" in card(out)
-    measured = ["compare", source, out, "--seq-len", 64, "--card", "--cache", "int8"]
+    measured = ["compare", source, out, "--seq-len", 100, "--card", "--cache", "int8"]
     run(*measured, "--text", text, other, "--json", tmp_path / "c.json")
     row = next(r for r in json.loads((tmp_path / "c.json").read_text())["models"] if r["path"] == str(out))
     assert f"| {row['perplexity']:.3f} | ×{row['ratio']:.4f} ({row['ratio_low']:.4f}–{row['ratio_high']:.4f}) |" in card(out) and "Not measured" not in card(out)
@@ -113,6 +113,36 @@ def test_compare_writes_what_it_measured_into_the_card(tiny, source, text, tmp_p
     assert not (source / "lrkv.json").exists()
 
 
+def test_a_card_is_written_for_folders_of_ours_only(tiny, text):
+    assert "none of these is a converted folder" in run("compare", tiny(), tiny("llama-bias"), "--text", text, "--card", code=1).stderr
+
+
+def test_the_name_of_the_source_does_not_depend_on_where_one_stands(source, text, tmp_path, monkeypatch):
+    """A relative path looks like a hub id from elsewhere."""
+    (tmp_path / "models").mkdir()
+    source.rename(tmp_path / "models" / "smol")
+    monkeypatch.chdir(tmp_path)
+    convert("models/smol", "out", rank=7, calibration=[])
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    run("compare", "../models/smol", "../out", "--text", text, "--seq-len", 64, "--card")
+    assert "base_model" not in card(tmp_path / "out") and "lrkv convert smol --out out" in card(tmp_path / "out")
+
+
+def test_a_card_for_the_folder_one_stands_in_has_its_name(source, text, tmp_path, monkeypatch):
+    convert(str(source), tmp_path / "out", rank=7, calibration=[])
+    monkeypatch.chdir(tmp_path / "out")
+    run("compare", source, ".", "--text", text, "--seq-len", 64, "--card")
+    assert card(tmp_path / "out").count("\n# out\n") == 1
+
+
+def test_a_picture_that_fails_costs_no_conversion(tiny, tmp_path, monkeypatch):
+    from lrkv_convert import plot
+    monkeypatch.setattr(plot, "cache", lambda *a: 1 / 0)
+    convert(str(tiny()), tmp_path / "out", rank=7, calibration=[])
+    assert not (tmp_path / "out" / "cache.png").exists() and "cache.png" not in card(tmp_path / "out")
+
+
 def test_healing_forgets_what_was_measured_before(source, text, sheep, tmp_path):
     convert(str(source), tmp_path / "half", rank=5, calibration=[])
     run("compare", source, tmp_path / "half", "--text", text, "--seq-len", 64, "--card")
@@ -123,6 +153,10 @@ def test_healing_forgets_what_was_measured_before(source, text, sheep, tmp_path)
 
 # ------------------------------------------------------------------------------------------------ to the hub
 
+class Url(str):
+    repo_id = "org/half-lrkv"
+
+
 class Api:
     """A hub that notes what it is asked."""
 
@@ -130,20 +164,48 @@ class Api:
 
     def create_repo(self, repository, private, exist_ok):
         self.asked.append(("repo", repository, private, exist_ok))
-        return f"https://hub/{repository}"
+        return Url("https://hub/org/half-lrkv")
 
     def create_branch(self, repository, branch, exist_ok):
         self.asked.append(("branch", repository, branch, exist_ok))
 
-    def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
-        self.asked.append(("upload", repo_id, folder_path, revision, commit_message))
+    def create_commit(self, repo_id, operations, *, commit_message, revision):
+        files = {}
+        for operation in operations:
+            with operation.as_file() as stream:
+                files[operation.path_in_repo] = stream.read()
+        self.asked.append(("commit", repo_id, files, commit_message, revision))
 
 
-def test_push_makes_the_repository_and_uploads_the_folder(converted, monkeypatch):
+@pytest.fixture
+def account(monkeypatch):
     monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     Api.asked = []
-    assert run("push", converted(), "org/name", "--private", "--branch", "half", "--message", "half a cache").stdout.strip() == "https://hub/org/name"
-    assert Api.asked == [("repo", "org/name", True, True), ("branch", "org/name", "half", True), ("upload", "org/name", converted(), "half", "half a cache")]
+
+
+def test_push_makes_the_repository_and_commits_the_folder(converted, account):
+    """The name is the one the hub gives: without an organisation, the user's."""
+    assert run("push", converted(), "half-lrkv", "--private", "--branch", "half", "--message", "half a cache").stdout.strip() == "https://hub/org/half-lrkv"
+    repo, branch, (_, where, files, message, revision) = Api.asked
+    assert (repo, branch) == (("repo", "half-lrkv", True, True), ("branch", "org/half-lrkv", "half", True)) and (where, message, revision) == ("org/half-lrkv", "half a cache", "half")
+    assert files.keys() == {file.name for file in converted().iterdir()} and files["model.safetensors"] == (converted() / "model.safetensors").read_bytes()
+    assert b'from_pretrained("org/half-lrkv"' in files["README.md"] and b"lrkv serve org/half-lrkv" in files["README.md"]
+
+
+def test_what_is_pushed_names_no_path_of_this_machine(source, text, sheep, tmp_path, account):
+    convert(str(source), tmp_path / "half", rank=5, calibration=[str(text)])
+    run("heal", tmp_path / "half", "--data", sheep, "--out", tmp_path / "healed", "--set", *SETTINGS, "tokens=512", f"validation=[{text}]")
+    run("compare", source, tmp_path / "healed", "--text", text, "--seq-len", 64, "--card")
+    run("push", tmp_path / "healed", "org/x")
+    files = Api.asked[-1][2]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert str(tmp_path) in (tmp_path / "healed" / "lrkv.json").read_text()     # where healing finds the original again
+
+
+def test_without_an_account_it_says_how_to_log_in(converted, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    assert "hf auth login" in run("push", converted(), "org/name", code=1).stderr
 
 
 def test_what_is_no_converted_folder_is_not_pushed(tiny, tmp_path):
@@ -151,11 +213,12 @@ def test_what_is_no_converted_folder_is_not_pushed(tiny, tmp_path):
         assert "is no converted folder" in run("push", folder, "org/name", code=1).stderr
 
 
-@pytest.mark.parametrize("name, says", [("a/b/c", "no name of a repository"), ("org/name", "cannot upload to org/name")])
-def test_a_push_that_fails_is_one_line(name, says, converted, monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LrkvError, match=says):
+@pytest.mark.parametrize("name", ["a/b/c", "org/name"])
+def test_a_push_that_fails_is_one_line(name, converted, monkeypatch):
+    """A name that is none; a network that refuses."""
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(LrkvError, match=f"cannot upload to {name}"):
         hub.push(converted(), name)
 
 

@@ -96,6 +96,12 @@ def test_compare_prints_a_table_and_writes_json(tiny, converted, tmp_path, text)
     assert max(map(len, shown.splitlines())) <= 100 and "\x1b" not in shown
 
 
+def test_models_stored_in_different_dtypes_are_pointed_out(tiny, converted, text):
+    ask = ["compare", tiny(), converted(dtype="bfloat16"), "--text", text, "--seq-len", 64]
+    assert "not all in one dtype (" in (shown := lrkv(*ask).stdout) and "give --dtype" in shown
+    assert "dtype" not in lrkv(*ask, "--dtype", "float32").stdout
+
+
 def test_eval_is_one_row(tiny, text, tmp_path):
     lrkv("eval", tiny(), "--text", text, "--json", tmp_path / "e.json")
     assert len(json.loads((tmp_path / "e.json").read_text())["models"]) == 1

@@ -37,11 +37,20 @@ def test_the_passkey_lies_at_its_depth_in_a_prompt_of_the_asked_length(depth, ti
     _, tokenizer = load(tiny())
     ids, answer = longcontext.prompt(tokenizer, 2000, depth, 48151)
     written, body = tokenizer.decode(ids), len(longcontext.INTRODUCTION)
-    assert 2000 - len(longcontext.FILLER) <= len(ids) + len(answer) <= 2000 and tokenizer.decode(answer) == " 48151"
+    assert 2000 - len(longcontext.FILLER) < len(ids) + len(answer) <= 2000 and tokenizer.decode(answer) == " 48151"
     assert written.count("48151") == 2 and written.endswith(longcontext.QUESTION)
     filler = longcontext.FILLER.strip()
     before = written[body:written.index("The pass key is 48151")].count(filler) / written.count(filler)
     assert before == pytest.approx(depth, abs=0.06)
+
+
+def test_the_answer_is_cut_as_it_is_after_the_question(tiny):
+    """A tokenizer that puts a mark before every text puts it before the question, not before the number."""
+    _, tokenizer = load(tiny())
+    marked = lambda text, **kwargs: tokenizer("\u2581" + text, **kwargs)
+    marked.eos_token_id = tokenizer.eos_token_id
+    ids, answer = longcontext.prompt(marked, 900, 0.5, 48151)
+    assert tokenizer.decode(answer) == " 48151"
 
 
 @pytest.mark.parametrize("longest", [1024, 30])
@@ -62,12 +71,13 @@ def test_recall_is_what_greedy_decoding_writes(longest, tiny, converted, monkeyp
 
 def test_the_long_context_check_reads_windows_of_that_length(tiny, converted):
     result = compare([str(tiny()), str(converted())], [Text("tide", PASSAGE)], seq_len=64, long_context=512, device=CPU)
+    assert longcontext.shortest(load(tiny())[1]) == 249
     far, expected = result["long_context"], compare([str(tiny()), str(converted())], [Text("tide", PASSAGE)], seq_len=512, max_tokens=1024, device=CPU)
     assert far["tokens"] == 512 and far["windows"] == 2
     for found, row in zip(far["models"], expected["models"]):
         assert found["name"] == row["name"] and [b["to"] for b in found["context"]] == [63, 127, 255, 511]
         assert [b["nll"] for b in found["context"]] == pytest.approx([b["nll"] for b in row["context"]], rel=1e-6)
-        assert [p["tokens"] for p in found["passkey"]] == [128, 256, 512] and all(len(p["depths"]) == 5 for p in found["passkey"])
+        assert [p["tokens"] for p in found["passkey"]] == [256, 512] and all(len(p["depths"]) == 5 for p in found["passkey"])
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -185,8 +195,8 @@ def test_tasks_give_the_accuracy_of_a_plain_loop(task, tiny, converted, text, tm
     assert "boats, acc" in shown and f"{rows[1]['value']:.4f}" in shown
 
 
-def test_a_task_that_does_not_exist_is_refused(task, tiny, converted, text):
-    line = run("compare", tiny(), converted(), "--text", text, "--seq-len", 64, "--tasks", "boats,yachts", "--task-folder", task.folder, code=1).stderr.strip()
+def test_a_task_that_does_not_exist_is_refused_before_models_are_loaded(task, tmp_path, text):
+    line = run("compare", tmp_path, tmp_path, "--text", text, "--seq-len", 64, "--tasks", "boats,yachts", "--task-folder", task.folder, code=1).stderr.strip()
     assert line.startswith("error: lm-eval knows no task 'yachts'; ") and len(line.splitlines()) == 1
 
 
@@ -195,7 +205,7 @@ def test_a_task_that_does_not_exist_is_refused(task, tiny, converted, text):
 def test_the_page_is_whole_in_itself_and_holds_every_figure(tiny, converted, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(PASSAGE[::-1])
-    run("compare", tiny(), converted(), "--text", text, other, "--seq-len", 96, "--cache", "int8", "--long-context", 200, "--prompt", "<script>alert(1)</script> & more",
+    run("compare", tiny(), converted(), "--text", text, other, "--seq-len", 96, "--cache", "int8", "--long-context", 300, "--prompt", "<script>alert(1)</script> & more",
         "--json", tmp_path / "c.json", "--report", tmp_path / "r.html")
     page, result = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "c.json").read_text())
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "&lt;script&gt;" in page
@@ -226,5 +236,7 @@ def test_one_model_alone_has_a_page_too(tiny, text, tmp_path):
     assert "perplexity" in (tmp_path / "r.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_is_refused_before_measuring(tiny, converted, text, tmp_path):
-    assert "nowhere" in run("compare", tiny(), converted(), "--text", text, "--report", tmp_path / "nowhere" / "r.html", code=1).stderr
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(text, tmp_path):
+    no_model = tmp_path / "none"
+    assert "nowhere" in run("compare", no_model, no_model, "--text", text, "--report", tmp_path / "nowhere" / "r.html", code=1).stderr
+    assert "it is a folder" in run("compare", no_model, no_model, "--text", text, "--report", tmp_path, code=1).stderr

@@ -36,7 +36,7 @@ def test_convert_and_load(tiny, tmp_path):
     shown = example("convert_and_load.py", tiny(), folder=tmp_path)
     before, after = (int(n.replace(",", "")) for n in re.match(r"([\d,]+) -> ([\d,]+) bytes", shown).groups())
     assert before == 960 and 0.4 * before < after <= 0.5 * before and "original: 'The capital" in shown and "half: 'The capital" in shown
-    assert (tmp_path / "half" / "lrkv.json").is_file()
+    assert (tmp_path / "example-half" / "lrkv.json").is_file()
 
 
 def test_read_the_spectrum(tiny, tmp_path):

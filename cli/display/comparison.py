@@ -20,6 +20,9 @@ def show_comparison(result: dict) -> None:
             table.add_row(name, *(cell(row) for _, cell in columns))
         out.print(table)
     out.print(f"{', '.join(t['name'] for t in result['texts'])}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, no BOS")
+    if len({row["dtype"] for row in rows}) > 1:
+        stored = ", ".join(f"{row['name']}: {row['dtype']}" for row in rows if row["cache"] is None)
+        out.print(f"not all in one dtype ({stored}), so that bytes do not compare: give --dtype")
     if len(result["texts"]) > 1:
         grid(out, "ratio on", [f"{text['name']} ({text['tokens']:,})" for text in result["texts"]], names,
               lambda i, j: f"{rows[j]['texts'][i]['perplexity']:.3f}" if j == 0 else f"×{rows[j]['texts'][i]['ratio']:.4f}")

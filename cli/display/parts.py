@@ -13,7 +13,7 @@ WIDTH = 100     # when the output is no terminal, and at most
 
 def console_for(stderr: bool = False) -> Console:
     probe = Console(stderr=stderr)
-    return Console(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False)
+    return Console(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def show_error(error: Exception) -> None:

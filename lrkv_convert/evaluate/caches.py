@@ -1,8 +1,11 @@
 """Quantised caches of transformers, as rows of a comparison: what people use today to halve a cache, alone and on top of LRKV.
 
 A quantised cache gives the first tokens it is handed back as they were, so a window must be read in pieces for its error to be seen: PIECE tokens at
-a time attend to themselves exactly and to all before them as the cache kept them, which is what decoding with a residual window of that length does.
+a time are attended to as they are (int8, int4; FP8 rounds at once) and all before them as the cache kept them, which is what decoding with a residual
+window of that length does.
 """
+import math
+
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
@@ -11,7 +14,8 @@ from ..errors import LrkvError, first_line
 PIECE = 64
 GROUP = 64      # numbers that share a scale; what does not divide a head's width is lowered to what does
 
-# name -> arguments of QuantizedCache. axis 1: scales per token, as for values in KIVI (Liu et al. 2024); per channel would need more tokens at once
+# name -> arguments of QuantizedCache. axis 1: scales per token, as for values in KIVI (Liu et al. 2024); per channel would need more tokens at once.
+# FP8 has one scale for all, taken from the first tokens it sees
 CACHES = {
     "fp8": {"backend": "fp8"},
     "int8": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": GROUP, "residual_length": PIECE},
@@ -33,7 +37,7 @@ def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
         raise LrkvError(f"transformers has no {kind} cache for this model: {first_line(error)}", "leave it out of --cache") from error
     for layer in cache.layers:
         if hasattr(layer, "q_group_size"):
-            layer.q_group_size = min(GROUP, head_width(model.config))
+            layer.q_group_size = math.gcd(GROUP, head_width(model.config))
     return cache
 
 

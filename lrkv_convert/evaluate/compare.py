@@ -8,13 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate import Text
 from ..errors import LrkvError
+from .caches import PIECE
 from .load import load_model, load_tokenizer
-from .longcontext import passkeys
+from .longcontext import passkeys, shortest
 from .memory import allocated_bytes, cache_bytes, formula_bytes
 from .perplexity import Candidate, Scores, measure, text_windows
-from .samples import continuation, passages
+from .samples import WRITTEN, continuation, passages
 from .statistics import by_context, summary
-from .tasks import run_tasks
+from .tasks import run_tasks, task_manager
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
 
@@ -30,16 +31,25 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
     long_context: tokens (0: as many as the models can read) for the passkey task at a quarter, half and all of them and for the loss by position;
     tasks: of lm-eval, with its limit, a folder of one's own, and whether tasks may run generated code.
     """
+    if caches and seq_len <= PIECE:
+        raise LrkvError(f"in windows of {seq_len} tokens nothing is read back from a quantised cache", f"give --seq-len of more than {PIECE}")
+    manager = task_manager(tasks, task_folder) if tasks else None
     tokenizer, models = load_tokenizer(paths[0]), []
     ids = [tokens_of(text, tokenizer, max_tokens) for text in texts]
     for path in paths:
         models.append(load_model(path, device, dtype))
         check_model(path, models[-1], models[0], seq_len)
-    length = check_long_context(long_context, models, ids)
+    length = check_long_context(long_context, models, ids, tokenizer)
+    check_prompts(prompts, tokenizer, models)
     candidates = [Candidate(model, kind) for model in models for kind in (None, *caches)]
     names = [{"name": name + (f" + {kind}" if kind else ""), "path": path, "cache": kind} for name, path in zip(short_names(paths), paths) for kind in (None, *caches)]
     for candidate in candidates:
         candidate.empty(0)                  # a cache that cannot be made is refused here, not after an hour
+    done_tasks = []         # what can go wrong goes first: datasets that are not there
+    for i, (name, model) in enumerate(zip(short_names(paths), models)):
+        if tasks:
+            progress("tasks", i, len(models))
+            done_tasks += [{"name": name, **row} for row in run_tasks(model, tokenizer, tasks, manager, limit=limit, batch_size=batch_size, generated_code=generated_code)]
     every = measure_texts(candidates, ids, seq_len, batch_size, lambda done, total: progress("measuring", done, total))
     rows = []
     for i, (name, candidate) in enumerate(zip(names, candidates)):
@@ -57,17 +67,12 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
         result["samples"] = [{"prompt": prompt, "continuations": [continuation(candidate, tokenizer, prompt) for candidate in candidates]} for prompt in prompts]
     if length:
         result["long_context"] = read_far(candidates, names, tokenizer, ids, length, progress)
-    if tasks:
-        result["tasks"] = []
-        for i, (name, model) in enumerate(zip(short_names(paths), models)):
-            progress("tasks", i, len(models))
-            result["tasks"] += [{"name": name, **row} for row in run_tasks(model, tokenizer, tasks, limit=limit, folder=task_folder, batch_size=batch_size,
-                                                                           generated_code=generated_code)]
-    return result
+    return result | ({"tasks": done_tasks} if tasks else {})
 
 
 def short_names(paths: list[str]) -> list[str]:
     """As much of the end of each path as it takes for all to differ."""
+    paths = [str(Path(path).resolve()) if Path(path).exists() else path for path in paths]
     longest = max(len(Path(path).parts) for path in paths)
     return next((short for n in range(1, longest + 1) if len(set(short := [str(Path(*Path(path).parts[-n:])) for path in paths])) == len(set(paths))), paths)
 
@@ -94,7 +99,7 @@ def positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def check_long_context(asked: int | None, models: list[PreTrainedModel], ids: list[Tensor]) -> int | None:
+def check_long_context(asked: int | None, models: list[PreTrainedModel], ids: list[Tensor], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens of the long-context check, None without one. Raises LrkvError for more than the models can read."""
     limits = [limit for limit in map(positions, models) if limit is not None]
     if asked is None:
@@ -104,9 +109,22 @@ def check_long_context(asked: int | None, models: list[PreTrainedModel], ids: li
     if limits and asked > min(limits):
         raise LrkvError(f"{asked} tokens are more than the models can read ({min(limits)})", "give a smaller --long-context")
     length = asked or min(limits)
+    if length < (least := shortest(tokenizer)):
+        raise LrkvError(f"a passkey and its question take {least} tokens, more than {length}", "give a larger --long-context")
     if not any(len(text) >= length for text in ids):
         raise LrkvError(f"no text fills one window of {length:,} tokens", "give a longer text, or a smaller --long-context")
     return length
+
+
+def check_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, models: list[PreTrainedModel]) -> None:
+    """Raise LrkvError for a beginning that is none, or that leaves no room to go on."""
+    limit = min((limit for limit in map(positions, models) if limit is not None), default=None)
+    for prompt in prompts:
+        length = len(tokenizer(prompt)["input_ids"])
+        if not length:
+            raise LrkvError("an empty --prompt is no beginning", "write a word or two")
+        if limit is not None and length + WRITTEN > limit:
+            raise LrkvError(f"a --prompt of {length} tokens leaves no room for {WRITTEN} more in the {limit} the models read", "give a shorter one")
 
 
 def measure_texts(candidates: list[Candidate], ids: list[Tensor], seq_len: int, batch_size: int, progress: Callable[[int, int], None]) -> list[list[Scores]]:
@@ -124,12 +142,13 @@ def joined(scores: list[Scores]) -> Scores:
     return Scores(*(sum((getattr(s, name) for s in scores), []) for name in ("nll", "kl", "agree")))
 
 
+@torch.no_grad()
 def cached(candidate: Candidate, seq_len: int) -> dict[str, float]:
     """Bytes per token by the formula, and counted on the tensors of a live cache; a quantised one has no formula: its scales depend on its backend."""
     model = candidate.model
     if candidate.cache:
-        cache, ids = candidate.empty(seq_len), torch.zeros(1, seq_len, dtype=torch.long)
-        candidate.read(ids, cache)
+        cache = candidate.empty(seq_len)
+        candidate.read(torch.zeros(1, seq_len, dtype=torch.long), cache, logits_to_keep=1)
         allocated = cache_bytes(cache) / seq_len
         return {"kv_bytes_per_token": allocated, "kv_bytes_per_token_allocated": allocated}
     allocated, formula = allocated_bytes(model, min(16, seq_len)), formula_bytes(model.config, model.dtype.itemsize)
@@ -140,6 +159,7 @@ def read_far(candidates: list[Candidate], names: list[dict], tokenizer: PreTrain
     """The passkey task, and loss and divergence by position in windows of `length` tokens of all texts."""
     whole = [text[:len(text) // length * length] for text in ids if len(text) >= length]
     scores = [joined(list(column)) for column in zip(*measure_texts(candidates, whole, length, 1, lambda done, total: progress("far", done, total)))]
-    found = passkeys(candidates, tokenizer, sorted({max(1, length // share) for share in (4, 2, 1)}), lambda done, total: progress("passkey", done, total))
+    lengths = [part for part in sorted({length // share for share in (4, 2, 1)}) if part >= shortest(tokenizer)]
+    found = passkeys(candidates, tokenizer, lengths, lambda done, total: progress("passkey", done, total))
     return {"tokens": length, "windows": len(scores[0].nll),
             "models": [{**name, "context": by_context(scores[0], own), "passkey": rows} for name, own, rows in zip(names, scores, found)]}

@@ -12,23 +12,28 @@ from transformers import PreTrainedTokenizerBase
 from .caches import new_cache
 from .perplexity import LONGEST, Candidate
 
-INTRODUCTION = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the important information "
-                "there.\n")
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
+INTRODUCTION = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the important information there."
+FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "\nWhat is the pass key? The pass key is"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, tokens: int, depth: float, key: int) -> tuple[Tensor, Tensor]:
-    """(ids (T,) of about `tokens` tokens with the key at `depth` of the filler, ids of the answer)."""
+    """(ids (T,) of at most `tokens` tokens, or the `shortest`, with the key at `depth` of the filler; ids of the answer)."""
     plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    introduction, filler, hidden, question, answer = tokenizer(INTRODUCTION)["input_ids"], plain(FILLER), plain(KEY.format(key=key)), plain(QUESTION), plain(f" {key}")
+    introduction, filler, hidden, question = tokenizer(INTRODUCTION)["input_ids"], plain(FILLER), plain(KEY.format(key=key)), plain(QUESTION)
+    answer = plain(f"{QUESTION} {key}")[len(question):]         # as it is cut after the question: alone it may begin otherwise
     if introduction and introduction[-1] == tokenizer.eos_token_id:
         introduction = introduction[:-1]
-    repeats = max(1, (tokens - len(introduction) - len(hidden) - len(question) - len(answer)) // len(filler))
+    repeats = max(0, (tokens - len(introduction) - len(hidden) - len(question) - len(answer)) // len(filler))
     before = round(depth * repeats)
     return torch.tensor(introduction + before * filler + hidden + (repeats - before) * filler + question), torch.tensor(answer)
+
+
+def shortest(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the task without any filler."""
+    return sum(map(len, prompt(tokenizer, 0, 0.0, 10000)))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands that give it again."""
+"""A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands that give it again. Needs the `plot` extra."""
 import base64
 import datetime
 import json
@@ -11,18 +11,15 @@ import torch
 import transformers
 from jinja2 import Environment, StrictUndefined
 
+from .. import plot
 from ..device import in_units
-from ..errors import LrkvError
 from ..provenance import commands
 from ..report import version
 from ..writer import RECORD, write_text
 
+
 def write_page(result: dict, file: Path, command: str) -> None:
-    """Write the page of what `compare` returned; command: the one that was typed. Raises LrkvError without matplotlib."""
-    try:
-        from .. import plot
-    except ImportError as error:
-        raise LrkvError("the report has pictures, for which matplotlib is needed", "pip install 'lrkv-convert[plot]'") from error
+    """Write the page of what `compare` returned; command: the one that was typed."""
     rows, far, pictures = result["models"], result.get("long_context"), {}
     if len(rows) > 1:
         pictures["comparison"] = picture(plot.comparison, rows)
@@ -50,7 +47,8 @@ def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
     found = []
     for path in dict.fromkeys(row["path"] for row in rows):
         if (record := Path(path) / RECORD).is_file():
-            found.append((Path(path).name, commands(json.loads(record.read_text(encoding="utf-8")), Path(path).name)))
+            name = Path(path).resolve().name
+            found.append((name, commands(json.loads(record.read_text(encoding="utf-8")), name)))
     return found
 
 

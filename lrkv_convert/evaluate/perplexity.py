@@ -76,13 +76,15 @@ def measure(candidates: list[Candidate], batches: list[Tensor], progress: Callab
 
 def _pieces(candidates: list[Candidate], ids: Tensor) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     """Windows (N, T) in pieces of LONGEST tokens: for each, (nll, kl, agree) of every candidate, (N, C) each."""
-    T = ids.shape[1]
-    caches = [candidate.empty(T) for candidate in candidates]
+    N, T = ids.shape
+    # a quantised cache may take one scale for all it holds: each window has its own, so that the batch size changes nothing
+    caches = [[candidate.empty(T) for _ in range(N if candidate.cache else 1)] for candidate in candidates]
     for start in range(0, T - 1, LONGEST):
         targets = ids[:, start + 1:start + LONGEST + 1]                                     # (N, C)
         base, found = None, []
-        for candidate, cache in zip(candidates, caches):
-            logits = candidate.read(ids[:, start:start + LONGEST], cache)[:, :targets.shape[1]].flatten(0, 1)       # (N C, vocabulary)
+        for candidate, held in zip(candidates, caches):
+            parts = [candidate.read(rows, cache) for rows, cache in zip(ids[:, start:start + LONGEST].tensor_split(len(held)), held)]
+            logits = (parts[0] if len(parts) == 1 else torch.cat(parts))[:, :targets.shape[1]].flatten(0, 1)        # (N C, vocabulary)
             nll, mass, top = _prediction(logits, targets.flatten().to(logits.device))
             base = base or (logits, mass, top)
             kl = torch.zeros_like(nll) if base[0] is logits else _divergence(*base[:2], logits, mass)

@@ -11,10 +11,11 @@ PROMPT, WRITTEN = 32, 32        # tokens
 @torch.no_grad()
 def continuation(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = WRITTEN) -> str:
     """Greedy continuation of a prompt, without the prompt."""
-    model, inputs = candidate.model, tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    model, written = candidate.model, tokenizer(prompt)["input_ids"]
+    inputs = torch.tensor([written[:-1] if len(written) > 1 and written[-1] == tokenizer.eos_token_id else written], device=model.device)
+    ids = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                          **({"past_key_values": candidate.empty(0)} if candidate.cache else {}))
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return tokenizer.decode(ids[0, inputs.shape[1]:], skip_special_tokens=True)
 
 
 def passages(ids: Tensor, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -8,19 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LrkvError, first_line
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str], *, limit: int | None = None, folder: Path | None = None,
-              batch_size: int = 1, generated_code: bool = False) -> list[dict]:
-    """One row per task and metric: {"task", "metric", "value", "stderr", "samples"}. Raises LrkvError.
-
-    limit: examples per task; folder: where tasks of your own are defined in YAML; generated_code: allow tasks that run what the model writes
-    (humaneval, mbpp) on this machine.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if generated_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+def task_manager(names: list[str], folder: Path | None):
+    """lm-eval's index of tasks, with those of `folder`. Raises LrkvError without lm-eval, and for a name that it does not know."""
+    if folder is not None and not folder.is_dir():
+        raise LrkvError(f"no such folder of tasks: {folder}", "give one that holds YAML files")
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise LrkvError("tasks are run by lm-eval, which is not installed", "pip install 'lrkv-convert[eval]'") from error
@@ -28,6 +20,21 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names:
     manager = TaskManager(include_path=str(folder) if folder else None)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise LrkvError(f"lm-eval knows no task {unknown[0]!r}", "lm-eval ls tasks lists them; your own go to --task-folder")
+    return manager
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str], manager, *, limit: int | None = None, batch_size: int = 1,
+              generated_code: bool = False) -> list[dict]:
+    """One row per task and metric: {"task", "metric", "value", "stderr", "samples"}. Raises LrkvError.
+
+    manager: `task_manager` of these names; limit: examples per task; generated_code: allow tasks that run what the model writes (humaneval, mbpp)
+    on this machine.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
         found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=names, limit=limit, task_manager=manager,
                                 log_samples=False, confirm_run_unsafe_code=generated_code, bootstrap_iters=1000)
