@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from conftest import prompt, relative, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -248,10 +249,16 @@ def test_similarity_is_that_of_the_explicit_circuits_in_every_form(options, tiny
         assert found.similarity.min() > 1 - 1e-6 and found.logit_error.max() < FLOAT32 and found.output_error > 0.01
 
 
-def test_positions_and_biases_enter_the_logit_error_but_not_the_similarity(tiny, converted):
-    """Of a model with biases of keys: they are the same before and after, and both attend with them."""
-    found = faithful(tiny("llama-bias"), converted("llama-bias", rank=20, force=True), prompt(30))
-    assert all(layer.logit_error.max() < FLOAT32 for layer in found)
+def test_biases_enter_the_logit_error_but_not_the_similarity(tiny, converted, tmp_path):
+    """Under RoPE a bias of the keys changes what is attended to; W_Q W_K^T knows nothing of it."""
+    exact = faithful(tiny("llama-bias"), converted("llama-bias", rank=20, force=True), prompt(30))
+    folder = Path(shutil.copytree(converted("llama-bias", rank=20, force=True), tmp_path / "spoilt"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.keys.bias"] *= 3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spoilt = faithful(tiny("llama-bias"), folder, prompt(30))
+    assert all(layer.logit_error.max() < FLOAT32 for layer in (*exact, spoilt[0])) and spoilt[1].logit_error.min() > 0.01
+    assert torch.equal(spoilt[1].similarity, exact[1].similarity)
 
 
 def test_the_probe_attends_as_eager_does(family, tiny):
