@@ -100,9 +100,9 @@ def test_compare_writes_what_it_measured_into_the_card(tiny, source, text, tmp_p
     other.write_text(PASSAGE.upper())
     convert(str(source), out, rank=7, calibration=[])
     assert "Not measured yet" in card(out)
-    measured = ["compare", source, out, "--seq-len", 100, "--card", "--cache", "int8"]
-    run(*measured, "--text", text, other, "--json", tmp_path / "c.json")
-    row = next(r for r in json.loads((tmp_path / "c.json").read_text())["models"] if r["path"] == str(out))
+    measured = ["compare", source, out, "--seq-len", 150, "--card"]
+    run(*measured, "--text", text, other, "--cache", "int8", "--json", tmp_path / "c.json")
+    row = next(r for r in json.loads((tmp_path / "c.json").read_text())["models"] if r["path"] == str(out) and not r["cache"])
     assert f"| {row['perplexity']:.3f} | ×{row['ratio']:.4f} ({row['ratio_low']:.4f}–{row['ratio_high']:.4f}) |" in card(out) and "Not measured" not in card(out)
     found = ModelCard.load(out / "README.md").data.eval_results
     assert [(r.dataset_name, r.metric_type, r.metric_value) for r in found] == [(t["name"], "perplexity", round(t["perplexity"], 4)) for t in row["texts"]]

@@ -148,7 +148,8 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
         arguments = [fill.get(w, w) for w in words[1:]]
         scaled = {"--tokens": "1024" if words[1] == "heal" else "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}
         arguments = [scaled.get(arguments[i - 1], a) for i, a in enumerate(arguments)]
-        more = {"convert": ["--overwrite"], "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"]}
+        quick = ["--calibration-tokens", "1024"] if words[-2:] != ["--text", "FILE"] or "--ablate" in words else []
+        more = {"convert": ["--overwrite", *quick], "inspect": quick, "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"]}
         lrkv(*arguments, *more.get(words[1], []))
         ran += 1
     assert ran >= 3

@@ -168,7 +168,7 @@ def test_quantised_caches_stand_beside_the_exact_ones(tiny, converted):
 def test_batch_size_changes_nothing_for_quantised_caches(kind, tiny):
     pytest.importorskip("hqq")
     try:
-        one, four = (run([tiny()], caches=[kind], seq_len=100, batch_size=size)["models"][1] for size in (1, 4))
+        one, four = (run([tiny()], caches=[kind], seq_len=PIECE + 40, batch_size=size)["models"][1] for size in (1, 4))
     except LrkvError as error:
         pytest.skip(f"this transformers has no such cache: {error}")
     assert one["nll"] == pytest.approx(four["nll"], rel=EXACT) and one["kl"] == pytest.approx(four["kl"], rel=1e-3) and one["kl"] > 1e-7
@@ -198,7 +198,7 @@ def test_a_quantised_row_is_a_plain_loop_over_its_cache(tiny):
 # ------------------------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("options, says", [
-    ({"caches": ["int3"], "seq_len": 100}, "choose from fp8, int8, int4"), ({"caches": ["int8"]}, "more than 64"), ({"prompts": [""]}, "no beginning"),
+    ({"caches": ["int3"], "seq_len": 200}, "choose from fp8, int8, int4"), ({"caches": ["int8"]}, f"more than {PIECE}"), ({"prompts": [""]}, "no beginning"),
     ({"prompts": ["x" * 620]}, "leaves no room"), ({"long_context": 200}, "a passkey and its question take 249"), ({"long_context": 641}, "more than the models can read"), ({"long_context": 0, "max_tokens": 300}, "no text fills"),
     ({"seq_len": 641}, "longer than"), ({"max_tokens": 1}, "too short")])
 def test_what_cannot_be_measured_is_refused_before_anything_is(options, says, tiny, converted):
@@ -210,4 +210,4 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(options, says, ti
 
 def test_a_sliding_window_takes_no_quantised_cache(tiny):
     with pytest.raises(LrkvError, match="has no int8 cache for this model"):
-        run([tiny("mistral")], caches=["int8"], seq_len=100)
+        run([tiny("mistral")], caches=["int8"], seq_len=200)

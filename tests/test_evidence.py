@@ -205,7 +205,7 @@ def test_a_task_that_does_not_exist_is_refused_before_models_are_loaded(task, tm
 def test_the_page_is_whole_in_itself_and_holds_every_figure(tiny, converted, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(PASSAGE[::-1])
-    run("compare", tiny(), converted(), "--text", text, other, "--seq-len", 96, "--cache", "int8", "--long-context", 300, "--prompt", "<script>alert(1)</script> & more",
+    run("compare", tiny(), converted(), "--text", text, other, "--seq-len", 160, "--cache", "int8", "--long-context", 300, "--prompt", "<script>alert(1)</script> & more",
         "--json", tmp_path / "c.json", "--report", tmp_path / "r.html")
     page, result = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "c.json").read_text())
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "&lt;script&gt;" in page

@@ -54,8 +54,9 @@ def test_the_bar_keeps_step_loss_ratio_and_time_on_narrow_terminals(width, monke
     from rich.console import Console
 
     from lrkv_cli import display
+    from lrkv_cli.display import training
     stream = io.StringIO()
-    monkeypatch.setattr(display, "_console", lambda stderr=False: Console(file=stream, width=width, force_terminal=True, legacy_windows=False, highlight=False))
+    monkeypatch.setattr(training, "console_for", lambda stderr=False: Console(file=stream, width=width, force_terminal=True, legacy_windows=False, highlight=False))
     with display.healing() as (report, stage, notice):
         stage("training")
         for step in (20, 40):

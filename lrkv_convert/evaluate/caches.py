@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import LrkvError, first_line
 
-PIECE = 64
+PIECE = 128     # transformers' default for its residual window. All that came before is quantised anew with every piece: shorter ones cost more
 GROUP = 64      # numbers that share a scale; what does not divide a head's width is lowered to what does
 
 # name -> arguments of QuantizedCache. axis 1: scales per token, as for values in KIVI (Liu et al. 2024); per channel would need more tokens at once.
