@@ -1,6 +1,7 @@
 """The hub: datasets come from it, converted folders go to it."""
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def push(folder: Path, repository: str, *, private: bool = False, branch: str | 
         rewritten = {RECORD: json.dumps(published(record), indent=2, ensure_ascii=False), "README.md": card}
         files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in (".tmp", ".jsonl")]
         api.create_commit(made.repo_id, [CommitOperationAdd(file.name, rewritten[file.name].encode() if file.name in rewritten else file) for file in files],
-                          commit_message=message or f"Upload {folder.resolve().name}", revision=branch)
+                          commit_message=message or f"Upload {os.path.basename(os.path.abspath(folder))}", revision=branch)
     except Exception as error:          # names, metadata, rights, the network: each raises its own, and the network's are another library's
         raise LrkvError(f"cannot upload to {repository}: {first_line(error)}", "write org/name, a name that is yours to write to") from error
     return str(made)

@@ -1,5 +1,6 @@
 """Where a converted folder came from, read back from its lrkv.json: the source, the commands, and what of it may be shown to others."""
 import math
+import os
 import shlex
 from copy import deepcopy
 from dataclasses import fields
@@ -16,7 +17,7 @@ LEFT_OUT = ("recipe", "max_shard_size")     # not in the record: what they decid
 def public_name(source: str) -> str:
     """What a source is called: a hub id as it is, of a path that exists the last part, as the rest says nothing to others."""
     path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    return os.path.basename(os.path.abspath(path)) if path.exists() else source
 
 
 def published(record: dict) -> dict:

@@ -2,6 +2,7 @@
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import shutil
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def add_evaluation(folder: Path, result: dict) -> None:
     same = lambda other: (other["sha256"], other["seq_len"], other["tokens"]) == (measured["sha256"], measured["seq_len"], measured["tokens"])
     record["evaluations"] = [other for other in record.get("evaluations", []) if not same(other)] + [measured]
     write_json(folder / RECORD, record)
-    write_card(folder, record, source_metadata(folder), folder.resolve().name)
+    write_card(folder, record, source_metadata(folder), os.path.basename(os.path.abspath(folder)))
 
 
 def write_card(folder: Path, record: dict, carried: dict, name: str) -> None:

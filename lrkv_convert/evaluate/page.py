@@ -2,6 +2,7 @@
 import base64
 import datetime
 import json
+import os
 from collections.abc import Callable
 from importlib import resources
 from io import BytesIO
@@ -47,7 +48,7 @@ def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
     found = []
     for path in dict.fromkeys(row["path"] for row in rows):
         if (record := Path(path) / RECORD).is_file():
-            name = Path(path).resolve().name
+            name = os.path.basename(os.path.abspath(path))
             found.append((name, commands(json.loads(record.read_text(encoding="utf-8")), name)))
     return found
 
