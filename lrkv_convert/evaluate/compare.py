@@ -73,7 +73,7 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
 
 def short_names(paths: list[str]) -> list[str]:
     """As much of the end of each path as it takes for all to differ."""
-    paths = [os.path.abspath(path) if Path(path).exists() else path for path in paths]
+    paths = [os.path.abspath(path).removesuffix(".gguf") if Path(path).exists() else path for path in paths]
     longest = max(len(Path(path).parts) for path in paths)
     return next((short for n in range(1, longest + 1) if len(set(short := [str(Path(*Path(path).parts[-n:])) for path in paths])) == len(set(paths))), paths)
 
