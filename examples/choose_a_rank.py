@@ -22,7 +22,7 @@ model = args.model or str(demo_model())
 text = read_texts([args.text])[0] if args.text else Text("Python reference manual", "\n\n".join(topics[name] for name in sorted(topics)))
 
 # "budget" plans widths and ranks layer by layer in the bytes of each rank, as --cache-ratio does
-found = sweep(model, [int(rank) for rank in args.ranks.split(",")], text, methods=["budget"], calibration_tokens=4096, max_tokens=2048, device=pick_device("auto"))
+found = sweep(model, [int(rank) for rank in args.ranks.split(",")], text, methods=["budget"], calibration_tokens=2048, max_tokens=1024, device=pick_device("auto"))
 points = sorted(found["points"], key=lambda point: point["cache_ratio"])
 for point in points:
     print(f"{point['cache_ratio']:6.1%} of the cache: perplexity ×{point['ratio']:.3f}, KL {point['kl']:.3f}")
