@@ -12,7 +12,7 @@ from .app import Variadic, app, quiet_libraries
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of an original: what to expect. Or a converted folder: what was done to each head.")],
     original: Annotated[str | None, typer.Option(help="What a converted folder is compared with. Default: where its lrkv.json says it came from.")] = None,
-    ranks: Annotated[list[str] | None, typer.Option(help="Ranks to look at, several. Default: eight below break-even.")] = None,
+    ranks: Annotated[list[str] | None, typer.Option(help="Ranks to look at, several. Default: up to eight, below break-even.")] = None,
     target_kl: Annotated[float, typer.Option(min=0, help="Divergence, in nats per token, that the recommendation allows.")] = 0.05,
     calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several. Default: the text that ships here.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of calibration text. Default: 8192.")] = None,

@@ -34,5 +34,5 @@ with tempfile.TemporaryDirectory() as folder:
     text = read_texts([args.text])[0] if args.text else Text("Python reference manual", "\n\n".join(topics[name] for name in sorted(topics)))
     result = compare([model, str(half), str(healed)], [text], max_tokens=1024, device=pick_device("auto"))
 for row in result["models"]:
-    sure = f" (95 %: {row['ratio_low']:.3f} to {row['ratio_high']:.3f})" if row["ratio_low"] and row["kl"] else ""
+    sure = f" (95 %: {row['ratio_low']:.3f} to {row['ratio_high']:.3f})" if row["ratio_low"] else ""
     print(f"{row['name']:>30}: perplexity ×{row['ratio']:.3f}{sure}, KL {row['kl']:.3f}, {row['kv_ratio']:.0%} of the cache")

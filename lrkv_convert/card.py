@@ -111,7 +111,7 @@ def _evaluations(record: dict) -> str:
 
 
 def _spread(row: dict) -> str:
-    return f" ({row['ratio_low']:.4f}–{row['ratio_high']:.4f})" if row["ratio_low"] is not None and row["kl"] else ""
+    return f" ({row['ratio_low']:.4f}–{row['ratio_high']:.4f})" if row["ratio_low"] is not None else ""
 
 
 def healing_section(entry: dict, number: int, count: int) -> str:

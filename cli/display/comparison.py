@@ -40,7 +40,7 @@ def show_comparison(result: dict) -> None:
 
 
 def _interval(row: dict) -> str:
-    return "" if row["ratio_low"] is None or row["kl"] == 0 else f"{row['ratio_low']:.3f}–{row['ratio_high']:.3f}"
+    return "" if row["ratio_low"] is None else f"{row['ratio_low']:.3f}–{row['ratio_high']:.3f}"
 
 
 def _by_context(out: Console, rows: list[dict]) -> None:

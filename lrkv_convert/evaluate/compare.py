@@ -42,23 +42,21 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
         check_model(path, models[-1], models[0], seq_len)
     length = check_long_context(long_context, models, ids, tokenizer)
     check_prompts(prompts, tokenizer, models)
-    candidates = [Candidate(model, kind) for model in models for kind in (None, *caches)]
-    names = [{"name": name + (f" + {kind}" if kind else ""), "path": path, "cache": kind} for name, path in zip(short_names(paths), paths) for kind in (None, *caches)]
+    short, candidates = short_names(paths), [Candidate(model, kind) for model in models for kind in (None, *caches)]
+    names = [{"name": name + (f" + {kind}" if kind else ""), "path": path, "cache": kind} for name, path in zip(short, paths) for kind in (None, *caches)]
     for candidate in candidates:
         candidate.empty(0)                  # a cache that cannot be made is refused here, not after an hour
     done_tasks = []         # what can go wrong goes first: datasets that are not there
-    for i, (name, model) in enumerate(zip(short_names(paths), models)):
-        if tasks:
-            progress("tasks", i, len(models))
-            done_tasks += [{"name": name, **row} for row in run_tasks(model, tokenizer, tasks, manager, limit=limit, batch_size=batch_size, generated_code=generated_code)]
+    for i, (name, model) in enumerate(zip(short, models) if tasks else []):
+        progress("tasks", i, len(models))
+        done_tasks += [{"name": name, **row} for row in run_tasks(model, tokenizer, tasks, manager, limit=limit, batch_size=batch_size, generated_code=generated_code)]
     every = measure_texts(candidates, ids, seq_len, batch_size, lambda done, total: progress("measuring", done, total))
-    rows = []
+    rows, base = [], joined([scores[0] for scores in every])
     for i, (name, candidate) in enumerate(zip(names, candidates)):
-        of_text = [(scores[0], scores[i]) for scores in every]
-        base, own = (joined([pair[side] for pair in of_text]) for side in (0, 1))
+        own = joined([scores[i] for scores in every]) if i else base
         rows.append({**name, **summary(base, own), **cached(candidate, seq_len), "dtype": str(candidate.model.dtype).removeprefix("torch."),
                      "parameters": sum(p.numel() for p in candidate.model.parameters()),
-                     "texts": [{"name": text.name, **summary(*pair)} for text, pair in zip(texts, of_text)], "context": by_context(base, own)})
+                     "texts": [{"name": text.name, **summary(scores[0], scores[i])} for text, scores in zip(texts, every)], "context": by_context(base, own)})
     for row in rows:
         row["kv_ratio"] = row["kv_bytes_per_token"] / rows[0]["kv_bytes_per_token"]
     result = {"texts": [{"name": text.name, "sha256": text.sha256, "tokens": scores[0].tokens} for text, scores in zip(texts, every)],

@@ -11,9 +11,9 @@ FIRST_BUCKET = 64       # tokens of context; every further bucket is twice as lo
 
 
 def summary(base: Scores, other: Scores) -> dict:
-    """Means over all predicted tokens of `other`, beside `base` on the same windows."""
+    """Means over all predicted tokens of `other`, beside `base` on the same windows; the base itself has no interval."""
     nll = other.mean("nll")
-    low, high = interval([(b - a).double().sum().item() for a, b in zip(base.nll, other.nll)], [len(w) for w in base.nll])
+    low, high = (None, None) if other is base else interval([(b - a).double().sum().item() for a, b in zip(base.nll, other.nll)], [len(w) for w in base.nll])
     return {"tokens": other.tokens, "nll": nll, "perplexity": math.exp(nll), "ratio": math.exp(nll - base.mean("nll")), "ratio_low": low, "ratio_high": high,
             "kl": other.mean("kl"), "top1_agreement": other.mean("agree")}
 

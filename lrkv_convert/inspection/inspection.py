@@ -21,7 +21,7 @@ def inspect(model: str, *, original: str | None = None, ranks: list[int] | None 
             device: str = "auto", progress: Progress = lambda *_: None) -> dict:
     """Look at `model` (folder, .gguf file or hub id). Returns the JSON the README describes. Raises LrkvError.
 
-    An original: what it would cost to convert it, at `ranks` (default: eight below break-even), with a recommendation for target_kl nats; ablate: also
+    An original: what it would cost to convert it, at `ranks` (default: up to eight, below break-even), with a recommendation for target_kl nats; ablate: also
     remove its heads one by one, and several at once, and measure the loss on `text`. A converted folder: how far each of its heads is from those of
     `original` (default: where its lrkv.json says), on `text` (default: what ships here). max_tokens: of that text.
     """
