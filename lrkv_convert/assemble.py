@@ -33,6 +33,7 @@ def convert_layer(layer: CalibratedLayer, metrics: LayerMetrics, plan: Plan, bas
     attention: the module they belong to; it is filled for the refit and emptied again.
     """
     weights, shape, rotary = layer.weights, plan.layers[layer.index], plan.geometry.rotary
+    rest = {name: layer.rest[name] for name, _ in attention.named_parameters() if name in layer.rest}       # norms, the output's bias
     if plan.keys == "full":
         factored, key_error = {"keys.U.weight": weights.W_K.transpose(1, 2).flatten(0, 1)}, 0.0     # (H d, D)
         if weights.b_K is not None:
@@ -50,15 +51,11 @@ def convert_layer(layer: CalibratedLayer, metrics: LayerMetrics, plan: Plan, bas
     del fit
     give_back_memory()
     if refit and layer.inputs and max(errors.values()) > NOTHING_LOST:
-        state = {name: tensor.float() for name, tensor in (adapter.join(weights) | factored).items()}
-        attention.load_state_dict(state, strict=False, assign=True)
-        for name, parameter in attention.named_parameters():        # what stays on meta is the output's bias, which the refit never sees
-            if parameter.is_meta:
-                attention.get_submodule(name.rpartition(".")[0]).register_parameter(name.rpartition(".")[2], nn.Parameter(
-                    torch.zeros(parameter.shape, device=weights.W_O.device), requires_grad=False))
+        state = rest | adapter.join(weights) | factored
+        attention.load_state_dict({name: tensor.to(weights.W_O.device, torch.float32) for name, tensor in state.items()}, assign=True)
         weights = weights.replace(W_O=refit_output(layer, attention, adapter.output, weights.W_O))
         empty(attention)
-    return errors, adapter.join(weights) | factored
+    return errors, rest | adapter.join(weights) | factored
 
 
 def side_tensors(side: str, factors: Factors, bias: Tensor | None) -> dict[str, Tensor]:

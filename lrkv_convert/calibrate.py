@@ -80,7 +80,7 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
 
 def window_length(config) -> int:
     """Tokens per calibration window: SEQ_LEN, or what the model can read."""
-    return min(SEQ_LEN, getattr(config, "max_position_embeddings", None) or SEQ_LEN)
+    return min(SEQ_LEN, getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or SEQ_LEN)
 
 
 def windows(texts: list[Text], tokenizer, seq_len: int, max_tokens: int) -> Tensor:
@@ -122,11 +122,13 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list["Recorder"]]:
         """Everything before the first layer: tokens (n, T) -> hidden states (n, T, D), and what else each layer is called with."""
-        recorders, hidden = nn.ModuleList(Recorder(layer) for layer in self.layers), []
+        recorders, hidden = nn.ModuleList(Recorder(layer, self.adapter.legacy) for layer in self.layers), []
         with self._around_layers(recorders) as base:
             for row in tokens:
                 base(input_ids=row.unsqueeze(0).to(self.device), use_cache=False)
                 hidden.append(recorders[0].hidden)
+        for recorder in recorders:
+            recorder.kwargs = self.adapter.layer_arguments(recorder.kwargs)
         return torch.cat(hidden), list(recorders)
 
     @contextmanager
@@ -159,8 +161,9 @@ class Skeleton:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What follows the last layer: a function from last hidden states (1, T, D) to logits (1, T, vocabulary)."""
-        injected, head, embeddings = Injected(), self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        own = "lm_head.weight" in self.checkpoint.tensors
+        injected, head, embeddings = Injected(self.adapter.legacy), self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is head)      # lm_head, or embed_out
+        own = f"{name}.weight" in self.checkpoint.tensors
 
         def run(hidden: Tensor) -> Tensor:
             injected.hidden = hidden
@@ -168,7 +171,7 @@ class Skeleton:
 
         with self._around_layers(nn.ModuleList([injected]), *([embeddings] if own else [])):
             if own:
-                self.fill(head, "lm_head.")
+                self.fill(head, f"{name}.")
             else:
                 head.weight = embeddings.weight
             yield run
@@ -193,15 +196,20 @@ class Injected(nn.Module):
 
     hidden: Tensor
 
+    def __init__(self, in_tuple: bool):
+        super().__init__()
+        self.in_tuple = in_tuple
+
     def forward(self, hidden_states, *args, **kwargs):
-        return self.hidden
+        return (self.hidden,) if self.in_tuple else self.hidden
 
 
 class Recorder(nn.Module):
     """Stands in for a decoder layer: notes what it is called with and passes the hidden states on."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, in_tuple: bool):
         super().__init__()
+        self.in_tuple = in_tuple
         self.replaced = (layer,)        # in a tuple: not a submodule
         self.hidden, self.args, self.kwargs = None, (), {}
 
@@ -213,20 +221,21 @@ class Recorder(nn.Module):
 
     def forward(self, hidden_states, *args, **kwargs):
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
-        return hidden_states
+        return (hidden_states,) if self.in_tuple else hidden_states
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
     """One layer as calibration saw it.
 
-    weights: as stored in the checkpoint. With calibration text also the sums of its metrics (`MetricSums.state()`), and what its attention
+    weights: as stored in the checkpoint; rest: the other tensors of its attention module, norms and the like. With calibration text also the sums of its metrics (`MetricSums.state()`), and what its attention
     module saw and did on each window: inputs and heads, bfloat16, lists of (1, T, D) and (1, T, H G d) (the concatenated head outputs, which
     W_O reads), and the other arguments it was called with; moments where gradients were taken. Without text these are None or empty.
     """
 
     index: int
     weights: AttentionWeights
+    rest: dict[str, Tensor] = field(default_factory=dict)
     sums: dict | None = None
     inputs: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
@@ -287,9 +296,10 @@ def calibrated_layer(skeleton: Skeleton, store: Store, i: int) -> CalibratedLaye
     checkpoint, device = skeleton.checkpoint, skeleton.device
     there = lambda value: value.to(device) if isinstance(value, Tensor) else value
     weights = skeleton.adapter.split(checkpoint.tensor, i, checkpoint.config).to(device)
+    rest = {name: there(tensor) for name, tensor in skeleton.adapter.rest(checkpoint, i).items()}
     if f"layer-{i}" not in store:
-        return CalibratedLayer(i, weights)
+        return CalibratedLayer(i, weights, rest)
     seen = store.load(f"layer-{i}")
     moments = HeadMoments(*map(there, store.load(f"moments-{i}"))) if f"moments-{i}" in store else None
     arguments = {name: tuple(map(there, value)) if isinstance(value, tuple) else there(value) for name, value in seen["arguments"].items()}
-    return CalibratedLayer(i, weights, {name: there(value) for name, value in seen["sums"].items()}, seen["inputs"], seen["heads"], arguments, moments)
+    return CalibratedLayer(i, weights, rest, {name: there(value) for name, value in seen["sums"].items()}, seen["inputs"], seen["heads"], arguments, moments)

@@ -18,6 +18,7 @@ from .errors import LrkvError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+HEADS = ("lm_head.", "embed_out.")      # output layers: outside the base model, whose name is the prefix
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Checkpoint:
         """The same checkpoint with the names of a whole causal LM: old files of a bare base model lack its prefix ("transformer.")."""
         if any(name.startswith(prefix) for name in self.tensors):
             return self
-        return replace(self, tensors={name if name.startswith("lm_head.") else prefix + name: held for name, held in self.tensors.items()})
+        return replace(self, tensors={name if name.startswith(HEADS) else prefix + name: held for name, held in self.tensors.items()})
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as stored. Raises LrkvError for a missing name or unreadable bytes."""
@@ -65,7 +66,7 @@ class Checkpoint:
         try:
             return held.read()
         except (SafetensorError, OSError) as error:
-            raise LrkvError(f"cannot read {name} from {held.file.name}: {error}", "the file is truncated or corrupt; download it again") from error
+            raise LrkvError(f"cannot read {name} of {self.source}: {error}", "a file is truncated or corrupt; download it again") from error
 
     def shape_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor, without reading it."""

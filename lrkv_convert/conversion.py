@@ -72,7 +72,8 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     texts = gather_texts(options.calibration, options.tokens, model, skeleton)
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens) if texts else None
     if tokens is None and options.metric == "fisher":
-        options = replace(options, metric="attention")      # no text, no gradient: the record says what was used
+        # no text, no gradient: the record says what was used. Where keys are normalised, queries say nothing of how keys should be fitted
+        options = replace(options, metric="plain" if geometry.key_norm else "attention")
     with clock("load"):
         for done, total in checkpoint.finite():
             progress("checking", done, total)
@@ -202,7 +203,8 @@ def open_model(model: str) -> tuple[Checkpoint, Adapter]:
     adapter = adapter_for(checkpoint.config)
     if getattr(checkpoint.config, "quantization_config", None):
         raise LrkvError(f"{model} holds quantised weights", "convert the full-precision checkpoint, then quantise")
-    return checkpoint.with_prefix(adapter.prefix), adapter
+    checkpoint = checkpoint.with_prefix(adapter.prefix)
+    return replace(checkpoint, tensors=adapter.stored(checkpoint.tensors)), adapter
 
 
 def stored_dtype(checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> torch.dtype:

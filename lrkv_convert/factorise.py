@@ -260,7 +260,7 @@ def _rotary_base(W: Tensor, metric: Metric, r: int, sweeps: int) -> tuple[Tensor
     """Base and gauge for RoPE keys. Per frequency pair, the heads' complex columns are approximated by one column times a number per head:
     a rank-1 SVD, alternated with the residuals, in the rotation average of the metric. Returns W_shared (D, d) and the gauge (H, d, d)."""
     H, D, d = W.shape
-    metric = Metric(metric.sigma, square_root(rotation_average(metric.M.root @ metric.M.root)))
+    metric = Metric(metric.sigma, square_root(rotation_average(metric.M.root @ metric.M.root, d)))
     weighted, K = _gram(W, metric)
     root = square_root(K)                                                                   # A in n coordinates: same inner products
     A = root.root.view(-1, H, d).transpose(0, 1)                                            # (H, n, d); M is diagonal, equal in a pair

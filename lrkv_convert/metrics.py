@@ -133,7 +133,7 @@ class LayerMetrics:
         elif self.name == "attention":
             W_Q = self.weights.W_Q.double()
             M = self.sums["queries"].double() / self.sums["tokens"] if self.sums else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
-            M = rotation_average(M) if self.geometry.rotary else M
+            M = rotation_average(M, self.geometry.rotary_dim) if self.geometry.rotary else M
         return Metric(self._sigma("keys"), self._root(M))
 
     @property
@@ -164,8 +164,12 @@ class LayerMetrics:
         return square_root(M + floor[:, None, None] * identity)
 
 
-def rotation_average(M: Tensor) -> Tensor:
-    """E over angles of Rot(t) M Rot(t)^T with one independent angle per frequency pair: diagonal, shared by the two halves of a pair."""
-    left, right = M.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)                             # (H, d/2) each
+def rotation_average(M: Tensor, rotary_dim: int) -> Tensor:
+    """E over angles of Rot(t) M Rot(t)^T (H, d, d) with one independent angle per frequency pair: diagonal where channels turn, shared by the two
+    halves of a pair; unchanged among those that do not; nothing between the two."""
+    left, right = M.diagonal(dim1=-2, dim2=-1)[..., :rotary_dim].chunk(2, dim=-1)           # (H, rotary_dim / 2) each
     pair = (left + right) / 2
-    return torch.diag_embed(torch.cat((pair, pair), dim=-1))                                # (H, d, d)
+    averaged = torch.zeros_like(M)
+    averaged[..., :rotary_dim, :rotary_dim] = torch.diag_embed(torch.cat((pair, pair), dim=-1))
+    averaged[..., rotary_dim:, rotary_dim:] = M[..., rotary_dim:, rotary_dim:]
+    return averaged

@@ -83,6 +83,8 @@ class Options:
             raise LrkvError("the whitened metric is made of calibration text, and there is none", "give --calibration, or another --metric")
         if any(width is not None and width < 1 for width in (self.max_width_k, self.max_width_v)):
             raise LrkvError("the widest base is at least 1 wide", "see --max-width-k and --max-width-v")
+        if self.metric == "attention" and geometry.key_norm:
+            raise LrkvError("the attention metric knows nothing of QK-norm, which this model has", "leave --metric out, or take whitened or plain")
         check_shard_size(self.max_shard_size)
         if self.keys != "joint" and self.max_width_k is not None:
             raise LrkvError(f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out")

@@ -77,7 +77,7 @@ class Plan:
         H, d = self.geometry.kv_heads, self.geometry.head_dim
         if self.keys == "full":
             return self._heads * d
-        if not self.geometry.rotary:
+        if not self.geometry.rebuilt:
             return self._heads * (p.key_width + p.key_rank)
         rebuilt = p.key_rank if self.keys == "rotary" else p.key_width + p.key_rank
         return H * rebuilt * d + self._heads * d
@@ -112,6 +112,11 @@ def check_keys(keys: str, base: str, geometry: Geometry, config) -> None:
         raise LrkvError(f"--keys {keys} goes with the joint base only, not {base}", "leave --base out")
     if keys == "rotary" and not geometry.rotary:
         raise LrkvError("--keys rotary needs RoPE, and this model has none", "its keys are cheap to read as they are: leave --keys out")
+    if keys == "rotary" and (geometry.key_norm or geometry.rotary_dim < geometry.head_dim):
+        raise LrkvError("--keys rotary needs RoPE on whole heads and keys without a norm", "what comes between projection and rotation does not pass through the base; "
+                        "choose another form of keys")
+    if base == "aligned" and (geometry.key_norm or 0 < geometry.rotary_dim < geometry.head_dim):
+        raise LrkvError("the aligned base does not go with QK-norm, nor with RoPE on a part of each head", "nothing may pass between queries and keys there; leave --base out")
     scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if keys == "rotary" and scaling in ("dynamic", "longrope"):
         raise LrkvError(f"--keys rotary does not go with {scaling} RoPE, whose frequencies change while the cache fills", "choose another form of keys")

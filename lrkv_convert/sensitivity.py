@@ -84,7 +84,7 @@ def _backward(skeleton: Skeleton, layer, call, inputs: Tensor, gradient: Tensor,
         with torch.enable_grad():
             output = first_of(layer(x, *call.args, **call.kwargs))
         below[n:n + 1], g_keys, g_heads = torch.autograd.grad(output, (x, seen["keys"], seen["heads"]), gradient[n:n + 1])
-        g_keys = g_keys[0, :, adapter.key_columns(geometry)].view(-1, H, d).transpose(0, 1)     # (H, T, d)
+        g_keys = adapter.keys(g_keys[0], skeleton.checkpoint.config).transpose(0, 1)            # (H, T, d)
         g_heads = g_heads[0].view(-1, H, geometry.groups, d).permute(1, 0, 2, 3).flatten(1, 2)  # (H, T G, d)
         keys += (g_keys.mT @ g_keys).double()
         values += (g_heads.mT @ g_heads).double()

@@ -19,9 +19,9 @@ KEY_WEIGHT = 4.0
 
 def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tuple[int, int]:
     """How wide the bases of keys and values may become. A cached number of a RoPE key is read back at d flops per head (the key is rebuilt before
-    it is rotated), that of a value or a position-free key at one: keys under RoPE stop at one head's width, the others at four."""
+    it is rotated), that of a value or a position-free key at one: keys under RoPE or QK-norm stop at one head's width, the others at four."""
     d = geometry.head_dim
-    return keys or (d if geometry.rotary else 4 * d), values or 4 * d
+    return keys or (d if geometry.rebuilt else 4 * d), values or 4 * d
 
 
 def survey(layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]], geometry: Geometry, caps: tuple[int, int], keys: str, store: Store,

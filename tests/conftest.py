@@ -8,8 +8,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Tr
 
 import pytest
 import torch
+from families import CONFIGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
@@ -17,18 +18,7 @@ from lrkv_convert import convert
 from lrkv_convert.modeling import FAMILIES
 
 torch.set_num_threads(min(2, torch.get_num_threads()))      # tiny models gain nothing from more; OMP_NUM_THREADS=1 is respected
-SHARED = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2, num_hidden_layers=2, hidden_size=48,
-              num_attention_heads=6, max_position_embeddings=640)
-ROPE = dict(SHARED, intermediate_size=64, num_key_value_heads=3, head_dim=20)
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 160}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**ROPE),
-    "llama-bias": lambda: LlamaConfig(**ROPE, attention_bias=True, tie_word_embeddings=True),
-    "llama-mha-yarn": lambda: LlamaConfig(**{**ROPE, "num_attention_heads": 3}, rope_parameters=YARN),
-    "mistral": lambda: MistralConfig(**ROPE, sliding_window=24),
-    "qwen2": lambda: Qwen2Config(**{**ROPE, "num_hidden_layers": 3}, use_sliding_window=True, sliding_window=24, max_window_layers=1),
-    "gpt2": lambda: GPT2Config(**{**SHARED, "num_attention_heads": 3, "hidden_size": 60}, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
-}
+THOROUGH = ("llama", "llama-bias", "llama-mha-yarn", "mistral", "qwen2", "gpt2")     # every layout of a cache; all families: test_families.py
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -75,7 +65,7 @@ def converted(tiny, tmp_path_factory):
     made = {}
 
     def get(family: str = "llama", **options) -> Path:
-        key = (family, tuple(sorted(options.items())))
+        key = (family, repr(sorted(options.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("lrkv") / "model"
             convert(str(tiny(family)), made[key], **{"rank": 7, "calibration_tokens": 1024, **options})
@@ -84,7 +74,7 @@ def converted(tiny, tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=THOROUGH)
 def family(request) -> str:
     return request.param
 

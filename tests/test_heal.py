@@ -183,7 +183,7 @@ def test_bf16_follows_fp32(healed):
 
 # ------------------------------------------------------------------------------------------------ the result
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", conftest.THOROUGH)
 def test_a_healed_folder_is_a_converted_folder(converted, healed, name):
     before, after = converted(name), healed(name)
     names = lambda folder: {p.name for p in folder.iterdir()}

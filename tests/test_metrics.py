@@ -40,7 +40,7 @@ def test_rotation_average_is_the_mean_over_angles():
             c, s = torch.diag(angle.cos()), torch.diag(angle.sin())
             R = torch.cat((torch.cat((c, s), 1), torch.cat((-s, c), 1)))
             mean = mean + R.T @ M @ R / steps**2
-    assert torch.allclose(rotation_average(M), mean, atol=1e-12)
+    assert torch.allclose(rotation_average(M, M.shape[-1]), mean, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

@@ -33,7 +33,7 @@ def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
         drawn = draw(logits.detach().softmax(-1), generator).squeeze(1)
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for place, gradient in zip(seen, torch.autograd.grad(loss, list(seen.values()))):
-            gradient = gradient[0][:, adapter.key_columns(g)] if place[0] == "keys" else gradient[0]
+            gradient = adapter.keys(gradient[0], checkpoint.config).flatten(1) if place[0] == "keys" else gradient[0]
             heads = gradient.view(24, g.kv_heads, -1, g.head_dim).double()              # (T, H, 1 or G, d)
             sums[place] = sums.get(place, 0) + torch.einsum("thgd,thge->hde", heads, heads)
     for i, moments in enumerate(found):

@@ -3,15 +3,9 @@ import difflib
 
 from ..errors import LrkvError
 from .base import Adapter, AttentionWeights, Geometry
-from .gpt2 import GPT2Adapter
-from .llama import LlamaAdapter
+from .families import FAMILIES
 
-ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in (
-    LlamaAdapter("llama", biased="config"),
-    LlamaAdapter("mistral"),
-    LlamaAdapter("qwen2", biased="qkv"),
-    GPT2Adapter(),
-)}
+ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in FAMILIES}
 
 __all__ = ["ADAPTERS", "Adapter", "AttentionWeights", "Geometry", "adapter_for"]
 

@@ -18,7 +18,18 @@ class Geometry:
     kv_heads: int       # H
     groups: int         # G
     head_dim: int       # d
-    rotary: bool        # RoPE on the whole head: only rotations of frequency pairs may pass between W_Q and W_K
+    rotary_dim: int = 0         # leading channels of a head that RoPE turns, in pairs (i, i + rotary_dim / 2); 0 without RoPE
+    key_norm: bool = False      # keys are normalised after their projection (QK-norm): nothing may pass between W_Q and W_K
+
+    @property
+    def rotary(self) -> bool:
+        """Whether RoPE turns any of a key: what it turns lets only rotations of frequency pairs pass between W_Q and W_K."""
+        return self.rotary_dim > 0
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether a cached key must be rebuilt before it is read."""
+        return self.rotary or self.key_norm
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class Adapter(ABC):
     attention: str              # name of the attention module in a layer, e.g. "self_attn"
     output: str                 # name of the output projection in the attention module, e.g. "o_proj"
     key_projection: str         # name of the module whose output holds the keys, e.g. "k_proj"
+    legacy: bool                # whether transformers' class attends on its own, past the attention interface, and its layers give tuples
+    positions: str              # in words, for the README: "RoPE", "ALiBi", ...
+    norms: str                  # the same of what normalises keys and queries
 
     @abstractmethod
     def geometry(self, config) -> Geometry:
@@ -62,9 +76,21 @@ class Adapter(ABC):
         """Checkpoint prefix of a layer's attention, e.g. "model.layers.3.self_attn."."""
         return f"{self.layer_path}.{layer}.{self.attention}."
 
-    def key_columns(self, geometry: Geometry) -> slice:
-        """Which columns of the key projection's output are keys, heads in order."""
-        return slice(None)
+    @abstractmethod
+    def keys(self, projected: Tensor, config) -> Tensor:
+        """Keys (T, H, d) out of what the key projection gives, (T, n): heads and channels in the order of `split`."""
+
+    def stored(self, tensors: dict) -> dict:
+        """A checkpoint's tensors under the names and in the shapes of transformers' model, where the two differ."""
+        return tensors
+
+    @abstractmethod
+    def rest(self, checkpoint, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer's attention module beside what `split` reads, norms and the output's bias, as the converted module is to have them."""
+
+    def layer_arguments(self, arguments: dict) -> dict:
+        """The keyword arguments of an original layer, as calibration is to call it."""
+        return arguments
 
     @abstractmethod
     def split(self, read, layer: int, config) -> AttentionWeights:

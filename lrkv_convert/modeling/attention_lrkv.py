@@ -10,7 +10,10 @@ every converted checkpoint.
 Shapes: N batch, T tokens, S cached tokens, H KV heads, G query heads per KV head, D model width, d head width.
 This file may import torch, transformers and its siblings only.
 """
+from typing import NamedTuple
+
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -30,12 +33,13 @@ SPLIT_QUERIES = 16      # queries per KV head up to which reading in place does 
 # ------------------------------------------------------------------------------------------------ the choice
 
 def choose_path(asked: str, *, queries: int, tokens: int, implementation: str, mask, training: bool, cached: bool, device: torch.device,
-                dtype: torch.dtype, outside_window: bool = False, differentiable: bool = False) -> str:
+                dtype: torch.dtype, outside_window: bool = False, differentiable: bool = False, kernel: bool = True) -> str:
     """Which path attends: "rebuild", "split" or "kernel".
 
     asked: one of PATHS. queries: G T per KV head; tokens: T; implementation: the attention function of the config; mask: None or what
     transformers made for that function; cached: whether there is a cache to read; outside_window: whether some of it lies outside a sliding
-    window, which only eager and sdpa are told by their mask; differentiable: whether gradients are wanted, which the kernel has none of.
+    window, which only eager and sdpa are told by their mask; differentiable: whether gradients are wanted, which the kernel has none of; kernel: whether the
+    kernel can do what the family does to keys and scores.
     Raises ValueError for a path that does not exist or cannot run here.
     """
     if asked not in PATHS:
@@ -52,10 +56,22 @@ def choose_path(asked: str, *, queries: int, tokens: int, implementation: str, m
         return "rebuild"
     one_mask = mask is None or mask.dim() == 2 or mask.shape[1] == 1
     wanted = asked == "kernel" or asked == "auto" and device.type != "cpu" and implementation != "eager"         # eager: its weights may be asked for
-    path = "kernel" if wanted and not missing and tokens == 1 and one_mask and not differentiable else "split"
+    path = "kernel" if wanted and not missing and kernel and tokens == 1 and one_mask and not differentiable else "split"
     if device.type != "cpu" and not torch.compiler.is_compiling():
         logger.warning_once(f"LRKV decodes through the {path} path" + (f": {missing}" if missing else ""))
     return path
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    """Attention as plainly as transformers' models write it: query (N, H G, T, d), key and value (N, H, S, d), attention_mask None or numbers to add.
+    Returns ((N, T, H G, d), weights (N, H G, T, S))."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = (query.to(torch.float32) @ key.to(torch.float32).mT if module.float32_scores else query @ key.mT) * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = scores if attention_mask is None else scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def added_mask(mask: torch.Tensor | None, tokens: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -76,53 +92,105 @@ def added_mask(mask: torch.Tensor | None, tokens: int, length: int, device: torc
 class LrkvAttention:
     """Mixin over a family's attention class: keys and values come from `LowRankHeads`, everything else stays the family's."""
 
+    eager_attention = staticmethod(eager_attention)
+    float32_scores = False      # whether the family multiplies queries and keys in float32, whatever its dtype: float16 would overflow
+
+    def take_over(self, config, layer_idx: int, *projections: str, name: str = "lrkv", queries: str = "q_proj", **shape) -> None:
+        """Put factored keys and values in the place of the projections called so: of keys and of values, or one that holds queries too, which then
+        have a projection of their own. shape: D, H and d where the config does not say them (`low_rank_heads`)."""
+        replaced = [getattr(self, projection) for projection in projections]
+        for projection in projections:
+            delattr(self, projection)
+        biased = [projection.bias is not None for projection in replaced]
+        if len(projections) == 1:
+            heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            setattr(self, queries, nn.Linear(config.hidden_size, config.num_attention_heads * heads, bias=biased[0]))
+        self.keys = low_rank_heads(config, layer_idx, "keys", biased[0], name, **shape)
+        self.values = low_rank_heads(config, layer_idx, "values", biased[-1], name, **shape)
+
+    def key_norm(self):
+        """What normalises keys (N, H, S, d) before rotation, or None."""
+        return getattr(self, "k_norm", None) or getattr(self, "k_layernorm", None)
+
+    def normalised(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries (N, H G, T, d) after their norm, if there is one."""
+        norm = getattr(self, "q_norm", None) or getattr(self, "q_layernorm", None)
+        return query if norm is None else norm(query)
+
+    def kernel_norm(self):
+        """The norm of keys as the kernel knows it, an RMS norm with one `weight` (d,) for all heads and `variance_epsilon`; None where it is another."""
+        return None
+
+    def encode_keys(self, hidden_states: torch.Tensor, rotation: tuple | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (N, T, D) -> what the cache is to hold of their keys."""
+        return self.keys.encode(hidden_states, rotation, self.key_norm())
+
+    def heads_of(self, query: torch.Tensor) -> torch.Tensor:
+        """(N, T, H G d) -> (N, H G, T, d)"""
+        return query.view(*query.shape[:-1], -1, self.keys.head_dim).transpose(1, 2)
+
     def factored_attention(self, query, hidden_states, attention_mask, past_key_values, rotations=None, dropout=0.0, **kwargs):
-        """Attention of query (N, H G, T, d), before rotation, to hidden_states (N, T, D) and what is cached.
+        """Attention of query (N, H G, T, d), before norm and rotation, to hidden_states (N, T, D) and what is cached.
 
         rotations: (cos, sin) of the queries and of all cached keys, or None. Returns ((N, T, H G d), weights or None).
         """
         of_queries, of_keys = rotations or (None, None)
-        keys, values = self.keys.encode(hidden_states, of_queries), self.values.encode(hidden_states)
+        keys, values, query = self.encode_keys(hidden_states, of_queries), self.values.encode(hidden_states), self.normalised(query)
         if past_key_values is not None:
             keys, values = update_cache(past_key_values, self.layer_idx, self.config.num_hidden_layers, keys, values)
         query = query if rotations is None else rotate(query, of_queries)
-        implementation, T, window = self.config._attn_implementation, query.shape[2], kwargs.get("sliding_window")
+        return self.attend(query, keys, values, attention_mask, of_keys, past_key_values is not None, dropout, **kwargs)
+
+    def attend(self, query, keys, values, attention_mask, rotation, cached: bool, dropout=0.0, **kwargs):
+        """Attention of queries (N, H G, T, d), ready to meet keys, to keys and values as `LowRankHeads.encode` gives them. rotation: (cos, sin) of all
+        of them, or None. Returns ((N, T, H G d), weights or None)."""
+        implementation, T, window, norm = self.config._attn_implementation, query.shape[2], kwargs.get("sliding_window"), self.key_norm()
         paged = kwargs.get("cache") is not None         # continuous batching: the attention function keeps the cache, of whole keys and values
-        path = "rebuild" if paged else choose_path(
+        overflows = self.float32_scores and query.dtype == torch.float16
+        path = "rebuild" if paged or overflows else choose_path(
             self.config.lrkv_path, queries=T * query.shape[1] // self.keys.num_heads, tokens=T, implementation=implementation, mask=attention_mask,
-            training=self.training, cached=past_key_values is not None, device=query.device, dtype=keys[0].dtype,
-            outside_window=bool(window) and keys[0].shape[2] > window, differentiable=self.wants_gradients(query, *keys, *values))
+            training=self.training, cached=cached, device=query.device, dtype=keys[0].dtype,
+            outside_window=bool(window) and keys[0].shape[2] > window, differentiable=self.wants_gradients(query, *keys, *values),
+            kernel=kwargs.get("softcap") is None and (norm is None or self.kernel_norm() is not None))
         if path == "rebuild":
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
-            output, weights = attend(self, query, self.keys.rebuild(*keys, of_keys), self.values.rebuild(*values), attention_mask,
+            output, weights = attend(self, query, self.keys.rebuild(*keys, rotation, norm), self.values.rebuild(*values), attention_mask,
                                      dropout=dropout if self.training else 0.0, scaling=self.scaling, **kwargs)
         else:
-            output, weights = self.read_in_place(path, query, keys, values, attention_mask, of_keys, with_weights=implementation == "eager")
-        return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+            output, weights = self.read_in_place(path, query, keys, values, attention_mask, rotation, kwargs.get("softcap"), implementation == "eager")
+        return output.reshape(query.shape[0], T, -1).contiguous(), weights
 
     def wants_gradients(self, *tensors) -> bool:
         """Whether anything that decoding reads, or the maps it reads it with, is being differentiated."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.keys.parameters(), *self.values.parameters()))
 
-    def read_in_place(self, path, query, keys, values, attention_mask, rotation, with_weights=False):
+    def read_in_place(self, path, query, keys, values, attention_mask, rotation, softcap=None, with_weights=False):
         """Split or kernel path: query (N, H G, T, d), rotated; keys and values as cached. Returns ((N, T, H G, d), weights (N, H G, T, S) or None)."""
         N, heads, T, d = query.shape
         length = keys[0].shape[2]
         grouped = query.reshape(N, self.keys.num_heads, -1, d)                  # (N, H, G T, d)
         mask = added_mask(attention_mask, T, length, query.device)
         if path == "kernel":
-            output = decode(self.keys, self.values, grouped, keys, values, rotation, mask, self.scaling)
+            output = decode(self.keys, self.values, grouped, keys, values, rotation, mask, self.scaling, self.kernel_norm())
             return output.reshape(N, heads, T, d).transpose(1, 2), None
         if N > 1 and N * heads * T * length > SCORES and query.device.type == "cpu" and not torch.compiler.is_compiling():
             part = lambda t, n: t if t is None or len(t) == 1 else t[n:n + 1]
             rows = [self.read_in_place(path, query[n:n + 1], *([part(t, n) for t in side] for side in (keys, values)), part(mask, n),
-                                       None if rotation is None else [part(t, n) for t in rotation], with_weights) for n in range(N)]
+                                       None if rotation is None else [part(t, n) for t in rotation], softcap, with_weights) for n in range(N)]
             return torch.cat([output for output, _ in rows]), torch.cat([weights for _, weights in rows]) if with_weights else None
-        scores = self.keys.scores(grouped * self.scaling, *keys, rotation).reshape(N, heads, T, -1)
+        scores = self.keys.scores(grouped * self.scaling, *keys, rotation, self.key_norm()).reshape(N, heads, T, -1)
+        scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
         scores = scores if mask is None else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)       # (N, H G, T, S)
         output = self.values.average(weights.reshape(N, self.keys.num_heads, -1, length), *values)      # (N, H, G T, d)
         return output.reshape(N, heads, T, d).transpose(1, 2), weights if with_weights else None
+
+
+class KernelNorm(NamedTuple):
+    """A norm of keys as the kernel takes it (`LrkvAttention.kernel_norm`)."""
+
+    weight: torch.Tensor        # (d,)
+    variance_epsilon: float
 
 
 def layer_kinds(config) -> list[str]:
@@ -130,27 +198,36 @@ def layer_kinds(config) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
+def half_split(rotation: tuple, interleaved: bool) -> tuple:
+    """(cos, sin) (1 or N, T, n) in the half-split layout. interleaved: they come for neighbouring channels, each angle twice in a row; the channels
+    themselves were reordered when the model was converted."""
+    return tuple(torch.cat((t[..., ::2], t[..., ::2]), dim=-1) for t in rotation) if interleaved else rotation
+
+
 class LrkvRotaryAttention(LrkvAttention):
     """Forward for Llama-shaped attention (q_proj, o_proj, RoPE). Differs from the parent: no k_proj and v_proj, keys cached before RoPE."""
 
+    interleaved = False         # whether the family's RoPE turns neighbouring channels
+    projections: tuple[str, ...] = ("k_proj", "v_proj")     # those that are replaced
+    output = "o_proj"
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        key_bias, value_bias = self.k_proj.bias is not None, self.v_proj.bias is not None
-        del self.k_proj, self.v_proj
-        self.keys = low_rank_heads(config, layer_idx, "keys", key_bias)
-        self.values = low_rank_heads(config, layer_idx, "values", value_bias)
+        self.take_over(config, layer_idx, *self.projections)
 
-    def window(self) -> dict:
-        """Extra arguments of the family's attention call."""
+    def extra_arguments(self) -> dict:
+        """Extra arguments of the family's attention call: its sliding window, its soft cap."""
         return {}
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, lrkv_rotations=None, **kwargs):
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)   # (N, H G, T, d)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, lrkv_rotations=None, layer_past=None, **kwargs):
+        past_key_values = layer_past if past_key_values is None else past_key_values
+        lrkv_rotations = lrkv_rotations or getattr(past_key_values, "lrkv_rotations", None)
         # keys that lie rotated in the cache keep the positions they were given
-        rotations = (position_embeddings, position_embeddings) if lrkv_rotations is None else lrkv_rotations[layer_kinds(self.config)[self.layer_idx]]
-        output, weights = self.factored_attention(query, hidden_states, attention_mask, past_key_values, rotations,
-                                                  self.attention_dropout, **self.window(), **kwargs)
-        return self.o_proj(output), weights
+        given = None if position_embeddings is None else half_split(position_embeddings, self.interleaved)
+        rotations = (given, given) if lrkv_rotations is None else lrkv_rotations[layer_kinds(self.config)[self.layer_idx]]
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask,
+                                                  past_key_values, rotations, self.attention_dropout, **self.extra_arguments(), **kwargs)
+        return getattr(self, self.output)(output), weights
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -169,16 +246,29 @@ class LrkvPreTrained:
             module.reset_parameters()
 
 
+class LrkvCausal(LrkvPreTrained):
+    """Mixin over a family's causal LM: its base model is the one with LRKV attention, `base_class`."""
+
+    base_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
+        self.post_init()
+
+
 class LrkvModel(LrkvPreTrained):
     """Mixin over a family's decoder: swaps the attention modules in, and prepares any cache it is given."""
 
     attention_class: type
     attention_name = "self_attn"
+    hands_on = True             # whether keyword arguments reach the attention modules; where they do not, the cache carries them
 
     def __init__(self, config):
         super().__init__(config)
         for layer_idx, layer in enumerate(self.decoder_layers()):
-            setattr(layer, self.attention_name, self.attention_class(config, layer_idx))
+            parent, _, name = self.attention_name.rpartition(".")
+            setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx))
         self.post_init()
 
     def decoder_layers(self):
@@ -191,7 +281,11 @@ class LrkvModel(LrkvPreTrained):
             past_key_values = DynamicCache(config=self.config)
         past_key_values = with_residual_layers(past_key_values, self.config)
         if past_key_values is not None:
-            kwargs.update(self.cache_arguments(input_ids, kwargs.get("inputs_embeds"), past_key_values))
+            arguments = self.cache_arguments(input_ids, kwargs.get("inputs_embeds"), past_key_values)
+            if self.hands_on:
+                kwargs.update(arguments)
+            else:
+                past_key_values.lrkv_rotations = arguments.get("lrkv_rotations")
         return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
 
     def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
@@ -211,7 +305,7 @@ class LrkvRotaryModel(LrkvModel):
         form = self.config.lrkv["keys"].get("form")
         if form == "full":
             return {}
-        x = inputs_embeds if inputs_embeds is not None else self.embed_tokens.weight
+        x = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings().weight
         T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
         kinds = layer_kinds(self.config)
         sizes = {kind: cache.get_mask_sizes(T, kinds.index(kind)) for kind in dict.fromkeys(kinds)}         # kind: (length, offset)
@@ -219,6 +313,10 @@ class LrkvRotaryModel(LrkvModel):
             return {}
         held = cache.get_seq_length()
         # what a static cache has not filled yet is masked, and must not seem to be a longer text: some RoPE variants change with the length
-        rotation = lambda start, length: self.rotary_emb(x, (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0))
-        query = rotation(held, T)
-        return {"lrkv_rotations": {kind: (query, rotation(offset, length)) for kind, (length, offset) in sizes.items()}}
+        positions = lambda start, length: (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0)
+        rotation = lambda kind, start, length: half_split(self.rotation(x, positions(start, length), kind), self.attention_class.interleaved)
+        return {"lrkv_rotations": {kind: (rotation(kind, held, T), rotation(kind, offset, length)) for kind, (length, offset) in sizes.items()}}
+
+    def rotation(self, x, positions, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of positions (1, T), in the dtype and on the device of x, for layers of a kind."""
+        return self.rotary_emb(x, positions)

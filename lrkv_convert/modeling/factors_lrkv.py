@@ -177,16 +177,19 @@ class LowRankHeads(nn.Module):
             init.zeros_(self.bias)
 
 
-def low_rank_heads(config, layer_idx: int, side: str, bias: bool) -> LowRankHeads:
-    """The keys' or values' module of one layer, from `config.lrkv`.
+def low_rank_heads(config, layer_idx: int, side: str, bias: bool, name: str = "lrkv", width: int | None = None, heads: int | None = None,
+                   head_dim: int | None = None) -> LowRankHeads:
+    """The keys' or values' module of one layer, from the field `name` of the config. width D, heads H, head_dim d: as the config says, unless given.
 
     config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool, "form": str}, "values": {...}}.
     """
-    if config.lrkv is None:
-        raise ValueError(f"{type(config).__name__} has no `lrkv` field: it must give base widths and ranks per layer")
-    spec, head_dim = config.lrkv[side], getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return LowRankHeads(config.hidden_size, getattr(config, "num_key_value_heads", config.num_attention_heads), head_dim,
-                        spec["base_width"][layer_idx], spec["rank"][layer_idx], spec["alignment"], bias, spec.get("form", "joint"))
+    field = getattr(config, name, None)
+    if field is None:
+        raise ValueError(f"{type(config).__name__} has no `{name}` field: it must give base widths and ranks per layer")
+    spec, width = field[side], width or config.hidden_size
+    heads = heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return LowRankHeads(width, heads, head_dim, spec["base_width"][layer_idx], spec["rank"][layer_idx], spec["alignment"], bias, spec.get("form", "joint"))
 
 
 # ------------------------------------------------------------------------------------------------ RoPE

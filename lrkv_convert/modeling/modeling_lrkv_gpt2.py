@@ -1,10 +1,9 @@
 """GPT-2 with LRKV attention. Differs from transformers' GPT-2 only in keys, values and their cache."""
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from .attention_lrkv import LrkvAttention, LrkvModel, LrkvPreTrained
+from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel
 from .factors_lrkv import low_rank_heads
 
 
@@ -12,14 +11,13 @@ class LrkvGPT2Config(GPT2Config):
     """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
 
     model_type = "lrkv_gpt2"
+    base_model_tp_plan = None
     lrkv: dict | None = None
     lrkv_path: str = "auto"
 
 
 class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
     """The fused c_attn (q, k, v) becomes q_attn (q alone) and the factored keys and values; there is no rotation."""
-
-    eager_attention = staticmethod(eager_attention_forward)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
@@ -29,8 +27,7 @@ class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
         self.values = low_rank_heads(config, layer_idx, "values", bias=True)
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
-        query = self.q_attn(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)   # (N, H, T, d)
-        output, weights = self.factored_attention(query, hidden_states, attention_mask, past_key_values,
+        output, weights = self.factored_attention(self.heads_of(self.q_attn(hidden_states)), hidden_states, attention_mask, past_key_values,
                                                   dropout=self.attn_dropout.p, **kwargs)
         return self.resid_dropout(self.c_proj(output)), weights
 
@@ -44,11 +41,6 @@ class LrkvGPT2Model(LrkvModel, GPT2Model):
         return self.h
 
 
-class LrkvGPT2LMHeadModel(LrkvPreTrained, GPT2LMHeadModel):
+class LrkvGPT2LMHeadModel(LrkvCausal, GPT2LMHeadModel):
     config_class = LrkvGPT2Config
-
-    def __init__(self, config):
-        GPT2PreTrainedModel.__init__(self, config)
-        self.transformer = LrkvGPT2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = LrkvGPT2Model

@@ -1,9 +1,8 @@
 """Llama with LRKV attention. Differs from transformers' Llama only in keys, values and their cache."""
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .attention_lrkv import LrkvPreTrained, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
 
 
 class LrkvLlamaConfig(LlamaConfig):
@@ -16,7 +15,7 @@ class LrkvLlamaConfig(LlamaConfig):
 
 
 class LrkvLlamaAttention(LrkvRotaryAttention, LlamaAttention):
-    eager_attention = staticmethod(eager_attention_forward)
+    pass
 
 
 class LrkvLlamaModel(LrkvRotaryModel, LlamaModel):
@@ -24,12 +23,6 @@ class LrkvLlamaModel(LrkvRotaryModel, LlamaModel):
     attention_class = LrkvLlamaAttention
 
 
-class LrkvLlamaForCausalLM(LrkvPreTrained, LlamaForCausalLM):
+class LrkvLlamaForCausalLM(LrkvCausal, LlamaForCausalLM):
     config_class = LrkvLlamaConfig
-
-    def __init__(self, config):
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = LrkvLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = LrkvLlamaModel

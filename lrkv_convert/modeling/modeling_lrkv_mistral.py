@@ -1,9 +1,8 @@
 """Mistral with LRKV attention. Differs from transformers' Mistral only in keys, values and their cache."""
-from torch import nn
-from transformers import MistralConfig, MistralForCausalLM, MistralModel, MistralPreTrainedModel
-from transformers.models.mistral.modeling_mistral import MistralAttention, eager_attention_forward
+from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from .attention_lrkv import LrkvPreTrained, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
 
 
 class LrkvMistralConfig(MistralConfig):
@@ -16,9 +15,7 @@ class LrkvMistralConfig(MistralConfig):
 
 
 class LrkvMistralAttention(LrkvRotaryAttention, MistralAttention):
-    eager_attention = staticmethod(eager_attention_forward)
-
-    def window(self) -> dict:
+    def extra_arguments(self) -> dict:
         return {"sliding_window": getattr(self.config, "sliding_window", None)}
 
 
@@ -27,12 +24,6 @@ class LrkvMistralModel(LrkvRotaryModel, MistralModel):
     attention_class = LrkvMistralAttention
 
 
-class LrkvMistralForCausalLM(LrkvPreTrained, MistralForCausalLM):
+class LrkvMistralForCausalLM(LrkvCausal, MistralForCausalLM):
     config_class = LrkvMistralConfig
-
-    def __init__(self, config):
-        MistralPreTrainedModel.__init__(self, config)
-        self.model = LrkvMistralModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = LrkvMistralModel

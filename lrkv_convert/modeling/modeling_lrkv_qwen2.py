@@ -1,9 +1,8 @@
 """Qwen2 with LRKV attention. Differs from transformers' Qwen2 only in keys, values and their cache."""
-from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from .attention_lrkv import LrkvPreTrained, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
 
 
 class LrkvQwen2Config(Qwen2Config):
@@ -16,9 +15,7 @@ class LrkvQwen2Config(Qwen2Config):
 
 
 class LrkvQwen2Attention(LrkvRotaryAttention, Qwen2Attention):
-    eager_attention = staticmethod(eager_attention_forward)
-
-    def window(self) -> dict:
+    def extra_arguments(self) -> dict:
         return {"sliding_window": self.sliding_window}
 
 
@@ -27,12 +24,6 @@ class LrkvQwen2Model(LrkvRotaryModel, Qwen2Model):
     attention_class = LrkvQwen2Attention
 
 
-class LrkvQwen2ForCausalLM(LrkvPreTrained, Qwen2ForCausalLM):
+class LrkvQwen2ForCausalLM(LrkvCausal, Qwen2ForCausalLM):
     config_class = LrkvQwen2Config
-
-    def __init__(self, config):
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = LrkvQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = LrkvQwen2Model

@@ -1,0 +1,50 @@
+"""Falcon with LRKV attention. Differs from transformers' Falcon only in keys, values and their cache."""
+from transformers import FalconConfig, FalconForCausalLM, FalconModel
+from transformers.models.falcon.modeling_falcon import FalconAttention
+
+from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvRotaryModel
+
+
+class LrkvFalconConfig(FalconConfig):
+    """FalconConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+
+    model_type = "lrkv_falcon"
+    base_model_tp_plan = None
+    lrkv: dict | None = None
+    lrkv_path: str = "auto"
+
+
+class LrkvFalconAttention(LrkvAttention, FalconAttention):
+    """With ALiBi, what transformers hands on as mask has it in it."""
+
+    interleaved = False
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.scaling, self.num_key_value_groups = self.inv_norm_factor, self.num_heads // self.num_kv_heads
+        self.take_over(config, layer_idx, "query_key_value", heads=self.num_kv_heads)
+
+    def forward(self, hidden_states, alibi=None, attention_mask=None, position_ids=None, layer_past=None, position_embeddings=None, **kwargs):
+        rotations = getattr(layer_past, "lrkv_rotations", None)
+        rotations = (position_embeddings, position_embeddings) if rotations is None else rotations["full_attention"]
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past,
+                                                  None if self.config.alibi else rotations, self.attention_dropout.p)
+        return self.dense(output), weights
+
+
+class LrkvFalconModel(LrkvRotaryModel, FalconModel):
+    config_class = LrkvFalconConfig
+    attention_class = LrkvFalconAttention
+    attention_name = "self_attention"
+    hands_on = False
+
+    def cache_arguments(self, *args):
+        return {} if self.config.alibi else super().cache_arguments(*args)
+
+    def decoder_layers(self):
+        return self.h
+
+
+class LrkvFalconForCausalLM(LrkvCausal, FalconForCausalLM):
+    config_class = LrkvFalconConfig
+    base_class = LrkvFalconModel
