@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -156,7 +157,7 @@ def load_config(path: Path, source: str, **kwargs) -> PreTrainedConfig:
         if raw.get("model_type", "").startswith("lrkv_"):
             raise LrkvError(f"{source} is already an LRKV model", "convert its original instead; lrkv.json names it")
         return AutoConfig.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise LrkvError(f"cannot read the config of {source}: {first_line(error)}", "is config.json whole, and of a known family?") from error
 
 

@@ -8,7 +8,7 @@ from lrkv_convert import LrkvError
 from lrkv_convert.adapters import Geometry
 from lrkv_convert.allocate import Point, allocate, candidates, hull
 
-G = Geometry(layers=2, width=48, kv_heads=3, groups=2, head_dim=20, rotary=True)
+G = Geometry(layers=2, width=48, kv_heads=3, groups=2, head_dim=20, rotary_dim=20)
 
 
 def curves(seed: int):

@@ -1,21 +1,27 @@
 """What must hold for every family and variant (families.py): one class, run for each of them."""
 import inspect
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, prompt, relative
+from conftest import build, prompt, refused, relative
 from families import CONFIGS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model import FLOAT32, FLOAT64, STEPS, load, logits, step_by_step
 from transformers import DynamicCache
 
-from lrkv_convert import convert
+from lrkv_convert import LrkvError, convert
+from lrkv_convert.adapters import ADAPTERS
+from lrkv_convert.adapters.families import readme_rows
 from lrkv_convert.conversion import open_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.inspection.fidelity import key_heads
+from lrkv_convert.modeling import FAMILIES, attention_lrkv
+from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
 QUICK = dict(calibration=[])        # the weights alone
@@ -134,3 +140,94 @@ def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for folder, last in json.loads(result.stdout.strip().splitlines()[-1]).items():
         assert relative(torch.tensor(last), logits(load(folder), prompt(40))[0, -1]) < FLOAT32, folders[folder]
+
+
+@pytest.mark.parametrize("keys", ["full", "per-head", "rotary"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "cohere-norm", "gptj", "gpt_neox", "gemma3_text", "cohere", "falcon-rope"])
+def test_other_forms_of_keys(family, keys, tiny, tmp_path):
+    """Exact where nothing is lost, the same with a cache; a base that is rotated in the cache needs RoPE on whole heads and no norm."""
+    g, options = geometry(tiny(family)), dict(calibration=[], force=True, keys=keys, rank_v=20, **({} if keys == "full" else {"rank_k": 20}))
+    if keys == "rotary" and (g.key_norm or g.rotary_dim < g.head_dim):
+        with pytest.raises(LrkvError, match="whole heads and keys without a norm"):
+            convert(str(tiny(family)), tmp_path / "out", **options)
+        return
+    convert(str(tiny(family)), tmp_path / "out", **options)
+    model, ids = load(tmp_path / "out"), prompt(40, batch=2)
+    whole = logits(model, ids, use_cache=False)
+    assert relative(whole, logits(load(tiny(family)), ids)) < FLOAT32
+    assert relative(step_by_step(model, ids, 20), whole) < STEPS
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi", "opt", "cohere"])
+def test_the_kernel_decodes_what_rebuilding_does(family, converted):
+    """Interpreted here: norms of keys, RoPE on parts and on reordered channels, none at all."""
+    model, ids = load(converted(family), dtype=torch.bfloat16), prompt(24)
+    seen = {}
+    for path in ("rebuild", "kernel"):
+        model.config.lrkv_path, cache = path, DynamicCache(config=model.config)
+        model(ids[:, :23], past_key_values=cache)
+        seen[path] = logits(model, ids[:, 23:], past_key_values=cache)
+    assert relative(seen["kernel"], seen["rebuild"]) < 3e-2             # bfloat16 has eight bits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
+    model, taken = load(converted(family)), []
+
+    def on_a_gpu(asked, **situation):
+        taken.append(choose_path(asked, **situation | {"device": torch.device("cuda"), "dtype": torch.bfloat16}))
+        return "split"
+
+    monkeypatch.setattr(attention_lrkv, "choose_path", on_a_gpu)
+    monkeypatch.setattr(attention_lrkv, "missing_for_kernel", lambda *_: None)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for token in range(2):
+            model(prompt(1, seed=token), past_key_values=cache)
+    adapter = ADAPTERS[model.config.model_type.removeprefix("lrkv_")]
+    assert set(taken) == {"kernel" if adapter.kernel and not family.endswith("-norm") and family != "falcon" else "split"}
+
+
+def test_the_readme_lists_the_families():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    table = text.split("<!-- families")[1].split("-->\n")[1].split("<!-- end of families")[0]
+    assert table.strip().splitlines() == readme_rows(), "copy the output of lrkv_convert.adapters.families.readme_rows() into the README"
+    assert {config().model_type for config in CONFIGS.values()} == set(ADAPTERS) == set(FAMILIES), "a family needs an entry, a modelling class and a row of the tests"
+
+
+def test_experts_are_left_alone(tiny, converted):
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        ours, theirs = load(converted(family)).state_dict(), load(tiny(family)).state_dict()
+        experts = [name for name in theirs if ".mlp." in name]
+        assert len(experts) >= 2 * 3 and all(torch.equal(ours[name], theirs[name]) for name in experts)
+
+
+def test_a_lost_expert_is_named(tiny, tmp_path):
+    source = shutil.copytree(tiny("mixtral"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    gone = next(name for name in tensors if ".experts.2.w3" in name)
+    del tensors[gone]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LrkvError, match="lacks the tensor model.layers.0.mlp.experts"):
+        convert(str(source), tmp_path / "out", rank=7, calibration=[])
+
+
+@pytest.mark.parametrize("family, change, says", [
+    ("olmo", {"clip_qkv": 8.0}, "clip_qkv"), ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv"), ("olmo2", {"attention_bias": True}, "attention_bias"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"), ("falcon", {"multi_query": True}, "one KV head"), ("gptj", {"rotary_dim": None}, "cannot read the config"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("gpt2", {"add_cross_attention": True}, "cross-attention"), ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn")])
+def test_what_cannot_be_exact_is_refused(family, change, says, tiny, tmp_path):
+    source = shutil.copytree(tiny(family), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | change
+    (source / "config.json").write_text(json.dumps(config))
+    refused(source, tmp_path / "out", says=says)
+
+
+@pytest.mark.parametrize("options, says", [(["--base", "aligned"], "QK-norm"), (["--metric", "attention"], "QK-norm")])
+def test_what_a_norm_of_keys_forbids(options, says, tiny, tmp_path):
+    refused(tiny("qwen3"), tmp_path / "out", *options, says=says)
+
+
+def test_without_text_a_norm_of_keys_is_fitted_plainly(tiny, tmp_path):
+    assert convert(str(tiny("qwen3")), tmp_path / "out", rank=7, calibration=[]).record["recipe"]["metric"] == "plain"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CONFIGS, SHORT, log, losses, relative
+from conftest import SHORT, THOROUGH, log, losses, relative
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,7 +183,7 @@ def test_bf16_follows_fp32(healed):
 
 # ------------------------------------------------------------------------------------------------ the result
 
-@pytest.mark.parametrize("name", conftest.THOROUGH)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_a_healed_folder_is_a_converted_folder(converted, healed, name):
     before, after = converted(name), healed(name)
     names = lambda folder: {p.name for p in folder.iterdir()}

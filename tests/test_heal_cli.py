@@ -140,9 +140,9 @@ def test_the_output_must_not_be_the_input_or_something_else(converted, sheep, fo
 
 
 def test_teachers_that_do_not_belong_are_refused(converted, sheep, tiny, tmp_path, monkeypatch):
-    import conftest
+    import families
     from transformers import LlamaConfig
-    monkeypatch.setitem(conftest.CONFIGS, "larger", lambda: LlamaConfig(**{**conftest.ROPE, "vocab_size": 300}))
+    monkeypatch.setitem(families.CONFIGS, "larger", lambda: LlamaConfig(**{**families.ROPE, "vocab_size": 300}))
     arguments = (converted(), "--data", sheep, "--set", *SETTINGS)
     refused(*arguments, "--teacher", build("larger", tmp_path / "larger"), says="another vocabulary", out=tmp_path / "out")
     other = Path(shutil.copytree(tiny(), tmp_path / "other"))

@@ -66,9 +66,9 @@ def test_a_broken_gguf(tmp_path):
 
 def test_an_unsupported_family_names_the_nearest(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "olmo"}))
-    line = refused(source, tmp_path / "out", says="'olmo' is not supported")
-    assert "nearest supported: " in line and "gpt2, llama, mistral, qwen2" in line
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "smollm3"}))
+    line = refused(source, tmp_path / "out", says="'smollm3' is not supported")
+    assert "nearest supported: " in line and "gpt2, gpt_neo, gpt_neox, gptj, llama" in line
 
 
 def test_a_single_kv_head(tmp_path):

@@ -34,7 +34,7 @@ def test_every_rank_is_handed_over_when_it_is_measured(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_caches_more_than_lrkv_at_its_rank(method):
-    g = Geometry(layers=2, width=576, kv_heads=8, groups=1, head_dim=64, rotary=True)
+    g = Geometry(layers=2, width=576, kv_heads=8, groups=1, head_dim=64, rotary_dim=64)
     for rank in (0, 8, 24, 40):
         assert matching_plan(method, rank, g).ratio <= matching_plan("lrkv", rank, g).ratio
 

@@ -62,6 +62,8 @@ class Adapter(ABC):
     output: str                 # name of the output projection in the attention module, e.g. "o_proj"
     key_projection: str         # name of the module whose output holds the keys, e.g. "k_proj"
     legacy: bool                # whether transformers' class attends on its own, past the attention interface, and its layers give tuples
+    kernel: bool                # whether the Triton kernel can do what the family does to keys and scores
+    models: str                 # for the README: some that people know
     positions: str              # in words, for the README: "RoPE", "ALiBi", ...
     norms: str                  # the same of what normalises keys and queries
 

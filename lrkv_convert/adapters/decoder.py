@@ -5,6 +5,7 @@ head. Families whose RoPE turns neighbouring channels (2i, 2i + 1) have the chan
 rotary_dim / 2), which leaves every score as it was: the converted model knows one layout only.
 """
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from ..errors import LrkvError
 from .base import Adapter, AttentionWeights, Geometry
 
 Rows = tuple[Tensor, Tensor, Tensor]        # output channels of queries (H, G, d), keys (H, d), values (H, d)
+
+
+class Refusal(NamedTuple):
+    """A variant of a family that could not be converted exactly. what: in words; when: a function of the config; hint: what to do instead."""
+
+    what: str
+    when: Callable
+    hint: str
 
 
 def separate(g: Geometry) -> Rows:
@@ -51,21 +60,23 @@ class DecoderAdapter(Adapter):
     values, or of the one that holds all three; layout: its rows; query: name of the queries' projection in the converted module; transposed: weights
     are (in, out), as in Conv1D; biased: whether queries, keys and values have biases; rotary: how many channels of a head of width d RoPE turns;
     interleaved: whether as neighbours; key_norm: whether there is QK-norm; kv_heads: how many (default: as many as the config says); norm_weights:
-    names of QK-norms with a weight per head and channel; refuses: what of the family cannot be exact, (condition, message, hint) each; positions,
-    norms: in words, for the README. The functions take the config.
+    names of QK-norms with a weight per head and channel; stored, arguments: see `Adapter.stored` and `layer_arguments`; refuses: what of the family
+    cannot be exact; legacy, kernel, models, positions, norms: see `Adapter`. The functions take the config.
     """
 
     def __init__(self, model_type: str, *, prefix: str = "model.", layers: str = "model.layers", attention: str = "self_attn", output: str = "o_proj",
                  projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), layout: Callable[[Geometry], Rows] = separate, query: str = "q_proj",
                  transposed: bool = False, biased: Callable = lambda c: False, rotary: Callable = lambda c, d: 0, interleaved: bool = False,
                  key_norm: Callable = lambda c: False, kv_heads: Callable | None = None, norm_weights: tuple[str, ...] = (),
-                 refuses: tuple[tuple[Callable, str, str], ...] = (), stored: Callable[[dict], dict] | None = None,
-                 arguments: Callable[[dict], dict] | None = None, legacy: bool = False, positions: str = "RoPE", norms: str = ""):
+                 refuses: tuple[Refusal, ...] = (), stored: Callable[[dict], dict] | None = None,
+                 arguments: Callable[[dict], dict] | None = None, legacy: bool = False, kernel: bool = True, models: str = "", positions: str = "RoPE",
+                 norms: str = "none"):
         self.model_type, self.modeling, self.prefix, self.layer_path = model_type, f"modeling_lrkv_{model_type}", prefix, layers
         self.attention, self.output, self.projections, self.layout, self.query = attention, output, projections, layout, query
         self.key_projection = projections[min(1, len(projections) - 1)]
         self.transposed, self.biased, self.rotary, self.interleaved, self.key_norm = transposed, biased, rotary, interleaved, key_norm
-        self.kv_heads, self.norm_weights, self.refuses, self.legacy, self.positions, self.norms = kv_heads, norm_weights, refuses, legacy, positions, norms
+        self.kv_heads, self.norm_weights, self.refuses, self.legacy, self.kernel = kv_heads, norm_weights, refuses, legacy, kernel
+        self.models, self.positions, self.norms = models, positions, norms
         self.stored = stored or super().stored
         self.layer_arguments = arguments or super().layer_arguments
 
@@ -76,9 +87,9 @@ class DecoderAdapter(Adapter):
         return Geometry(config.num_hidden_layers, config.hidden_size, H, heads // H, d, self.rotary(config, d), self.key_norm(config))
 
     def refuse(self, config) -> None:
-        for condition, message, hint in self.refuses:
-            if condition(config):
-                raise LrkvError(message.format(config), hint)
+        for refusal in self.refuses:
+            if refusal.when(config):
+                raise LrkvError(f"{self.model_type} with {refusal.what} is not supported", refusal.hint)
 
     def rows(self, config) -> Rows:
         """Output channels per head, of queries and keys in half-split order."""

@@ -1,65 +1,84 @@
 """The table of decoder families. An entry says what is particular; what is not said is as in Llama."""
-from .decoder import DecoderAdapter, by_head, by_kind, in_quarters
+from .decoder import DecoderAdapter, Refusal, by_head, by_kind, in_quarters
 from .experts import stacked
 
 always = lambda config: True
 biased = lambda config: bool(getattr(config, "attention_bias", False))
-whole = lambda config, d: d
 parameters = lambda config: getattr(config, "rope_parameters", None) or {}
-share = lambda config, d: 2 * -(-int(d * parameters(config).get("partial_rotary_factor", 1.0)) // 2)       # an odd number of channels is rounded up, as RoPE's tables are
-rotary_dim = lambda config, d: config.rotary_dim
 layer_normed = lambda config: bool(getattr(config, "qk_layernorm", False))
+whole = lambda config, d: d
+share = lambda config, d: 2 * -(-int(d * parameters(config).get("partial_rotary_factor", 1.0)) // 2)       # an odd number of channels is rounded up, as RoPE's tables are
 
-PARTIAL = (lambda c: parameters(c).get("partial_rotary_factor", 1.0) != 1.0, "{0.model_type} with partial_rotary_factor {0.rope_parameters[partial_rotary_factor]} is not supported",
-           "whole-head RoPE is")
-CLIPPED = (lambda c: getattr(c, "clip_qkv", None) is not None, "{0.model_type} with clip_qkv {0.clip_qkv} is not supported",
-           "keys and values are cut off after their projection there, which no factors can repeat; models without clip_qkv are supported")
-BOTH_WAYS = (lambda c: bool(getattr(c, "use_bidirectional_attention", False)), "{0.model_type} with bidirectional attention is not supported",
-             "it has no KV cache to shrink")
+
+def renamed_head(tensors: dict) -> dict:
+    """Old GPT-NeoX checkpoints call the output layer embed_out."""
+    return {"lm_head." + name.removeprefix("embed_out.") if name.startswith("embed_out.") else name: held for name, held in tensors.items()}
+
+
+def without_second_alibi(arguments: dict) -> dict:
+    """transformers hands Falcon's eager layers a mask that has ALiBi in it already, and ALiBi once more."""
+    return arguments if arguments.get("alibi") is None else {**arguments, "alibi": arguments["alibi"] * 0}
+
+
+CUT_OFF = "keys and values are cut off after their projection there, which no factors can repeat"
+PARTIAL = Refusal("partial_rotary_factor", lambda c: parameters(c).get("partial_rotary_factor", 1.0) != 1.0, "whole-head RoPE is")
+CLIPPED = Refusal("clip_qkv", lambda c: c.clip_qkv is not None, CUT_OFF)
+BOTH_WAYS = Refusal("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)), "it has no KV cache to shrink")
+NORMED_BIAS = Refusal("attention_bias", biased, "its QK-norm scales all heads alike, which a bias would not follow")
+
 ROPE = dict(rotary=whole, refuses=(PARTIAL,))
+WINDOW = dict(ROPE, positions="RoPE, sliding window")
 QK_NORM = dict(key_norm=always, norms="RMSNorm per head")
 TRANSFORMER = dict(prefix="transformer.", layers="transformer.h")
-NEIGHBOURS = dict(TRANSFORMER, attention="attn", output="out_proj", rotary=rotary_dim, interleaved=True, legacy=True, positions="RoPE on part, neighbouring channels",
-                  refuses=((lambda c: not c.rotary_dim, "{0.model_type} without rotary_dim is not supported", "give the number of channels RoPE turns in config.json"),))
+NEIGHBOURS = dict(TRANSFORMER, attention="attn", output="out_proj", rotary=lambda c, d: c.rotary_dim, interleaved=True, legacy=True, kernel=False,
+                  positions="RoPE on neighbouring channels, of a part of each head")
+ALIBI = dict(legacy=True, kernel=False, positions="ALiBi")
 
 FAMILIES = (
-    DecoderAdapter("llama", biased=biased, **ROPE),
-    DecoderAdapter("mistral", **ROPE),
-    DecoderAdapter("mixtral", stored=stacked, **ROPE),
-    DecoderAdapter("qwen2", biased=always, **ROPE),
-    DecoderAdapter("qwen2_moe", biased=lambda c: c.qkv_bias, stored=stacked, **ROPE),
-    DecoderAdapter("qwen3", biased=biased, **ROPE, **QK_NORM),
-    DecoderAdapter("qwen3_moe", biased=biased, stored=stacked, **ROPE, **QK_NORM),
-    DecoderAdapter("olmo", biased=biased, rotary=whole, refuses=(PARTIAL, CLIPPED)),
-    DecoderAdapter("olmo2", rotary=whole, key_norm=always, norms="RMSNorm over all heads", refuses=(PARTIAL, (
-        biased, "olmo2 with attention_bias is not supported", "its QK-norm scales all heads alike, which a bias would not follow"))),
-    DecoderAdapter("gemma", biased=biased, rotary=whole, refuses=(PARTIAL, BOTH_WAYS)),
-    DecoderAdapter("gemma2", biased=biased, rotary=whole, refuses=(PARTIAL, BOTH_WAYS)),
-    DecoderAdapter("gemma3_text", biased=biased, rotary=whole, refuses=(PARTIAL, BOTH_WAYS), **QK_NORM),
-    DecoderAdapter("phi", output="dense", biased=always, rotary=share, key_norm=layer_normed, positions="RoPE on part", norms="none, or LayerNorm per head"),
-    DecoderAdapter("phi3", projections=("qkv_proj",), layout=by_kind, rotary=share, positions="RoPE, also on part, longrope"),
-    DecoderAdapter("stablelm", biased=lambda c: c.use_qkv_bias, rotary=share, key_norm=layer_normed, positions="RoPE on part", norms="none, or LayerNorm of each head"),
-    DecoderAdapter("gpt_neox", prefix="gpt_neox.", layers="gpt_neox.layers", attention="attention", output="dense", projections=("query_key_value",), layout=by_head,
-                   biased=biased, rotary=share, positions="RoPE on part",
-                   stored=lambda tensors: {"lm_head" + name.removeprefix("embed_out") if name.startswith("embed_out.") else name: held for name, held in tensors.items()}),
-    DecoderAdapter("gptj", **NEIGHBOURS),
-    DecoderAdapter("codegen", projections=("qkv_proj",), layout=in_quarters, **NEIGHBOURS),
-    DecoderAdapter("cohere", biased=biased, rotary=whole, interleaved=True, key_norm=lambda c: c.use_qk_norm, norm_weights=("q_norm", "k_norm"), refuses=(PARTIAL,),
-                   positions="RoPE, neighbouring channels", norms="none, or LayerNorm of each head"),
-    DecoderAdapter("gpt2", **TRANSFORMER, attention="attn", output="c_proj", projections=("c_attn",), layout=by_kind, query="q_attn", transposed=True, biased=always,
-                   positions="learned", refuses=(
-        (lambda c: c.add_cross_attention, "GPT-2 with cross-attention is not supported", "decoder-only GPT-2 is"),
-        (lambda c: c.reorder_and_upcast_attn, "GPT-2 with reorder_and_upcast_attn is not supported", "set it to false in config.json; it changes rounding only"))),
-    DecoderAdapter("gpt_neo", **TRANSFORMER, attention="attn.attention", output="out_proj", legacy=True, positions="learned, local layers"),
-    DecoderAdapter("opt", layers="model.decoder.layers", output="out_proj", biased=lambda c: c.enable_bias, positions="learned"),
-    DecoderAdapter("bloom", **TRANSFORMER, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head, biased=always, legacy=True,
-                   positions="ALiBi"),
-    DecoderAdapter("mpt", prefix="transformer.", layers="transformer.blocks", attention="attn", output="out_proj", projections=("Wqkv",), layout=by_kind, legacy=True,
-                   positions="ALiBi", refuses=(
-        (lambda c: c.attn_config.clip_qkv, "mpt with clip_qkv {0.attn_config.clip_qkv} is not supported", CLIPPED[2]),)),
-    DecoderAdapter("falcon", **TRANSFORMER, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head, biased=lambda c: c.bias,
-                   rotary=lambda c, d: 0 if c.alibi else d, legacy=True, positions="RoPE or ALiBi",
-                   kv_heads=lambda c: c.num_kv_heads if c.new_decoder_architecture else 1 if c.multi_query else c.num_attention_heads,
-                   # transformers hands eager layers a mask that has ALiBi in it already, and ALiBi once more
-                   arguments=lambda a: a if a.get("alibi") is None else {**a, "alibi": a["alibi"] * 0}),
+    DecoderAdapter("llama", models="Llama 1-3, CodeLlama, SmolLM", biased=biased, **{**ROPE, "positions": "RoPE, all scaling variants"}),
+    DecoderAdapter("mistral", models="Mistral", **WINDOW),
+    DecoderAdapter("mixtral", models="Mixtral (experts untouched)", stored=stacked, **WINDOW),
+    DecoderAdapter("qwen2", models="Qwen1.5, 2, 2.5", biased=always, **WINDOW),
+    DecoderAdapter("qwen2_moe", models="Qwen1.5-MoE, Qwen2-MoE (experts untouched)", biased=lambda c: c.qkv_bias, stored=stacked, **WINDOW),
+    DecoderAdapter("qwen3", models="Qwen3", biased=biased, **WINDOW, **QK_NORM),
+    DecoderAdapter("qwen3_moe", models="Qwen3-MoE (experts untouched)", biased=biased, stored=stacked, **WINDOW, **QK_NORM),
+    DecoderAdapter("olmo", models="OLMo", biased=biased, rotary=whole, refuses=(PARTIAL, CLIPPED)),
+    DecoderAdapter("olmo2", models="OLMo-2", rotary=whole, key_norm=always, kernel=False, norms="RMSNorm over all heads", refuses=(PARTIAL, NORMED_BIAS)),
+    DecoderAdapter("gemma", models="Gemma 7B", biased=biased, rotary=whole, refuses=(PARTIAL, BOTH_WAYS)),
+    DecoderAdapter("gemma2", models="Gemma 2", biased=biased, rotary=whole, kernel=False, positions="RoPE, sliding layers, soft cap", refuses=(PARTIAL, BOTH_WAYS)),
+    DecoderAdapter("gemma3_text", models="Gemma 3 (text alone)", biased=biased, rotary=whole, positions="RoPE of two kinds, sliding layers", refuses=(PARTIAL, BOTH_WAYS), **QK_NORM),
+    DecoderAdapter("phi", models="Phi-1.5, Phi-2", output="dense", biased=always, rotary=share, key_norm=layer_normed, positions="RoPE on a part of each head",
+                   norms="none, or LayerNorm"),
+    DecoderAdapter("phi3", models="Phi-3, Phi-4", projections=("qkv_proj",), layout=by_kind, rotary=share, positions="RoPE, also on a part, longrope"),
+    DecoderAdapter("stablelm", models="StableLM", biased=lambda c: c.use_qkv_bias, rotary=share, key_norm=layer_normed, positions="RoPE on a part of each head",
+                   norms="none, or LayerNorm per head"),
+    DecoderAdapter("gpt_neox", models="GPT-NeoX, Pythia", prefix="gpt_neox.", layers="gpt_neox.layers", attention="attention", output="dense", projections=("query_key_value",),
+                   layout=by_head, biased=biased, rotary=share, positions="RoPE on a part of each head", stored=renamed_head),
+    DecoderAdapter("gptj", models="GPT-J", **NEIGHBOURS),
+    DecoderAdapter("codegen", models="CodeGen", projections=("qkv_proj",), layout=in_quarters, **NEIGHBOURS),
+    DecoderAdapter("cohere", models="Command R", biased=biased, interleaved=True, key_norm=lambda c: c.use_qk_norm, norm_weights=("q_norm", "k_norm"),
+                   **{**ROPE, "positions": "RoPE on neighbouring channels"}, norms="none, or LayerNorm per head"),
+    DecoderAdapter("gpt2", models="GPT-2", **TRANSFORMER, attention="attn", output="c_proj", projections=("c_attn",), layout=by_kind, query="q_attn", transposed=True,
+                   biased=always, positions="learned", refuses=(
+        Refusal("cross-attention", lambda c: c.add_cross_attention, "decoder-only GPT-2 is"),
+        Refusal("reorder_and_upcast_attn", lambda c: c.reorder_and_upcast_attn, "set it to false in config.json; it changes rounding only"))),
+    DecoderAdapter("gpt_neo", models="GPT-Neo", **TRANSFORMER, attention="attn.attention", output="out_proj", legacy=True, kernel=False, positions="learned, local layers"),
+    DecoderAdapter("opt", models="OPT", layers="model.decoder.layers", output="out_proj", biased=lambda c: c.enable_bias, positions="learned"),
+    DecoderAdapter("bloom", models="BLOOM", **TRANSFORMER, **ALIBI, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head, biased=always),
+    DecoderAdapter("mpt", models="MPT", prefix="transformer.", layers="transformer.blocks", attention="attn", output="out_proj", projections=("Wqkv",), layout=by_kind, **ALIBI,
+                   refuses=(Refusal("clip_qkv", lambda c: c.attn_config.clip_qkv, CUT_OFF),)),
+    DecoderAdapter("falcon", models="Falcon-RW, Falcon 40B", **TRANSFORMER, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head,
+                   biased=lambda c: c.bias, rotary=lambda c, d: 0 if c.alibi else d, arguments=without_second_alibi, legacy=True, positions="RoPE or ALiBi",
+                   kv_heads=lambda c: c.num_kv_heads if c.new_decoder_architecture else 1 if c.multi_query else c.num_attention_heads),
 )
+
+
+def readme_rows() -> list[str]:
+    """The table of the README, generated so that it cannot say what the code does not do."""
+    def row(a: DecoderAdapter) -> str:
+        refused = [refusal.what for refusal in a.refuses if refusal is not PARTIAL]
+        keys = "rebuilt under RoPE" if "RoPE or" in a.positions else "rebuilt" if "RoPE" in a.positions else "in place"
+        path = "split" if not a.kernel else "kernel under RoPE" if "RoPE or" in a.positions else "kernel, split with the norm" if "LayerNorm" in a.norms else "kernel"
+        return f"| `{a.model_type}` | {a.models} | {a.positions} | {a.norms} | {', '.join(refused) or 'nothing'} | {keys} | {path} |"
+
+    return ["| family | such as | positions | norm of keys | refused | keys are read | on a GPU |", "|---|---|---|---|---|---|---|", *map(row, FAMILIES)]
