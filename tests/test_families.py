@@ -73,6 +73,11 @@ class TestFamily:
         model, ids = load(converted(family)), prompt(50, batch=2)
         assert relative(step_by_step(model, ids, 30), logits(model, ids, use_cache=False)) < STEPS
 
+    def test_bfloat16_decodes(self, family, converted):
+        """A prefill, then token by token; bfloat16 has eight bits, and the tiny models amplify."""
+        model, ids = load(converted(family), dtype=torch.bfloat16), prompt(24)
+        assert relative(step_by_step(model, ids, 20).float(), logits(model, ids, use_cache=False).float()) < 0.1
+
     def test_left_padding_changes_nothing(self, family, converted):
         model, ids, pad = load(converted(family)), prompt(40, batch=2), 9
         padded, mask = ids.clone(), torch.ones_like(ids)
@@ -158,7 +163,7 @@ def test_other_forms_of_keys(family, keys, tiny, tmp_path):
     assert relative(step_by_step(model, ids, 20), whole) < STEPS
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi", "opt", "cohere"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi", "opt", "cohere", "olmo"])
 def test_the_kernel_decodes_what_rebuilding_does(family, converted):
     """Interpreted here: norms of keys, RoPE on parts and on reordered channels, none at all."""
     model, ids = load(converted(family), dtype=torch.bfloat16), prompt(24)

@@ -42,9 +42,11 @@ def beside(model: str, original: str, text: Text | None, max_tokens: int | None,
 
 
 def check_pair(model: str, config, original: str, adapter: Adapter, geometry: Geometry) -> None:
-    """Raise LrkvError for a converted model of other shapes than the original."""
+    """Raise LrkvError for a converted model of other shapes than the original, and for a family whose scores cannot be seen."""
     if config.model_type != f"lrkv_{adapter.model_type}" or adapter.geometry(config) != geometry:
         raise LrkvError(f"{model} was not converted from {original}: their family or shapes differ", "give its own --original")
+    if adapter.legacy:
+        raise LrkvError(f"the scores of {adapter.model_type} cannot be compared: transformers computes them where nothing can look", "lrkv compare gives perplexity and KL")
 
 
 def calibrated_on(model: str) -> set[str]:

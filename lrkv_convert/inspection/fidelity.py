@@ -28,12 +28,13 @@ PROBE = "lrkv_probe"
 
 
 def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-          dropout: float = 0.0, **kwargs) -> tuple[Tensor, Tensor]:
+          dropout: float = 0.0, softcap: float | None = None, **kwargs) -> tuple[Tensor, Tensor]:
     """An attention function of transformers: query (N, n, T, d), key and value (N, H, S, d) after RoPE -> output (N, T, n, d) and, in the place
     of the weights, the float32 scores (N, n, T, S), -inf where nothing is seen. attention_mask: as made for eager attention."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores.masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min, -torch.inf)
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous(), scores

@@ -195,11 +195,12 @@ def low_rank_heads(config, layer_idx: int, side: str, bias: bool, name: str = "l
 # ------------------------------------------------------------------------------------------------ RoPE
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """RoPE in the half-split layout of transformers: x (N, heads, T, d), cos and sin (1 or N, T, d), or narrower: then only the first channels turn."""
+    """RoPE in the half-split layout of transformers: x (N, heads, T, d), cos and sin (1 or N, T, d), or narrower: then only the first channels turn. Tables
+    may be more precise than x."""
     cos, sin = (t.unsqueeze(1) for t in rotation)
     turning, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     left, right = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-right, left), dim=-1) * sin
+    turned = (turning * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
@@ -222,7 +223,8 @@ def _rotated_scores(query: torch.Tensor, keys: torch.Tensor, rotation: tuple) ->
     half = rotation[0].shape[-1] // 2
     cos, sin = (t[..., :half] for t in rotation)
     (q1, q2, q3), (k1, k2, k3) = (t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, keys))
-    scores = _own_scores(q1, torch.addcmul(k1 * cos, k2, sin, value=-1)) + _own_scores(q2, torch.addcmul(k2 * cos, k1, sin))
+    k1, k2 = torch.addcmul(k1 * cos, k2, sin, value=-1), torch.addcmul(k2 * cos, k1, sin)
+    scores = _own_scores(q1, k1.to(q1.dtype)) + _own_scores(q2, k2.to(q2.dtype))
     return scores + _own_scores(q3, k3) if k3.shape[-1] else scores
 
 
