@@ -160,7 +160,7 @@ def by_context(rows: list[dict], file: BinaryIO) -> None:
     edges = [bucket["from"] for bucket in rows[0]["context"]] + [rows[0]["context"][-1]["to"]]
     for axes, label in zip(panels, ("KL to the original (nats)", "perplexity, relative to the original")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+        axes.set_xticks(edges, [f"{edge / 1024:.0f}K" if edge >= 1000 else str(edge) for edge in edges])
         axes.set_xlabel("tokens of context before the prediction")
         axes.set_ylabel(label)
         axes.grid(True, linewidth=0.4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, prompt, relative
+from conftest import THOROUGH, prompt, relative
 from transformers import AutoModelForCausalLM, DynamicCache
 from torch import nn
 
@@ -174,7 +174,7 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
 
 
 # a model without RoPE has no rotary form of keys, and is refused one (test_refusals.py)
-@pytest.mark.parametrize("family, options", [(f, o) for f in CONFIGS for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"], ids=str)
+@pytest.mark.parametrize("family, options", [(f, o) for f in THOROUGH for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"], ids=str)
 def test_forced_paths_give_the_same_logits(family, options, converted):
     options = {"rank": None, **options} if "cache_ratio" in options else options
     model = AutoModelForCausalLM.from_pretrained(converted(family, **options)).eval()

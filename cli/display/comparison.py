@@ -57,6 +57,7 @@ def _show_far(out: Console, far: dict) -> None:
     if cell(0, 0).startswith("0/"):
         out.print("the first model does not find it either: that says nothing about the others")
     if len(names) > 1:
+        out.print(f"\nIn windows of {lengths[-1]:,} tokens:")
         _by_context(out, far["models"][1:])
 
 
