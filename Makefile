@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/lrkv demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv demo build *.egg-info

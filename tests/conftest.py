@@ -2,9 +2,13 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Triton: kernels run on the CPU, interpreted
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):     # as many processes as cores: a thread each, and no common folder of modelling files
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["HF_MODULES_CACHE"] = f"{tempfile.gettempdir()}/lrkv-modules-{os.getpid()}-{worker}"
 
 import pytest
 import torch
