@@ -1,0 +1,42 @@
+"""Marian with LRKV attention in its decoder. Differs from transformers' Marian only in keys, values and their cache."""
+from transformers import MarianConfig, MarianModel, MarianMTModel
+from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoder, eager_attention_forward
+
+from .attention_lrkv import LrkvPreTrained
+from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
+
+
+class LrkvMarianConfig(MarianConfig):
+    """MarianConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and cross-attention, and `lrkv_path` (see `choose_path`)."""
+
+    model_type = "lrkv_marian"
+    lrkv: dict | None = None
+    lrkv_cross: dict | None = None
+    lrkv_path: str = "auto"
+
+
+class LrkvMarianDecoderAttention(LrkvBartAttention, MarianAttention):
+    eager_attention = staticmethod(eager_attention_forward)
+
+
+class LrkvMarianDecoder(LrkvDecoder, MarianDecoder):
+    config_class = LrkvMarianConfig
+    attention_class = LrkvMarianDecoderAttention
+
+
+class LrkvMarianModel(LrkvPreTrained, MarianModel):
+    config_class = LrkvMarianConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder = LrkvMarianDecoder(config)
+        self.post_init()
+
+
+class LrkvMarianMTModel(LrkvPreTrained, MarianMTModel):
+    config_class = LrkvMarianConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LrkvMarianModel(config)
+        self.post_init()
