@@ -21,11 +21,11 @@ def location(model: str) -> tuple[str, dict]:
     return (str(path), {}) if path.exists() else (model, {})
 
 
-def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
-    """The model in eval mode. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
+def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", auto: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
     where, extra = location(model)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
+        loaded, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
     except Exception as error:      # safetensors, json, hub and transformers each raise their own
         raise LrkvError(f"cannot load {model}: {first_line(error)}",
                         "is the folder whole?") from error
