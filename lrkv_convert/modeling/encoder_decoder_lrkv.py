@@ -9,27 +9,19 @@ This file may import torch, transformers and its siblings only.
 """
 import copy
 
-import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_lrkv import LrkvAttention, LrkvPreTrained, added_mask, choose_path
+from .attention_lrkv import LrkvAttention, LrkvPreTrained
 from .cache_lrkv import read_cache, two_per_layer, update_cache
-from .factors_lrkv import LowRankHeads
 
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}        # kind of attention -> field of the config with its widths and ranks
 
 
 class LrkvDecoderAttention(LrkvAttention):
-    """Mixin over a family's attention class. kind: "self" or "cross"."""
+    """Mixin over a family's attention class, of either kind: cross-attention is the one that is handed `key_value_states`."""
 
-    def factorise(self, kind: str, width: int, num_heads: int, num_layers: int, key_bias: bool, value_bias: bool) -> None:
-        """Put the factors in; the family's own key and value projections go."""
-        spec, self.num_layers = getattr(self.config, FIELDS[kind]), num_layers
-        side = lambda name, bias: LowRankHeads(width, num_heads, self.head_dim, spec[name]["base_width"][self.layer_idx], spec[name]["rank"][self.layer_idx],
-                                               spec[name]["alignment"], bias, spec[name].get("form", "joint"))
-        self.keys, self.values = side("keys", key_bias), side("values", value_bias)
+    num_layers: int     # of the decoder; a config's num_hidden_layers may be the encoder's
 
     def cached(self, hidden_states, key_value_states, past_key_values) -> tuple[tuple, tuple]:
         """(base, residual) of keys and of values that are attended to: (N, 1, S, m) and (N, H, S, r). In cross-attention they are made of
@@ -47,47 +39,28 @@ class LrkvDecoderAttention(LrkvAttention):
                 past_key_values.is_updated[self.layer_idx] = True
         return keys, values
 
-    def attend(self, query, keys, values, attention_mask, cross: bool, cached: bool, dropout: float = 0.0, position_bias=None, **kwargs):
-        """Attention of query (N, H, T, d) to keys and values as `cached` gives them; position_bias (1, H, T, S) is added to the scores.
-
-        Returns ((N, T, H d), weights or None).
-        """
-        implementation, T = self.config._attn_implementation, query.shape[2]
-        path = choose_path(self.config.lrkv_path, queries=T, tokens=T, implementation=implementation, mask=attention_mask, training=self.training, cached=cached,
-                           device=query.device, dtype=keys[0].dtype, differentiable=self.wants_gradients(query, *keys, *values))
-        if path == "rebuild":
-            function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
-            more = kwargs if position_bias is None else {**kwargs, "position_bias": position_bias}
-            output, weights = function(self, query, self.keys.rebuild(*keys), self.values.rebuild(*values), attention_mask,
-                                       dropout=dropout if self.training else 0.0, scaling=self.scaling, **more)
-        else:
-            if cross and attention_mask is None and T > 1:      # without a mask every encoder position is seen, and not only the first T
-                attention_mask = query.new_zeros(1, 1, 1, 1)
-            if position_bias is not None:
-                mask, path = added_mask(attention_mask, T, keys[0].shape[2], query.device), "split"
-                attention_mask = position_bias.float() if mask is None else position_bias.float() + mask
-            output, weights = self.read_in_place(path, query, keys, values, attention_mask, None, with_weights=implementation == "eager")
-        return output.reshape(len(query), T, -1).contiguous(), weights
+    def read_in_place(self, path, query, keys, values, attention_mask, *more):
+        if attention_mask is None and not self.is_causal and query.shape[2] > 1:        # every encoder position is seen, not only the first T
+            attention_mask = query.new_zeros(1, 1, 1, keys[0].shape[2])
+        return super().read_in_place(path, query, keys, values, attention_mask, *more)
 
 
 class LrkvBartAttention(LrkvDecoderAttention):
-    """Mixin over attention as BART has it: q_proj, out_proj, the kind told apart by `key_value_states`. Differs from the parent: no k_proj and v_proj."""
+    """Mixin over attention as BART has it: q_proj and out_proj. Differs from the parent: no k_proj and v_proj."""
 
     def __init__(self, config, layer_idx: int, kind: str):
         super().__init__(config.d_model, config.decoder_attention_heads, dropout=config.attention_dropout, is_decoder=True, is_causal=kind == "self",
                          layer_idx=layer_idx, config=config)
-        key_bias, value_bias = self.k_proj.bias is not None, self.v_proj.bias is not None
-        del self.k_proj, self.v_proj
-        self.factorise(kind, config.d_model, self.num_heads, config.decoder_layers, key_bias, value_bias)
+        self.num_layers = config.decoder_layers
+        self.take_over(config, layer_idx, "k_proj", "v_proj", name=FIELDS[kind], width=config.d_model, heads=self.num_heads, head_dim=self.head_dim)
 
     def queries(self, hidden_states):
         """(N, T, D) -> (N, H, T, d)."""
-        return self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        return self.heads_of(self.q_proj(hidden_states))
 
     def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
         keys, values = self.cached(hidden_states, key_value_states, past_key_values)
-        output, weights = self.attend(self.queries(hidden_states), keys, values, attention_mask, cross=key_value_states is not None,
-                                      cached=past_key_values is not None, dropout=self.dropout, **kwargs)
+        output, weights = self.attend(self.queries(hidden_states), keys, values, attention_mask, None, past_key_values is not None, self.dropout, **kwargs)
         return self.out_proj(output), weights
 
 

@@ -1,8 +1,8 @@
 """BART with LRKV attention in its decoder. Differs from transformers' BART only in keys, values and their cache."""
 from transformers import BartConfig, BartForConditionalGeneration, BartModel
-from transformers.models.bart.modeling_bart import BartAttention, BartDecoder, eager_attention_forward
+from transformers.models.bart.modeling_bart import BartAttention, BartDecoder
 
-from .attention_lrkv import LrkvPreTrained
+from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
 
 
@@ -16,7 +16,7 @@ class LrkvBartConfig(BartConfig):
 
 
 class LrkvBartDecoderAttention(LrkvBartAttention, BartAttention):
-    eager_attention = staticmethod(eager_attention_forward)
+    pass
 
 
 class LrkvBartDecoder(LrkvDecoder, BartDecoder):
@@ -33,10 +33,6 @@ class LrkvBartModel(LrkvPreTrained, BartModel):
         self.post_init()
 
 
-class LrkvBartForConditionalGeneration(LrkvPreTrained, BartForConditionalGeneration):
+class LrkvBartForConditionalGeneration(LrkvCausal, BartForConditionalGeneration):
     config_class = LrkvBartConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = LrkvBartModel(config)
-        self.post_init()
+    base_class = LrkvBartModel

@@ -1,8 +1,8 @@
 """Marian with LRKV attention in its decoder. Differs from transformers' Marian only in keys, values and their cache."""
 from transformers import MarianConfig, MarianModel, MarianMTModel
-from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoder, eager_attention_forward
+from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoder
 
-from .attention_lrkv import LrkvPreTrained
+from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
 
 
@@ -16,7 +16,7 @@ class LrkvMarianConfig(MarianConfig):
 
 
 class LrkvMarianDecoderAttention(LrkvBartAttention, MarianAttention):
-    eager_attention = staticmethod(eager_attention_forward)
+    pass
 
 
 class LrkvMarianDecoder(LrkvDecoder, MarianDecoder):
@@ -33,10 +33,6 @@ class LrkvMarianModel(LrkvPreTrained, MarianModel):
         self.post_init()
 
 
-class LrkvMarianMTModel(LrkvPreTrained, MarianMTModel):
+class LrkvMarianMTModel(LrkvCausal, MarianMTModel):
     config_class = LrkvMarianConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = LrkvMarianModel(config)
-        self.post_init()
+    base_class = LrkvMarianModel

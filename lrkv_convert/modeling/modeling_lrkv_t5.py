@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, T5Model
 from transformers import initialization as init
-from transformers.models.t5.modeling_t5 import T5Attention, T5Stack, eager_attention_forward
+from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from .attention_lrkv import LrkvPreTrained
-from .encoder_decoder_lrkv import LrkvDecoder, LrkvDecoderAttention
+from .attention_lrkv import LrkvPreTrained, added_mask
+from .encoder_decoder_lrkv import FIELDS, LrkvDecoder, LrkvDecoderAttention
 
 
 class LrkvT5Config(T5Config):
@@ -21,24 +21,31 @@ class LrkvT5Config(T5Config):
 class LrkvT5DecoderAttention(LrkvDecoderAttention, T5Attention):
     """Nothing is scaled; the first layer's self-attention makes the relative position bias and hands it on. Cross-attention has none, where T5 adds zeros."""
 
-    eager_attention = staticmethod(eager_attention_forward)
-
     def __init__(self, config, layer_idx: int, kind: str):
         super().__init__(config, has_relative_attention_bias=kind == "self" and layer_idx == 0, layer_idx=layer_idx, is_causal=kind == "self")
-        self.head_dim = self.key_value_proj_dim
-        del self.k, self.v
-        self.factorise(kind, config.d_model, self.n_heads, config.num_layers, key_bias=False, value_bias=False)
+        self.num_layers, self.head_dim = config.num_layers, self.key_value_proj_dim
+        self.take_over(config, layer_idx, "k", "v", name=FIELDS[kind], width=config.d_model, heads=self.n_heads, head_dim=self.head_dim)
 
     def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs):
-        query, cross = self.q(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2), key_value_states is not None
+        query = self.heads_of(self.q(hidden_states))
         before = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         before = before.clone() if isinstance(before, torch.Tensor) else before         # a static cache counts on in place
         keys, values = self.cached(hidden_states, key_value_states, past_key_values)
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = self.compute_bias(query.shape[2], keys[0].shape[2], device=query.device, past_seen_tokens=before)
-        output, weights = self.attend(query, keys, values, mask, cross=cross, cached=past_key_values is not None, dropout=self.dropout,
-                                      position_bias=position_bias, **kwargs)
+        if position_bias is not None and mask is not None and not isinstance(mask, torch.Tensor):       # flex attention has masks of its own
+            kwargs["position_bias"] = position_bias
+        elif position_bias is not None:
+            mask = with_bias(mask, position_bias, query)
+        output, weights = self.attend(query, keys, values, mask, None, past_key_values is not None, self.dropout, **kwargs)
         return self.o(output), position_bias, weights
+
+
+def with_bias(mask, position_bias, query):
+    """Mask and position bias (1, H, T, S) as numbers to add to the scores of query (N, H, T, d); what is hidden stays finite in its dtype."""
+    added = added_mask(mask, query.shape[2], position_bias.shape[-1], query.device)
+    bias = position_bias.float() if added is None else position_bias.float() + added
+    return bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
 
 
 class LrkvT5PreTrained(LrkvPreTrained):

@@ -1,8 +1,8 @@
 """Whisper with LRKV attention in its decoder. Differs from transformers' Whisper only in keys, values and their cache."""
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
-from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, eager_attention_forward
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
 
-from .attention_lrkv import LrkvPreTrained
+from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
 
 
@@ -17,8 +17,6 @@ class LrkvWhisperConfig(WhisperConfig):
 
 class LrkvWhisperDecoderAttention(LrkvBartAttention, WhisperAttention):
     """Queries are scaled as they are made, as in Whisper, so that no score is scaled again."""
-
-    eager_attention = staticmethod(eager_attention_forward)
 
     def __init__(self, config, layer_idx: int, kind: str):
         super().__init__(config, layer_idx, kind)
@@ -42,10 +40,6 @@ class LrkvWhisperModel(LrkvPreTrained, WhisperModel):
         self.post_init()
 
 
-class LrkvWhisperForConditionalGeneration(LrkvPreTrained, WhisperForConditionalGeneration):
+class LrkvWhisperForConditionalGeneration(LrkvCausal, WhisperForConditionalGeneration):
     config_class = LrkvWhisperConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = LrkvWhisperModel(config)
-        self.post_init()
+    base_class = LrkvWhisperModel

@@ -136,11 +136,12 @@ def calibrated_layer(skeleton: StackSkeleton, kind: str, store: Store, i: int) -
     """One kind of attention of layer i as far as the store knows it: weights alone where there were no examples."""
     there = lambda value: value.to(skeleton.device) if isinstance(value, Tensor) else value
     weights: AttentionWeights = skeleton.family.kinds[kind].split(skeleton.tensor, i, skeleton.checkpoint.config).to(skeleton.device)
+    rest = {name: there(tensor) for name, tensor in skeleton.family.kinds[kind].rest(skeleton.checkpoint, i).items()}
     if f"layer-{i}" not in store:
-        return CalibratedAttention(i, weights)
+        return CalibratedAttention(i, weights, rest)
     seen = store.load(f"layer-{i}")[kind]
     moments = HeadMoments(*map(there, store.load(f"moments-{i}")[kind])) if f"moments-{i}" in store else None
-    return CalibratedAttention(i, weights, {name: there(value) for name, value in seen["sums"].items()}, seen["inputs"], seen["heads"], moments=moments,
+    return CalibratedAttention(i, weights, rest, {name: there(value) for name, value in seen["sums"].items()}, seen["inputs"], seen["heads"], moments=moments,
                                states=store.load("encoder") if kind == "cross" else [], handed=self_arguments(skeleton, seen["inputs"]))
 
 
