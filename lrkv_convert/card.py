@@ -32,7 +32,7 @@ def metadata(record: dict, carried: dict, name: str) -> dict:
     found = {**carried, "library_name": "transformers", "pipeline_tag": _task(record), "tags": ["lrkv", "kv-cache"]}
     if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         found["base_model"] = source
-    results = {result["dataset"]["name"]: result for measured in record.get("evaluations", []) for result in _results(measured)}     # of each text the last
+    results = {result["dataset"]["name"]: result for measured in record.get("evaluations", []) for result in _results(measured, _task(record))}     # of each text the last
     if results:
         found["model-index"] = [{"name": name, "results": list(results.values())}]
     return found
@@ -44,9 +44,9 @@ def _task(record: dict) -> str:
     return "text-generation" if family is None else "automatic-speech-recognition" if family.speech else "text2text-generation"
 
 
-def _results(measured: dict) -> list[dict]:
+def _results(measured: dict, task: str) -> list[dict]:
     """One evaluation as the hub's metadata has it: a result per text."""
-    return [{"task": {"type": "text-generation"}, "dataset": {"name": text["name"], "type": text["name"]},
+    return [{"task": {"type": task}, "dataset": {"name": text["name"], "type": text["name"]},
              "metrics": [{"type": "perplexity", "value": round(text["perplexity"], 4)}]} for text in measured["rows"][-1]["texts"]]
 
 
@@ -159,7 +159,7 @@ The attention lies in the Python files beside the weights, which is what `trust_
 
 ## What it cost
 
-{_evaluations(record) or f"Not measured yet: `lrkv compare {source} {name} {'--audio FOLDER' if speech else '--pairs FILE'} --card` writes perplexity beside the source's here."}
+{_written(record) or f"Not measured yet: `lrkv compare {source} {name} {'--audio FOLDER' if speech else '--pairs FILE'} --card` writes perplexity beside the source's here."}
 
 ## Limits
 
@@ -173,6 +173,19 @@ Numbers cached per {' or '.join(KIND[kind][1] for kind in kinds)} (shared base +
 {tables}
 Source weights sha256 `{record['source']['sha256']}`; everything else about the conversion stands in `lrkv.json`.
 """
+
+
+def _written(record: dict) -> str:
+    """Tables of what `lrkv compare --card` measured of an encoder-decoder."""
+    tables = []
+    for measured in record.get("evaluations", []):
+        percent = lambda value: "" if value is None else f"{value:.1%}"
+        rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['same_words']:.1%} "
+                         f"| {percent(row['word_error_rate'])} | {row['self_ratio']:.1%} | {row['cross_ratio']:.1%} |" for row in measured["rows"])
+        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted, {measured['dtype']}, {measured['date']}.\n\n"
+                      f"| model | perplexity | ratio (95 % interval) | KL to `{measured['rows'][0]['name']}` | same words | word errors | cache, self | cache, cross |\n"
+                      f"|---|---|---|---|---|---|---|---|\n{rows}\n")
+    return "\n".join(tables)
 
 
 def _by_the_model(calibration: dict) -> str:

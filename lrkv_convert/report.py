@@ -153,8 +153,8 @@ def add_evaluation(folder: Path, result: dict) -> None:
     found = next(i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]).expanduser() == folder)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
-                "tokens": result["tokens"], "seq_len": result["seq_len"], "dtype": result["models"][found]["dtype"],
-                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context")} for i in (0, found)]}
+                "tokens": result["tokens"], "seq_len": result.get("seq_len"), "dtype": result["models"][found]["dtype"],
+                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context", "written")} for i in (0, found)]}
     same = lambda other: (other["sha256"], other["seq_len"], other["tokens"]) == (measured["sha256"], measured["seq_len"], measured["tokens"])
     record["evaluations"] = [other for other in record.get("evaluations", []) if not same(other)] + [measured]
     write_json(folder / RECORD, record)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import LrkvError
 from .data import Corpus, spread
 from .reader import Reader
-from .writing import write
+from .writing import encode, write
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def prepare(corpora: list[Corpus], reader: Reader, tokens: int | None, model: Ca
     prompts = reader.prompts(sources, writer)
     sequences = [None if example.target is None else reader.target(example.target, prompt) for example, prompt in zip(examples, prompts)]
     if missing:
-        own = write(writer, reader, [sources[n] for n in missing], [prompts[n] for n in missing], progress)
+        own = write(writer, reader, encode(writer, reader, [sources[n] for n in missing]), [prompts[n] for n in missing], progress)
         for n, sequence in zip(missing, own):
             sequences[n] = sequence
     for example, sequence in zip(examples, sequences):
