@@ -1,8 +1,6 @@
 """Encoder-decoders: what must hold for every family, in decoder self- and cross-attention; tiny models of odd sizes whose stacks differ in depth and heads."""
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import wave
@@ -11,23 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative, run, tiny_tokenizer
-from safetensors.torch import load_file
-from transformers import BartConfig, MarianConfig, StaticCache, T5Config, WhisperConfig, WhisperFeatureExtractor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from conftest import refused, relative, run, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import BartConfig, MarianConfig, T5Config, WhisperConfig, WhisperFeatureExtractor
 
-from lrkv_convert import LrkvError, convert
+from lrkv_convert import convert
 from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
 from lrkv_convert.checkpoint import open_checkpoint
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
 from lrkv_convert.modeling import auto_class
+from lrkv_convert.seq2seq import conversion as story
 from lrkv_convert.seq2seq import writing
+from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
 from lrkv_convert.seq2seq.compare import compare
-from lrkv_convert.seq2seq.conversion import gather, read
-from lrkv_convert.options import Options
-from lrkv_convert.seq2seq.calibrate import CrossSums, calibrate, calibrated_layer, head_moments
 from lrkv_convert.seq2seq.skeleton import StackSkeleton
+from lrkv_convert.sensitivity import SEED, draw
 from lrkv_convert.store import Store
 
 FLOAT32, FLOAT64, STEPS = 1e-4, 1e-9, 1e-4
@@ -62,7 +59,6 @@ def build(family: str, folder: Path, dtype=torch.float32) -> Path:
     model.save_pretrained(folder)
     if family == "t5-gated":
         state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
-        from safetensors.torch import save_file
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
     if family == "whisper":
@@ -285,3 +281,248 @@ class TestFamily:
 @torch.no_grad()
 def logits_of(model, given, ids):
     return model(**given, decoder_input_ids=ids, use_cache=False).logits
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+@pytest.fixture(scope="module")
+def observed(tiny, tmp_path_factory):
+    """observed(family) -> (skeleton, model, sources, targets, store) after calibration and gradients on three examples of different lengths."""
+    def get(family: str):
+        checkpoint = open_checkpoint(str(tiny(family)))
+        skeleton = StackSkeleton(checkpoint, ENCODER_DECODERS[checkpoint.config.model_type], torch.device("cpu"))
+        model = load(tiny(family), attn_implementation="eager")
+        sources = [next(iter(source(model, 1, length).values())) for length in (7, 11, 5)]
+        targets = [target(1, length)[0] for length in (6, 4, 9)]
+        store = Store(tmp_path_factory.mktemp("store") / "work", {})
+        calibrate(skeleton, KINDS, sources, targets, {"fisher", "attention", "whitened"}, store, [0, 1, 2])
+        head_moments(skeleton, KINDS, [0, 1, 2], store)
+        return skeleton, model, sources, targets, store
+    return lru_cache(None)(get)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
+def test_sums_are_those_of_the_whole_model(family, observed):
+    """Streamed layer by layer, and from what the whole model attends to, in both kinds of attention."""
+    skeleton, model, sources, targets, store = observed(family)
+    H, tokens = 3, sum(map(len, targets))
+    expected = {kind: {"keys": 0, "values": 0, "queries": 0, "inputs": 0} for kind in KINDS}
+    for x, ids in zip(sources, targets):
+        seen = {}
+        hooks = [model.get_submodule(adapter.module(1) + adapter.projections[0]).register_forward_hook(lambda m, args, out, kind=kind: seen.update({kind: (args[0][0], out[0])}))
+                 for kind, adapter in skeleton.family.kinds.items()]
+        with torch.no_grad():
+            out = model(**{model.main_input_name: x}, decoder_input_ids=ids[None], output_attentions=True, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for kind, attention in (("self", out.decoder_attentions[1][0]), ("cross", out.cross_attentions[1][0])):        # (H, T, S)
+            states = out.encoder_last_hidden_state[0] if kind == "cross" else seen[kind][0]
+            sums = expected[kind]
+            sums["keys"] = sums["keys"] + torch.einsum("hts,sd,se->de", attention, states, states)
+            z = attention @ states                                                          # (H, T, D)
+            sums["values"] = sums["values"] + torch.einsum("htd,hte->de", z, z)
+            q = seen[kind][1].view(len(ids), H, -1)
+            sums["queries"] = sums["queries"] + torch.einsum("thd,the->hde", q, q)
+            sums["inputs"] = sums["inputs"] + states.T @ states * (len(ids) / len(states))
+    for kind in KINDS:
+        layer = calibrated_layer(skeleton, kind, store, 1)
+        assert layer.sums["tokens"] == tokens
+        for name, value in expected[kind].items():
+            assert relative(layer.sums[name], value) < 1e-4, (kind, name)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
+def test_moments_are_those_of_the_whole_model(family, observed):
+    """Gradients of the loss of tokens drawn from the model, layer by layer and through all of it at once."""
+    skeleton, model, sources, targets, store = observed(family)
+    generator, expected = torch.Generator().manual_seed(SEED), {}
+    for x, ids in zip(sources, targets):
+        seen, hooks = {}, []
+        for kind, adapter in skeleton.family.kinds.items():
+            attention = model.get_submodule(adapter.module(0).rstrip("."))
+            hooks.append(attention.get_submodule(adapter.key_projection).register_forward_hook(lambda m, args, out, kind=kind: seen.update({(kind, 0): out})))
+            hooks.append(attention.get_submodule(adapter.output).register_forward_pre_hook(lambda m, args, kind=kind: seen.update({(kind, 1): args[0]})))
+        logits = model.requires_grad_(True)(**{model.main_input_name: x}, decoder_input_ids=ids[None], use_cache=False).logits[0]
+        for hook in hooks:
+            hook.remove()
+        change = logits.detach().softmax(-1)
+        change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
+        for name, g in zip(seen, torch.autograd.grad(logits, list(seen.values()), change)):
+            g = g[0].view(-1, 3, 20)
+            expected[name] = expected.get(name, 0) + torch.einsum("nhd,nhe->hde", g, g) / sum(map(len, targets))
+    for kind in KINDS:
+        moments = calibrated_layer(skeleton, kind, store, 0).moments
+        assert relative(moments.keys.float(), expected[kind, 0]) < 1e-3 and relative(moments.values.float(), expected[kind, 1]) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
+    """The original's attention, called as the refit calls the converted one, gives the heads that were noted."""
+    skeleton, model, _, _, store = observed(family)
+    for kind, adapter in skeleton.family.kinds.items():
+        attention, noted = model.get_submodule(adapter.module(1).rstrip(".")), []
+        hook = attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: noted.append(args[0]))
+        for x, arguments, heads in calibrated_layer(skeleton, kind, store, 1).calls(torch.device("cpu")):
+            with torch.no_grad():
+                attention(x, **arguments)
+            assert relative(noted.pop(), heads) < 0.05        # both went through bfloat16
+        hook.remove()
+
+
+@pytest.mark.parametrize("step", ["calibrate", "moments", "fit"])
+def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_path, monkeypatch):
+    """Stopped in its second layer, wherever that is, it ends with the same bytes; finished layers are not done again."""
+    options = dict(calibration=[data("bart")], cache_ratio=0.6)
+    whole = convert(str(tiny("bart")), tmp_path / "whole", **options).out
+
+    def stop_at(owner, name, call):
+        original, calls = getattr(owner, name), []
+
+        def stopping(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, stopping)
+        return calls
+
+    from lrkv_convert.seq2seq import calibrate as module
+    place = {"calibrate": (StackSkeleton, "layer", 3), "moments": (module, "_backward", 2), "fit": (story, "convert_layer", 3)}[step]     # the encoder's layer comes first
+    stop_at(*place)
+    with pytest.raises(KeyboardInterrupt, match="same command"):
+        convert(str(tiny("bart")), tmp_path / "out", **options)
+    monkeypatch.undo()
+    again = stop_at(story, "convert_layer", 0)
+    convert(str(tiny("bart")), tmp_path / "out", **options)
+    assert len(again) == (2 if step == "fit" else 4)        # two kinds in two layers
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "out.partial").exists()
+
+
+# ------------------------------------------------------------------------------------------------ outputs and commands
+
+LOAD = """
+import json, sys
+sys.modules["lrkv_convert"] = None
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+out = {}
+for folder in sys.argv[1:]:
+    speech = "whisper" in json.load(open(folder + "/config.json"))["model_type"]
+    model = (AutoModelForSpeechSeq2Seq if speech else AutoModelForSeq2SeqLM).from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(1, 8, 100, generator=generator, dtype=torch.float64).float() if speech else torch.randint(0, 256, (1, 11), generator=generator)
+    with torch.no_grad():
+        out[folder] = model(given, decoder_input_ids=torch.tensor([[256, 1, 2, 3]])).logits[0, -1].tolist()
+print(json.dumps(out))
+"""
+
+
+def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
+    """Also one that was loaded and saved once more."""
+    folders = {str(converted(family)): family for family in ("bart", "marian", "t5", "whisper")}
+    load(converted("whisper")).save_pretrained(tmp_path / "again")
+    folders[str(tmp_path / "again")] = "whisper"
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", LOAD, *folders], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for folder, last in json.loads(result.stdout.strip().splitlines()[-1]).items():
+        expected = logits(load(converted(folders[folder])), torch.tensor([[256, 1, 2, 3]]))[0, -1]
+        assert relative(torch.tensor(last), expected) < FLOAT32, folder
+
+
+def test_a_reloaded_model_says_nothing_is_missing(converted):
+    for family in CONFIGS:
+        model_type = family.split("-")[0]
+        _, info = auto_class(model_type).from_pretrained(converted(family), output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_commands(family, tiny, data, tmp_path):
+    """convert shows both kinds, compare their caches and the words, --card writes them down."""
+    out, option = tmp_path / "out", "--audio" if family == "whisper" else "--pairs"
+    dry = run("convert", tiny(family), "--out", out, "--calibration", data(family), "--dry-run").output
+    assert "decoder self-attention" in dry and "cross-attention" in dry and "numbers/encoder position" in dry and not out.exists()
+    shown = run("convert", tiny(family), "--out", out, "--attention", "cross", "--calibration", data(family)).output
+    assert "cross-attention" in shown and "decoder self-attention" not in shown and f"{option} F" in shown
+    assert json.loads((out / "config.json").read_text())["lrkv"] is None
+    result = tmp_path / "result.json"
+    compared = run("compare", tiny(family), out, option, data(family), "--json", result, "--card").output
+    assert "same words" in compared and "cross/position" in compared
+    rows = json.loads(result.read_text())["models"]
+    assert rows[1]["self_ratio"] == 1 and rows[1]["cross_ratio"] <= 0.5 and rows[0]["word_error_rate"] > 0
+    card = (out / "README.md").read_text()
+    assert "same words" in card and "--attention cross" in card and str(tmp_path) not in card
+    assert ("automatic-speech-recognition" in card) == (family == "whisper")
+    assert (out / "preprocessor_config.json").is_file() == (family == "whisper")
+
+
+def test_without_targets_the_model_writes_them(tiny, tmp_path):
+    """For calibration and for comparison, and the record says so; a text's paragraphs are sources, cut where the model can read no more."""
+    (tmp_path / "text.txt").write_text("A first paragraph of five words.\n\nHeading\n\n" + "word " * 60)
+    done = convert(str(tiny("bart")), tmp_path / "out", rank=7, calibration=[str(tmp_path / "text.txt")])
+    assert done.record["calibration"]["targets_by_the_model"] == done.record["calibration"]["examples"] == 5        # one, and 300 tokens in windows of 78
+    result = compare([str(tiny("bart")), str(done.out)], pairs=[str(tmp_path / "text.txt")], device=torch.device("cpu"))
+    assert result["texts"][0]["targets_by_the_first_model"] == 5 and result["models"][0]["word_error_rate"] is None
+    assert "written by the source model itself" in (done.out / "README.md").read_text()
+
+
+def test_built_in_text_is_the_default_of_text_models(tiny, tmp_path):
+    done = convert(str(tiny("t5")), tmp_path / "out", rank=7, calibration_tokens=600)
+    assert done.record["calibration"]["texts"][0]["name"] == "built-in" and done.record["calibration"]["examples"] > 1
+
+
+def test_old_names_are_read(tiny, tmp_path):
+    """Checkpoints of the base model alone, and those that hold tied tensors under another of their names."""
+    folder = Path(shutil.copytree(tiny("bart"), tmp_path / "source"))
+    state = load_file(folder / "model.safetensors")
+    assert "model.shared.weight" in state
+    state["model.encoder.embed_tokens.weight"] = state.pop("model.shared.weight")
+    save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
+    assert relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("bart")), target())) < FLOAT32
+
+
+class TestRefusals:
+    def test_kinds_of_attention(self, tiny, tmp_path):
+        refused(tiny("bart"), tmp_path / "out", "--attention", "encoder", says="unknown attention 'encoder'")
+
+    def test_decoders_have_no_cross_attention(self, tmp_path):
+        from conftest import build as build_decoder
+        source = build_decoder("gpt2", tmp_path / "source")
+        refused(source, tmp_path / "out", "--attention", "self,cross", says="no cross-attention")
+
+    def test_speech_needs_speech(self, tiny, data, tmp_path):
+        refused(tiny("whisper"), tmp_path / "out", says="a speech model is calibrated on speech")
+        refused(tiny("whisper"), tmp_path / "out", "--calibration", data("bart"), says="no folder of .wav files")
+        refused(tiny("bart"), tmp_path / "out", "--calibration", "self", says="an encoder-decoder reads something before it writes")
+        folder = Path(shutil.copytree(tiny("whisper"), tmp_path / "source"))
+        (folder / "preprocessor_config.json").unlink()
+        refused(folder, tmp_path / "out", "--calibration", data("whisper"), says="no feature extractor")
+
+    def test_keys_that_turn(self, tiny, tmp_path):
+        refused(tiny("t5"), tmp_path / "out", "--keys", "rotary", "--calibration", "none", says="needs RoPE")
+
+    def test_too_long_a_source(self, tiny, tmp_path):
+        (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "x" * 100, "target": "y"}))
+        assert "pairs.jsonl:1" in refused(tiny("bart"), tmp_path / "out", "--calibration", str(tmp_path / "pairs.jsonl"), says="more than the 80 the model reads")
+
+    @pytest.mark.parametrize("command", [("inspect",), ("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")])
+    def test_commands_for_decoders(self, command, tiny, converted, tmp_path):
+        (tmp_path / "text.txt").write_text("some words " * 400)
+        name, *option = command
+        folder = converted("bart") if name == "heal" else tiny("bart")
+        models = [folder, converted("bart")] if name in ("compare", "bench") else [folder]
+        more = ["--out", tmp_path / "out"] if name in ("heal", "sweep", "inspect") else []
+        error = run(name, *models, *((option[0], tmp_path / "text.txt") if option else ()), *more, code=1).stderr.strip()
+        assert len(error.splitlines()) == 1 and "encoder-decoder" in error, error
+
+    def test_comparing_with_the_wrong_thing(self, tiny, data, converted, tmp_path):
+        for family, option, other in (("bart", "--audio", "whisper"), ("whisper", "--pairs", "bart")):
+            error = run("compare", tiny(family), converted(family), option, data(other), code=1).stderr
+            assert "reads text" in error or "reads speech" in error
+        assert "does not go with" in run("compare", tiny("bart"), converted("bart"), "--pairs", data("bart"), "--prompt", "x", code=1).stderr
+        assert "than the first model" in run("compare", tiny("bart"), converted("whisper"), "--pairs", data("bart"), code=1).stderr
