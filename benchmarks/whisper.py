@@ -57,12 +57,13 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, required=True, help="text whose sentences are spoken to calibrate on")
     parser.add_argument("--text", type=Path, required=True, help="another, whose sentences are measured on")
     parser.add_argument("--calibration-sentences", type=int, default=80)
-    parser.add_argument("--sentences", type=int, default=40)
+    parser.add_argument("--sentences", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True, help="folder for speech and converted models")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     if not shutil.which("espeak-ng"):
         raise LrkvError("espeak-ng is not installed", "apt-get install espeak-ng")
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     calibration = speak(args.out / "calibration", sentences(args.calibration_text, args.calibration_sentences))
     measured = speak(args.out / "measured", sentences(args.text, args.sentences))
@@ -86,7 +87,7 @@ def main() -> None:
     for row in record["models"]:
         print(f"{row['attention']:10} {row['how']:8} {row['cache']:7} ×{row['ratio']:.4f} ({row['ratio_low']:.3f}–{row['ratio_high']:.3f})  KL {row['kl']:.4f}  "
               f"same words {row['same_words']:.1%}  WER {row['word_error_rate']:.1%}")
-    print(f"original: perplexity {base['perplexity']:.3f}, WER {base['word_error_rate']:.1%}; {record['seconds']} s in all")
+    print(f"original: perplexity {base['perplexity']:.3f}, WER {base['word_error_rate']:.1%}; {base['words']:,} words; {record['seconds']} s in all")
     if args.json:
         write_json(args.json, record)
 

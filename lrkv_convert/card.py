@@ -113,12 +113,12 @@ def _licence(carried: dict) -> str:
 
 SPEECH_USE = """from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
 model = AutoModelForSpeechSeq2Seq.from_pretrained("{name}", trust_remote_code=True)
-tokenizer, extractor = AutoTokenizer.from_pretrained("{name}"), AutoFeatureExtractor.from_pretrained("{name}")
+tokenizer, extractor = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True), AutoFeatureExtractor.from_pretrained("{name}")
 features = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features      # samples: numbers in [-1, 1), one channel
 print(tokenizer.decode(model.generate(features, max_new_tokens=224)[0], skip_special_tokens=True))"""
 TEXT_USE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 print(tokenizer.decode(model.generate(**tokenizer("A text to read.", return_tensors="pt"), max_new_tokens=64)[0], skip_special_tokens=True))"""
 KIND = {"self": ("decoder self-attention", "decoded token"), "cross": ("cross-attention", "encoder position")}
 

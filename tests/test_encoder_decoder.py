@@ -256,27 +256,6 @@ class TestFamily:
         torch.optim.SGD(model.parameters(), lr=1e-4).step()
         assert loss() < before
 
-    def test_calibrated_and_planned(self, family, tiny, converted, data):
-        """A plan within each budget, recorded for each kind, that is nearer to the original than one from the weights alone in as many bytes."""
-        folder = converted(family, calibrated=True, cache_ratio=0.6)
-        record = json.loads((folder / "lrkv.json").read_text())
-        assert set(record["attention"]) == set(KINDS) and record["recipe"]["metric"] == "fisher" and record["calibration"]["tokens"] > 50
-        for kind in KINDS:
-            fitted = record["attention"][kind]
-            assert fitted["cache"]["kv_ratio"] <= 0.6 and len(fitted["layers"]) == 2
-        plain = converted(family, metric="plain", rank_k=7, rank_v=7)
-        result = compare([str(tiny(family)), str(folder), str(plain)], **{"audio" if family == "whisper" else "pairs": [data(family)]}, device=torch.device("cpu"))
-        base, ours, other = result["models"]
-        assert base["ratio"] == 1 and base["same_words"] == 1 and base["kl"] == 0
-        assert 0 < ours["kl"] < other["kl"]
-        assert ours["self_bytes"] == ours["self_bytes_allocated"] and ours["cross_bytes"] == ours["cross_bytes_allocated"] <= 0.6 * base["cross_bytes"]
-
-    def test_refit_brings_the_output_nearer(self, family, tiny, data, tmp_path):
-        option = {"audio" if family == "whisper" else "pairs": [data(family)]}
-        folders = [str(convert(str(tiny(family)), tmp_path / str(refit), rank=4, calibration=[data(family)], refit=refit).out) for refit in (True, False)]
-        refitted, plain = compare([str(tiny(family)), *folders], **option, device=torch.device("cpu"))["models"][1:]
-        assert refitted["kl"] < plain["kl"]
-
 
 @torch.no_grad()
 def logits_of(model, given, ids):
@@ -398,6 +377,30 @@ def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_pa
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
+class TestCalibrated:
+    def test_calibrated_and_planned(self, family, tiny, converted, data):
+        """A plan within each budget, recorded for each kind, that is nearer to the original than one from the weights alone in as many bytes."""
+        folder = converted(family, calibrated=True, cache_ratio=0.6)
+        record = json.loads((folder / "lrkv.json").read_text())
+        assert set(record["attention"]) == set(KINDS) and record["recipe"]["metric"] == "fisher" and record["calibration"]["tokens"] > 50
+        for kind in KINDS:
+            fitted = record["attention"][kind]
+            assert fitted["cache"]["kv_ratio"] <= 0.6 and len(fitted["layers"]) == 2
+        plain = converted(family, metric="plain", rank_k=7, rank_v=7)
+        result = compare([str(tiny(family)), str(folder), str(plain)], **{"audio" if family == "whisper" else "pairs": [data(family)]}, device=torch.device("cpu"))
+        base, ours, other = result["models"]
+        assert base["ratio"] == 1 and base["same_words"] == 1 and base["kl"] == 0
+        assert 0 < ours["kl"] < other["kl"]
+        assert ours["self_bytes"] == ours["self_bytes_allocated"] and ours["cross_bytes"] == ours["cross_bytes_allocated"] <= 0.6 * base["cross_bytes"]
+
+    def test_refit_brings_the_output_nearer(self, family, tiny, data, tmp_path):
+        option = {"audio" if family == "whisper" else "pairs": [data(family)]}
+        folders = [str(convert(str(tiny(family)), tmp_path / str(refit), rank=4, calibration=[data(family)], refit=refit).out) for refit in (True, False)]
+        refitted, plain = compare([str(tiny(family)), *folders], **option, device=torch.device("cpu"))["models"][1:]
+        assert refitted["kl"] < plain["kl"]
 
 
 # ------------------------------------------------------------------------------------------------ outputs and commands
