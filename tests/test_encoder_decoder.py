@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import refused, relative, run, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, MarianConfig, T5Config, WhisperConfig, WhisperFeatureExtractor
+from transformers import BartConfig, MarianConfig, PegasusConfig, T5Config, WhisperConfig, WhisperFeatureExtractor
 
 from lrkv_convert import convert
 from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
@@ -38,6 +38,7 @@ CONFIGS = {
     "bart": lambda: BartConfig(**BART, scale_embedding=True),
     "marian": lambda: MarianConfig(**BART),
     "marian-apart": lambda: MarianConfig(**BART, share_encoder_decoder_embeddings=False, decoder_vocab_size=260, tie_word_embeddings=False),
+    "pegasus": lambda: PegasusConfig(**BART),
     "t5": lambda: T5Config(**T5),
     "t5-gated": lambda: T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "whisper": lambda: WhisperConfig(**BART, **SPEECH),
@@ -425,7 +426,7 @@ print(json.dumps(out))
 
 def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     """Also one that was loaded and saved once more."""
-    folders = {str(converted(family)): family for family in ("bart", "marian", "t5", "whisper")}
+    folders = {str(converted(family)): family for family in ("bart", "marian", "pegasus", "t5", "whisper")}
     load(converted("whisper")).save_pretrained(tmp_path / "again")
     folders[str(tmp_path / "again")] = "whisper"
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -487,6 +488,14 @@ def test_old_names_are_read(tiny, tmp_path):
     save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
     assert relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("bart")), target())) < FLOAT32
+
+
+def test_positions_that_no_checkpoint_holds_are_made(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny("pegasus"), tmp_path / "source"))
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if "embed_positions" not in name}, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
+    assert relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("pegasus")), target())) < FLOAT32
 
 
 class TestRefusals:

@@ -72,4 +72,4 @@ def _t5() -> EncoderDecoder:
 
 
 ENCODER_DECODERS: dict[str, EncoderDecoder] = {family.any.model_type: family for family in (
-    _bart("bart", "qkv", "learned"), _bart("marian", "qkv", "sinusoidal"), _t5(), _bart("whisper", "qv", "learned", speech=True))}
+    _bart("bart", "qkv", "learned"), _bart("marian", "qkv", "sinusoidal"), _bart("pegasus", "qkv", "sinusoidal"), _t5(), _bart("whisper", "qv", "learned", speech=True))}

@@ -26,6 +26,7 @@ from .modeling_lrkv_mpt import LrkvMptConfig, LrkvMptForCausalLM, LrkvMptModel
 from .modeling_lrkv_olmo import LrkvOlmoConfig, LrkvOlmoForCausalLM, LrkvOlmoModel
 from .modeling_lrkv_olmo2 import LrkvOlmo2Config, LrkvOlmo2ForCausalLM, LrkvOlmo2Model
 from .modeling_lrkv_opt import LrkvOPTConfig, LrkvOPTForCausalLM, LrkvOPTModel
+from .modeling_lrkv_pegasus import LrkvPegasusConfig, LrkvPegasusForConditionalGeneration, LrkvPegasusModel
 from .modeling_lrkv_phi import LrkvPhiConfig, LrkvPhiForCausalLM, LrkvPhiModel
 from .modeling_lrkv_phi3 import LrkvPhi3Config, LrkvPhi3ForCausalLM, LrkvPhi3Model
 from .modeling_lrkv_qwen2 import LrkvQwen2Config, LrkvQwen2ForCausalLM, LrkvQwen2Model
@@ -69,6 +70,7 @@ FAMILIES: dict[str, tuple[type, type, type]] = {
 ENCODER_DECODERS: dict[str, tuple[type, type, type]] = {
     "bart": (LrkvBartConfig, LrkvBartModel, LrkvBartForConditionalGeneration),
     "marian": (LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel),
+    "pegasus": (LrkvPegasusConfig, LrkvPegasusModel, LrkvPegasusForConditionalGeneration),
     "t5": (LrkvT5Config, LrkvT5Model, LrkvT5ForConditionalGeneration),
     "whisper": (LrkvWhisperConfig, LrkvWhisperModel, LrkvWhisperForConditionalGeneration),
 }

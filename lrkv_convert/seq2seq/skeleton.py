@@ -40,29 +40,27 @@ class StackSkeleton:
         return next((found for found in alike if found in self.checkpoint.tensors), source)
 
     def tensor(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(self.stored_as(name))
+        """A tensor of the checkpoint, or of sinusoidal positions, which not every checkpoint holds, what the class makes."""
+        return self.checkpoint.tensor(self.stored_as(name)) if self._held(name) else self._owner(name).create_weight()
+
+    def _held(self, name: str) -> bool:
+        return self.stored_as(name) in self.checkpoint.tensors or not hasattr(self._owner(name), "create_weight")
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
 
     def names(self, state: dict) -> list[str]:
-        """Which tensors of a model of this family stand in a checkpoint: tied ones once, and none that the class makes itself."""
-        made = self.model._keys_to_ignore_on_save or []
-        return [name for name in state if name not in self.tied and name not in made]
+        """Which tensors of a model of this family are written: tied ones once, and none that transformers leaves out."""
+        return [name for name in state if name not in self.tied and name not in (self.model._keys_to_ignore_on_save or [])]
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes the checkpoint must have. Buffers may be missing: they are then what the class makes them."""
-        state = self.model.state_dict()
-        buffers = dict(self.model.named_buffers())
-        return {self.stored_as(name): tuple(state[name].shape) for name in self.names(state) if name not in buffers or name in self.checkpoint.tensors}
+        state, buffers = self.model.state_dict(), dict(self.model.named_buffers())
+        return {self.stored_as(name): tuple(state[name].shape) for name in self.names(state) if self._held(name) and (name not in buffers or name in self.checkpoint.tensors)}
 
     def fill(self, module: nn.Module, prefix: str) -> None:
-        """Put float32 weights into a module on the device; what a checkpoint of the family never has, the module makes."""
-        state = {}
-        for name, _ in module.named_parameters():
-            if prefix + name in (self.model._keys_to_ignore_on_save or []):
-                owner = module.get_submodule(name.rpartition(".")[0])
-                state[name] = owner.create_weight().to(self.device, torch.float32)
-            else:
-                state[name] = self.tensor(prefix + name).to(self.device, torch.float32)
-        module.load_state_dict(state, strict=False, assign=True)
+        """Put float32 weights into a module on the device."""
+        module.load_state_dict({name: self.tensor(prefix + name).to(self.device, torch.float32) for name, _ in module.named_parameters()}, strict=False, assign=True)
         module.to(self.device)
 
     @contextmanager
