@@ -21,8 +21,8 @@ class Options:
     rank, rank_k, rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default:
     one head). keys: the form in which keys are cached (plan.KEYS). base: how the base is found (factorise.py). metric: in which norm
     (metrics.py). refit: correct W_O in closed form afterwards; needs calibration text. calibration: text files or folders, "self" for text
-    sampled from the model, [] for none, None for the text that ships with the package. calibration_tokens: how much of it is
-    read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
+    sampled from the model, [] for none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py reads.
+    calibration_tokens: how much of it is read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
     that does not shrink. recipe: name to record. attention: "self", "cross" or "self,cross": which attention of an encoder-decoder's decoder (default:
     both; each has a cache, a budget and a plan of its own); decoder-only models have self-attention alone.
     """

@@ -437,6 +437,21 @@ def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
         assert relative(torch.tensor(last), expected) < FLOAT32, folder
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_the_kernel_reads_both_caches(family, converted):
+    """In a step of one token; T5's self-attention, with a bias for each head, goes through the split path."""
+    folder, ids = converted(family), target(1, 5)
+    assert relative(stepwise(load(folder, lrkv_path="kernel"), ids, 4)[0], logits(load(folder), ids)) < STEPS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_behind_padding(dtype, converted):
+    """T5 adds its position bias to a mask of the smallest numbers there are."""
+    model, ids, pad = load(converted("t5"), dtype), target(2, 8), 3
+    padded, seen = torch.cat((torch.full((2, pad), 258), ids), dim=1), torch.cat((torch.zeros(2, pad), torch.ones(2, 8)), dim=1).long()
+    assert torch.isfinite(stepwise(model, padded, pad + 4, decoder_mask=seen)[0]).all()
+
+
 def test_a_reloaded_model_says_nothing_is_missing(converted):
     for family in CONFIGS:
         model_type = family.split("-")[0]

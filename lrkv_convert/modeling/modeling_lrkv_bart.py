@@ -16,7 +16,7 @@ class LrkvBartConfig(BartConfig):
 
 
 class LrkvBartDecoderAttention(LrkvBartAttention, BartAttention):
-    pass
+    """Bart's decoder attention, of either kind."""
 
 
 class LrkvBartDecoder(LrkvDecoder, BartDecoder):

@@ -16,7 +16,7 @@ class LrkvMarianConfig(MarianConfig):
 
 
 class LrkvMarianDecoderAttention(LrkvBartAttention, MarianAttention):
-    pass
+    """Marian's decoder attention, of either kind."""
 
 
 class LrkvMarianDecoder(LrkvDecoder, MarianDecoder):

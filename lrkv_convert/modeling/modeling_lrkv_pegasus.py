@@ -16,7 +16,7 @@ class LrkvPegasusConfig(PegasusConfig):
 
 
 class LrkvPegasusDecoderAttention(LrkvBartAttention, PegasusAttention):
-    pass
+    """Pegasus's decoder attention, of either kind."""
 
 
 class LrkvPegasusDecoder(LrkvDecoder, PegasusDecoder):
