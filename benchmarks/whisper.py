@@ -8,7 +8,6 @@ unlike a person's, and word error rates against the text say so. DIR gets the sp
 """
 import argparse
 import datetime
-import json
 import platform
 import re
 import shutil
