@@ -18,6 +18,7 @@ from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
 from lrkv_convert.checkpoint import open_checkpoint
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
+from lrkv_convert.modeling import ENCODER_DECODERS as ENCODER_DECODER_CLASSES
 from lrkv_convert.modeling import auto_class
 from lrkv_convert.seq2seq import conversion as story
 from lrkv_convert.seq2seq import writing
@@ -435,6 +436,24 @@ def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     for folder, last in json.loads(result.stdout.strip().splitlines()[-1]).items():
         expected = logits(load(converted(folders[folder])), torch.tensor([[256, 1, 2, 3]]))[0, -1]
         assert relative(torch.tensor(last), expected) < FLOAT32, folder
+
+
+UNEVEN = {"keys": {"base_width": [0, 16, 20], "rank": [7, 0, 7], "alignment": True}, "values": {"base_width": [40, 0, 0], "rank": [0, 9, 7], "alignment": True}}
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "whisper"])
+def test_layers_without_base_or_residual(family):
+    """Of keys or of values, as planned conversions have them: what was written of cross-attention is read back as it was."""
+    fields = {**CONFIGS[family]().to_dict(), "decoder_layers": 3, "num_decoder_layers": 3}
+    config_class, _, model_class = ENCODER_DECODER_CLASSES[fields.pop("model_type")]
+    torch.manual_seed(0)
+    model, ids = model_class(config_class(**fields, lrkv=UNEVEN, lrkv_cross=UNEVEN)).eval(), target(2, 9)
+    out, cache = stepwise(model, ids, 4)
+    assert relative(out, logits(model, ids)) < STEPS
+    assert cache_bytes(cache.cross_attention_cache) == 2 * (50 if family == "whisper" else 11) * formula_bytes_by_kind(model.config, 4)["cross"]
+    plain = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1)
+    static = model.generate(**source(model, 2), **plain, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**source(model, 2), **plain, use_cache=False))
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
