@@ -10,6 +10,8 @@ import typer
 from .app import Variadic, app, quiet_libraries
 
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text files to measure on, or folders of them; several.")]
+Audio = Annotated[list[str] | None, typer.Option("--audio", help="Speech models: folders of .wav files (x.txt beside x.wav, or transcripts.tsv); several.")]
+Pairs = Annotated[list[str] | None, typer.Option("--pairs", help='Other encoder-decoders: .jsonl files of {"source": ..., "target": ...}, or texts; several.')]
 Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="wikitext2 or c4 by the standard protocol, or org/name:config:split; several.")]
 SeqLen = Annotated[int | None, typer.Option(min=2, help="Window in tokens; windows do not overlap. Default: 512; 2048 with --dataset.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Read no more of each text than this.")]
@@ -35,12 +37,13 @@ def compare(
     others: Annotated[list[str], typer.Argument(help="Models to compare with it: converted, healed, any.")],
     text: Texts = None, dataset: Datasets = None, seq_len: SeqLen = None, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto",
     dtype: DType = "auto", cache: Caches = None, prompt: Prompts = None, samples: Samples = None, long_context: LongContext = None, tasks: Tasks = None,
-    limit: Limit = None, task_folder: TaskFolder = None, run_generated_code: GeneratedCode = False, json_file: Json = None, report: Report = None, card: Card = False,
+    limit: Limit = None, task_folder: TaskFolder = None, run_generated_code: GeneratedCode = False, audio: Audio = None, pairs: Pairs = None, json_file: Json = None,
+    report: Report = None, card: Card = False,
 ) -> None:
     """Perplexity, KL, agreement and cache of models beside their original; at length, on tasks and in words if asked."""
     measure([base, *others], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file, report, card, caches=cache or [], prompts=prompt or [],
             samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=[t for given in tasks or [] for t in given.split(",") if t],
-            limit=limit, task_folder=task_folder, generated_code=run_generated_code)
+            limit=limit, task_folder=task_folder, generated_code=run_generated_code, audio=audio or [], pairs=pairs or [])
 
 
 @app.command("eval", cls=Variadic)
@@ -54,7 +57,7 @@ def evaluate(
 
 
 def measure(models: list[str], text: list[str] | None, dataset: list[str] | None, seq_len: int | None, max_tokens: int | None, batch_size: int, device: str, dtype: str,
-            json_file: Path | None, report: Path | None = None, card: bool = False, **more) -> None:
+            json_file: Path | None, report: Path | None = None, card: bool = False, audio: list[str] = [], pairs: list[str] = [], **more) -> None:
     quiet_libraries()
     from lrkv_convert import LrkvError
     from lrkv_convert.device import pick_device, pick_dtype
@@ -77,11 +80,19 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
-    texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
-    with display.progress() as progress:
-        result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),
-                     progress=progress, **more)
-    display.show_comparison(result)         # first of all: what comes now may fail
+    if audio or pairs:
+        if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--report": report, **more}.items() if value]:
+            raise LrkvError(f"{asked[0] if asked[0].startswith('--') else '--' + asked[0].replace('_', '-')} does not go with --audio and --pairs", "leave it out")
+        from lrkv_convert.seq2seq.compare import compare as run_pairs
+        with display.progress() as progress:
+            result = run_pairs(models, audio, pairs, max_tokens=max_tokens, device=pick_device(device), dtype=pick_dtype(dtype), progress=progress)
+        display.show_written(result)
+    else:
+        texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
+        with display.progress() as progress:
+            result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),
+                         progress=progress, **more)
+        display.show_comparison(result)         # first of all: what comes now may fail
     if json_file:
         write_json(json_file, result)
     if report:

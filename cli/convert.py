@@ -26,9 +26,14 @@ def convert(
     base: Annotated[str | None, typer.Option(help="joint (default), aligned (C = I after a gauge), mean; pooled and grouped, to compare with.")] = None,
     metric: Annotated[str | None, typer.Option(help="Norm of the fit: fisher (default), attention, whitened or plain.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after the fit (default), or not.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Which attention of an encoder-decoder's decoder: self, cross, or self,cross (default there); each has a cache and "
+                                                  "a budget of its own. Decoder-only models have self alone.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several; self for text sampled from the model; none for "
-                                                          "the weights alone. Default: a text that ships with the package.")] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 32768 of the text that ships here, 16384 of yours.")] = None,
+                                                          "the weights alone. Default: a text that ships with the package. Encoder-decoders: .jsonl files of "
+                                                          '{"source": ..., "target": ...} (without a target, what the model writes itself), or texts, whose paragraphs are '
+                                                          "sources; speech models: folders of .wav files, transcripts in x.txt beside x.wav or in transcripts.tsv.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text. Default: 32768 of the text that ships here, 16384 of yours; of an "
+                                                           "encoder-decoder's sources 16384, of what is said 4096.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the source's, default), float32, bfloat16, float16 or float64.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str | None, typer.Option(help="Largest safetensors file. Default: 5GB.")] = None,
@@ -46,7 +51,7 @@ def convert(
     from . import display
     flags = {"cache_ratio": cache_ratio, "rank": rank, "rank_k": rank_k, "rank_v": rank_v, "base_width": base_width, "base_width_k": base_width_k,
              "base_width_v": base_width_v, "max_width_k": max_width_k, "max_width_v": max_width_v, "keys": keys, "base": base, "metric": metric, "refit": refit,
-             "calibration": calibration, "calibration_tokens": calibration_tokens,
+             "attention": attention, "calibration": calibration, "calibration_tokens": calibration_tokens,
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
     options |= {name: value for name, value in flags.items() if value is not None}
@@ -57,8 +62,8 @@ def convert(
     with display.progress() as progress:
         done = run(model, out, device=device, overwrite=overwrite, dry_run=dry_run, recipe=recipe, progress=progress, **options)
     if as_json:
-        print(json.dumps(done.record or done.plan.as_dict(), indent=2))
+        print(json.dumps(done.record or ({kind: plan.as_dict() for kind, plan in done.plans.items()} if done.plans else done.plan.as_dict()), indent=2))
     elif dry_run:
-        display.show_plan(done.plan, model)
+        display.show_plan(done.plan, model, done.plans)
     else:
         display.show_conversion(done.record, model, out)

@@ -9,7 +9,7 @@ from .calibrate import CalibratedLayer, empty
 from .device import give_back_memory
 from .factorise import BASES, Factors
 from .metrics import LayerMetrics
-from .modeling import FAMILIES
+from .modeling import CLASSES
 from .plan import Plan
 from .refit import NOTHING_LOST, refit_output
 
@@ -17,7 +17,7 @@ from .refit import NOTHING_LOST, refit_output
 def empty_target(config) -> PreTrainedModel:
     """The converted model's own class, built without memory: its names and shapes are what must be written."""
     with init_empty_weights(include_buffers=False):
-        return FAMILIES[config.model_type.removeprefix("lrkv_")][2](config).eval().requires_grad_(False)
+        return CLASSES[config.model_type.removeprefix("lrkv_")][2](config).eval().requires_grad_(False)
 
 
 def tensor_shapes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

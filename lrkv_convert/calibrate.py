@@ -26,6 +26,7 @@ SEQ_LEN = 512
 BUILT_IN = "built-in"
 SELF = "self"       # as a calibration text: what the model itself writes
 SAMPLED_AT_ONCE = 16
+AT_ONCE = 4         # windows given to the refit
 KEPT_AS = torch.bfloat16    # activations that wait on disk for the refit: they are the bulk of what a conversion stores
 
 
@@ -241,6 +242,12 @@ class CalibratedLayer:
     heads: list[Tensor] = field(default_factory=list)
     arguments: dict = field(default_factory=dict)
     moments: HeadMoments | None = None
+
+    def calls(self, device: torch.device) -> Iterator[tuple[Tensor, dict, Tensor]]:
+        """What the attention module was called with and did, some windows at a time, float32: inputs (n, T, D), its other arguments, heads (n, T, H G d)."""
+        for start in range(0, len(self.inputs), AT_ONCE):
+            x, heads = (torch.cat(windows[start:start + AT_ONCE]).to(device, torch.float32) for windows in (self.inputs, self.heads))
+            yield x, self.arguments, heads
 
     def metrics(self, geometry: Geometry, name: str) -> LayerMetrics:
         """The metrics called `name` (metrics.METRICS)."""

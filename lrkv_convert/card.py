@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from .adapters import ENCODER_DECODERS
 from .provenance import commands
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -28,29 +29,36 @@ def source_metadata(folder: Path) -> dict:
 def metadata(record: dict, carried: dict, name: str) -> dict:
     """The YAML in front of the card. carried: `source_metadata` of the source, or of an earlier card of this model."""
     source = record["source"]["name"]
-    found = {**carried, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lrkv", "kv-cache"]}
+    found = {**carried, "library_name": "transformers", "pipeline_tag": _task(record), "tags": ["lrkv", "kv-cache"]}
     if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         found["base_model"] = source
-    results = {result["dataset"]["name"]: result for measured in record.get("evaluations", []) for result in _results(measured)}     # of each text the last
+    results = {result["dataset"]["name"]: result for measured in record.get("evaluations", []) for result in _results(measured, _task(record))}     # of each text the last
     if results:
         found["model-index"] = [{"name": name, "results": list(results.values())}]
     return found
 
 
-def _results(measured: dict) -> list[dict]:
+def _task(record: dict) -> str:
+    """As the hub calls it."""
+    family = ENCODER_DECODERS.get(record["source"]["model_type"])
+    return "text-generation" if family is None else "automatic-speech-recognition" if family.speech else "text2text-generation"
+
+
+def _results(measured: dict, task: str) -> list[dict]:
     """One evaluation as the hub's metadata has it: a result per text."""
-    return [{"task": {"type": "text-generation"}, "dataset": {"name": text["name"], "type": text["name"]},
+    return [{"task": {"type": task}, "dataset": {"name": text["name"], "type": text["name"]},
              "metrics": [{"type": "perplexity", "value": round(text["perplexity"], 4)}]} for text in measured["rows"][-1]["texts"]]
 
 
 def model_card(record: dict, carried: dict, name: str, picture: bool = False) -> str:
     """README.md of a converted folder called `name`. picture: whether PICTURE lies beside it."""
+    if "attention" in record:
+        return encoder_decoder_card(record, carried, name)
     cache, source, history = record["cache"], record["source"]["name"], record["history"]
     texts = ", ".join(t["name"] for t in record["calibration"]["texts"]) or "none (weights only)"
     rows = "\n".join(f"| {x['layer']} | {x['keys']['base_width']} + H·{x['keys']['rank']} | {x['keys']['error']:.3f} "
                      f"| {x['values']['base_width']} + H·{x['values']['rank']} | {x['values']['error']:.3f} |" for x in record["layers"])
     front = yaml.safe_dump(metadata(record, carried, name), sort_keys=False, allow_unicode=True)
-    licence = f"The licence of the source, {carried['license']}, applies." if "license" in carried else "The licence of the source model applies; no card beside the weights named one."
     return f"""---
 {front}---
 # {name}
@@ -85,7 +93,7 @@ does instead. To serve it (OpenAI-compatible): `lrkv serve {name}`.
 ## Limits
 
 Those of the source model. What is cached is an approximation of its keys and values: texts unlike those of the calibration{' and the training' if history else ''} lose more, so
-measure on yours. {licence}
+measure on yours. {_licence(carried)}
 
 ## Fit
 
@@ -97,6 +105,92 @@ Numbers cached per token (shared base + H residuals of that rank) and relative e
 
 Source weights sha256 `{record['source']['sha256']}`; everything else about the conversion stands in `lrkv.json`.
 """
+
+
+def _licence(carried: dict) -> str:
+    return f"The licence of the source, {carried['license']}, applies." if "license" in carried else "The licence of the source model applies; no card beside the weights named one."
+
+
+SPEECH_USE = """from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
+model = AutoModelForSpeechSeq2Seq.from_pretrained("{name}", trust_remote_code=True)
+tokenizer, extractor = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True), AutoFeatureExtractor.from_pretrained("{name}")
+features = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features      # samples: numbers in [-1, 1), one channel
+print(tokenizer.decode(model.generate(features, max_new_tokens=224)[0], skip_special_tokens=True))"""
+TEXT_USE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+print(tokenizer.decode(model.generate(**tokenizer("A text to read.", return_tensors="pt"), max_new_tokens=64)[0], skip_special_tokens=True))"""
+KIND = {"self": ("decoder self-attention", "decoded token"), "cross": ("cross-attention", "encoder position")}
+
+
+def encoder_decoder_card(record: dict, carried: dict, name: str) -> str:
+    """README.md of a converted encoder-decoder called `name`."""
+    source, calibration, kinds = record["source"]["name"], record["calibration"], record["attention"]
+    texts = ", ".join(t["name"] for t in calibration["texts"]) or "none (weights only)"
+    cached = "\n".join(f"- **{KIND[kind][0]}: {x['cache']['kv_bytes_per_token']:,} bytes instead of {x['cache']['kv_bytes_per_token_before']:,} "
+                       f"({x['cache']['kv_ratio']:.1%})** per {KIND[kind][1]}" for kind, x in kinds.items())
+    tables = "\n".join(f"{KIND[kind][0].capitalize()}:\n\n| layer | keys | error | values | error |\n|---|---|---|---|---|\n" + "".join(
+        f"| {row['layer']} | {row['keys']['base_width']} + H·{row['keys']['rank']} | {row['keys']['error']:.3f} "
+        f"| {row['values']['base_width']} + H·{row['values']['rank']} | {row['values']['error']:.3f} |\n" for row in x["layers"]) for kind, x in kinds.items())
+    speech = _task(record) == "automatic-speech-recognition"
+    return f"""---
+{yaml.safe_dump(metadata(record, carried, name), sort_keys=False, allow_unicode=True)}---
+# {name}
+
+`{source}` with LRKV attention in its decoder (Low-Rank Key-Value attention, arXiv 2601.11471). It caches
+
+{cached}
+
+Converted by lrkv-convert {record['versions']['lrkv_convert']} without training; calibration: {texts}, {calibration['examples']:,} examples, {calibration['tokens']:,} target tokens{_by_the_model(calibration)}.
+
+## Use
+
+```python
+{(SPEECH_USE if speech else TEXT_USE).format(name=name)}
+```
+
+The attention lies in the Python files beside the weights, which is what `trust_remote_code` allows; with lrkv-convert installed, `import lrkv_convert` does instead.
+
+## How it was made
+
+```bash
+{chr(10).join(commands(record, name.rpartition("/")[2]))}
+```
+
+## What it cost
+
+{_written(record) or f"Not measured yet: `lrkv compare {source} {name} {'--audio FOLDER' if speech else '--pairs FILE'} --card` writes perplexity beside the source's here."}
+
+## Limits
+
+Those of the source model. What is cached is an approximation of its keys and values: {'speech' if speech else 'texts'} unlike that of the calibration lose{'s' if speech else ''} more, so
+measure on yours. {_licence(carried)}
+
+## Fit
+
+Numbers cached per {' or '.join(KIND[kind][1] for kind in kinds)} (shared base + H residuals of that rank) and relative error in the metric of the fit.
+
+{tables}
+Source weights sha256 `{record['source']['sha256']}`; everything else about the conversion stands in `lrkv.json`.
+"""
+
+
+def _written(record: dict) -> str:
+    """Tables of what `lrkv compare --card` measured of an encoder-decoder."""
+    tables = []
+    for measured in record.get("evaluations", []):
+        percent = lambda value: "" if value is None else f"{value:.1%}"
+        rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['same_words']:.1%} "
+                         f"| {percent(row['word_error_rate'])} | {row['self_ratio']:.1%} | {row['cross_ratio']:.1%} |" for row in measured["rows"])
+        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted, {measured['dtype']}, {measured['date']}.\n\n"
+                      f"| model | perplexity | ratio (95 % interval) | KL to `{measured['rows'][0]['name']}` | same words | word errors | cache, self | cache, cross |\n"
+                      f"|---|---|---|---|---|---|---|---|\n{rows}\n")
+    return "\n".join(tables)
+
+
+def _by_the_model(calibration: dict) -> str:
+    written, all_of_them = calibration["targets_by_the_model"], calibration["examples"]
+    return "" if not written else f" ({'all' if written == all_of_them else f'{written:,} of them'} written by the source model itself)"
 
 
 def _evaluations(record: dict) -> str:

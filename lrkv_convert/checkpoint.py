@@ -19,7 +19,7 @@ from .errors import LrkvError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
-HEADS = ("lm_head.", "embed_out.")      # output layers: outside the base model, whose name is the prefix
+HEADS = ("lm_head.", "embed_out.", "proj_out.", "final_logits_bias")       # what a whole model has outside its base model, whose name is the prefix
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checkpoint:
     source: str = ""
 
     def with_prefix(self, prefix: str) -> "Checkpoint":
-        """The same checkpoint with the names of a whole causal LM: old files of a bare base model lack its prefix ("transformer.")."""
+        """The same checkpoint with the names of a whole model: old files of a bare base model lack its prefix ("transformer.")."""
         if any(name.startswith(prefix) for name in self.tensors):
             return self
         return replace(self, tensors={name if name.startswith(HEADS) else prefix + name: held for name, held in self.tensors.items()})

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import Adapter, AttentionWeights, Geometry, adapter_for
+from .adapters import Adapter, AttentionWeights, Geometry, adapter_for, family_with_encoder
 from .allocate import allocate, check_floor
 from .assemble import convert_layer, empty_target, tensor_shapes
 from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, read_texts, sample_text, window_length,
@@ -42,11 +42,13 @@ Progress = Callable[[str, int, int], None]      # (stage, done, total)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did, or would do in a dry run: the plan, and the record that stands in lrkv.json (None in a dry run)."""
+    """What `convert` did, or would do in a dry run: the plan, and the record that stands in lrkv.json (None in a dry run). plans: of an encoder-decoder those
+    of all kinds of attention that are converted, of which `plan` is the first."""
 
     plan: Plan
     out: Path
     record: dict | None
+    plans: dict[str, Plan] = field(default_factory=dict)
 
 
 def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: bool = False, dry_run: bool = False,
@@ -58,7 +60,13 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     with the same weights.
     """
     clock, out, options = Clock(), Path(out), Options(**options)
-    checkpoint, adapter = open_model(model)
+    checkpoint = open_checkpoint(model)
+    if (family := family_with_encoder(checkpoint.config)) is not None:
+        from .seq2seq.conversion import convert_encoder_decoder         # a story of its own, in the words of this one
+        return convert_encoder_decoder(unquantised(checkpoint).with_prefix(family.any.prefix), family, options, out, device=device, overwrite=overwrite,
+                                       dry_run=dry_run, progress=progress)
+    options.kinds(encoder_decoder=False)
+    checkpoint, adapter = with_adapter(checkpoint)
     geometry, stored = adapter.geometry(checkpoint.config), stored_dtype(checkpoint, adapter, options.dtype)
     options.check(geometry, checkpoint.config)
     plan = options.uniform_plan(geometry, stored.itemsize)
@@ -199,12 +207,19 @@ def fingerprint(checkpoint: Checkpoint, options: Options, tokens: Tensor | None,
 
 def open_model(model: str) -> tuple[Checkpoint, Adapter]:
     """Open a checkpoint and find its adapter. Raises LrkvError, also for weights that are already quantised."""
-    checkpoint = open_checkpoint(model)
+    return with_adapter(open_checkpoint(model))
+
+
+def with_adapter(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
     adapter = adapter_for(checkpoint.config)
-    if getattr(checkpoint.config, "quantization_config", None):
-        raise LrkvError(f"{model} holds quantised weights", "convert the full-precision checkpoint, then quantise")
-    checkpoint = checkpoint.with_prefix(adapter.prefix)
+    checkpoint = unquantised(checkpoint).with_prefix(adapter.prefix)
     return replace(checkpoint, tensors=adapter.stored(checkpoint.tensors)), adapter
+
+
+def unquantised(checkpoint: Checkpoint) -> Checkpoint:
+    if getattr(checkpoint.config, "quantization_config", None):
+        raise LrkvError(f"{checkpoint.source} holds quantised weights", "convert the full-precision checkpoint, then quantise")
+    return checkpoint
 
 
 def stored_dtype(checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """What a user may ask of a conversion, and which wishes contradict one another. Checked before anything is read in full."""
 from dataclasses import asdict, dataclass
 
-from .adapters import Geometry
+from .adapters import KINDS, Geometry
 from .errors import LrkvError
 from .factorise import BASES, check_shape
 from .metrics import METRICS
@@ -21,9 +21,10 @@ class Options:
     rank, rank_k, rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default:
     one head). keys: the form in which keys are cached (plan.KEYS). base: how the base is found (factorise.py). metric: in which norm
     (metrics.py). refit: correct W_O in closed form afterwards; needs calibration text. calibration: text files or folders, "self" for text
-    sampled from the model, [] for none, None for the text that ships with the package. calibration_tokens: how much of it is
-    read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
-    that does not shrink. recipe: name to record.
+    sampled from the model, [] for none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py reads.
+    calibration_tokens: how much of it is read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
+    that does not shrink. recipe: name to record. attention: "self", "cross" or "self,cross": which attention of an encoder-decoder's decoder (default:
+    both; each has a cache, a budget and a plan of its own); decoder-only models have self-attention alone.
     """
 
     cache_ratio: float | None = None
@@ -45,6 +46,7 @@ class Options:
     max_shard_size: int | str = "5GB"
     force: bool = False
     recipe: str | None = None
+    attention: str | None = None
 
     @property
     def uniform(self) -> dict:
@@ -70,6 +72,15 @@ class Options:
         if self.cache_ratio is not None or not planned or any(value is not None for value in self.uniform.values()):
             return self.cache_ratio
         return 0.75 if self.keys == "full" else 0.5         # keys alone are half of the cache
+
+    def kinds(self, encoder_decoder: bool) -> tuple[str, ...]:
+        """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that this model has not."""
+        asked = [kind.strip() for kind in self.attention.split(",")] if self.attention is not None else KINDS if encoder_decoder else ("self",)
+        if unknown := [kind for kind in asked if kind not in KINDS]:
+            raise LrkvError(f"unknown attention {unknown[0]!r}", f"choose from {', '.join(KINDS)}, or both: self,cross")
+        if "cross" in asked and not encoder_decoder:
+            raise LrkvError("this model has no cross-attention", "it is a decoder alone: leave --attention out")
+        return tuple(kind for kind in KINDS if kind in asked)
 
     def check(self, geometry: Geometry, config) -> None:
         """Raise LrkvError for values out of range and for options that contradict one another."""
@@ -120,5 +131,5 @@ class Options:
 
     def record(self) -> dict:
         """What lrkv.json keeps: everything that decides the result. Where shards end does not."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ("max_shard_size", "recipe")}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("max_shard_size", "recipe") and (name, value) != ("attention", None)}
         return {**kept, "cache_ratio": self.budget, "name": self.recipe}

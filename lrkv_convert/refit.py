@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .calibrate import CalibratedLayer
 
 RIDGE = 1e-2        # share of the mean eigenvalue of sum ô ô^T, pulling towards no change
-AT_ONCE = 4         # windows per forward pass
 NOTHING_LOST = 1e-6     # below this fitted error there is nothing to give back, and the rounding of activations would only add noise
 
 
@@ -26,9 +25,8 @@ def refit_output(layer: CalibratedLayer, attention: nn.Module, output: str, W_O:
     hook = attention.get_submodule(output).register_forward_pre_hook(lambda module, args: converted.append(args[0]))
     n = W_O.shape[0] * W_O.shape[1] * W_O.shape[2]
     gram, cross = (torch.zeros(n, n, dtype=torch.float64, device=W_O.device) for _ in range(2))
-    for start in range(0, len(layer.inputs), AT_ONCE):
-        x, original = (torch.cat(windows[start:start + AT_ONCE]).to(W_O.device, torch.float32) for windows in (layer.inputs, layer.heads))
-        attention(x, **layer.arguments)
+    for x, arguments, original in layer.calls(W_O.device):
+        attention(x, **arguments)
         o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)                    # (windows T, H G d) each
         gram += o_hat.T @ o_hat
         cross += o_hat.T @ o

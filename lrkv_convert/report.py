@@ -19,7 +19,7 @@ from .calibrate import Text
 from .card import PICTURE, model_card, source_metadata
 from .checkpoint import Checkpoint
 from .errors import LrkvError
-from .modeling import FAMILIES, auto_map
+from .modeling import CLASSES, auto_map
 from .plan import Plan
 from .provenance import public_name
 from .writer import RECORD, write_json, write_text
@@ -30,10 +30,15 @@ NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version"
 
 def converted_config(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype: torch.dtype, base: str):
     """The converted model's config: the source's, with its own model_type, the classes' places, and `lrkv`."""
-    config_class, _, causal_class = FAMILIES[adapter.model_type]
+    return config_with(checkpoint, adapter.model_type, dtype, lrkv=plan.lrkv_config(base))
+
+
+def config_with(checkpoint: Checkpoint, model_type: str, dtype: torch.dtype, **lrkv):
+    """A converted model's config; lrkv: the fields that say how."""
+    config_class, _, head_class = CLASSES[model_type]
     fields = {k: v for k, v in checkpoint.config.to_dict().items() if k not in NOT_CARRIED}
-    config = config_class(**fields, lrkv=plan.lrkv_config(base), dtype=str(dtype).removeprefix("torch."))
-    config.architectures, config.auto_map = [causal_class.__name__], auto_map(adapter.model_type)
+    config = config_class(**fields, **lrkv, dtype=str(dtype).removeprefix("torch."))
+    config.architectures, config.auto_map = [head_class.__name__], auto_map(model_type)
     return config
 
 
@@ -41,6 +46,30 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str,
                       tokens: torch.Tensor | None, sha256: str, seconds: float, stages: dict[str, float],
                       peak_bytes: int) -> dict:
     """The content of lrkv.json."""
+    return {
+        **_origin(checkpoint, options, sha256),
+        **_fitted(plan, errors),
+        "calibration": {"texts": [{"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())} for t in texts],
+                        "tokens": tokens.numel() if tokens is not None else 0, "seq_len": tokens.shape[1] if tokens is not None else 0},
+        **_run(seconds, stages, peak_bytes),
+    }
+
+
+def encoder_decoder_record(checkpoint: Checkpoint, plans: dict[str, Plan], errors: list[dict[str, dict[str, float]]], options: dict, corpora: list, examples,
+                           sha256: str, seconds: float, stages: dict[str, float], peak_bytes: int) -> dict:
+    """The content of an encoder-decoder's lrkv.json: cache, keys, geometry and layers stand under the kind of attention. In cross-attention a cached token is
+    a position of the encoder. corpora: seq2seq.data.Corpus; examples: seq2seq.examples.Tensors, or None."""
+    return {
+        **_origin(checkpoint, options, sha256),
+        "attention": {kind: _fitted(plan, [error[kind] for error in errors]) for kind, plan in plans.items()},
+        "calibration": {"texts": [{"name": corpus.name, "sha256": corpus.sha256, "examples": len(corpus.examples)} for corpus in corpora],
+                        "examples": len(examples.sources) if examples else 0, "tokens": examples.tokens if examples else 0,
+                        "targets_by_the_model": examples.written if examples else 0},
+        **_run(seconds, stages, peak_bytes),
+    }
+
+
+def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
     source = checkpoint.path / checkpoint.gguf if checkpoint.gguf else checkpoint.path
     return {
         "format": FORMAT,
@@ -48,14 +77,22 @@ def conversion_record(checkpoint: Checkpoint, plan: Plan, errors: list[dict[str,
         "recipe": options,
         "versions": {"lrkv_convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
+    }
+
+
+def _fitted(plan: Plan, errors: list[dict[str, float]]) -> dict:
+    return {
         "cache": {key: value for key, value in plan.as_dict().items() if key.startswith("kv_")},
         "keys": plan.keys,
         "geometry": asdict(plan.geometry),
         "layers": [{"layer": i, "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": error["keys"]},
                     "values": {"base_width": p.value_width, "rank": p.value_rank, "error": error["values"]}}
                    for i, (p, error) in enumerate(zip(plan.layers, errors))],
-        "calibration": {"texts": [{"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())} for t in texts],
-                        "tokens": tokens.numel() if tokens is not None else 0, "seq_len": tokens.shape[1] if tokens is not None else 0},
+    }
+
+
+def _run(seconds: float, stages: dict[str, float], peak_bytes: int) -> dict:
+    return {
         "seed": None,       # nothing here is random: windows are spaced evenly, the fit starts from the data
         "seconds": round(seconds, 1),
         "seconds_per_stage": {stage: round(spent, 1) for stage, spent in stages.items()},
@@ -83,10 +120,11 @@ def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, con
     for file in [modeling, *map(Path, get_relative_import_files(modeling))]:
         shutil.copy(file, folder / file.name)
     if not checkpoint.gguf:
-        for licence in checkpoint.path.glob("LICENSE*"):
-            shutil.copy(licence, folder / licence.name)
+        for file in (*checkpoint.path.glob("LICENSE*"), *(checkpoint.path.glob("*processor_config.json") if "attention" in record else ())):    # how speech is read
+            shutil.copy(file, folder / file.name)
     write_json(folder / RECORD, record)
-    draw_cache(record, name, folder / PICTURE)
+    if "layers" in record:      # of one kind of attention
+        draw_cache(record, name, folder / PICTURE)
     write_card(folder, record, {} if checkpoint.gguf else source_metadata(checkpoint.path), name)
 
 
@@ -115,8 +153,8 @@ def add_evaluation(folder: Path, result: dict) -> None:
     found = next(i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]).expanduser() == folder)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
-                "tokens": result["tokens"], "seq_len": result["seq_len"], "dtype": result["models"][found]["dtype"],
-                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context")} for i in (0, found)]}
+                "tokens": result["tokens"], "seq_len": result.get("seq_len"), "dtype": result["models"][found]["dtype"],
+                "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context", "written")} for i in (0, found)]}
     same = lambda other: (other["sha256"], other["seq_len"], other["tokens"]) == (measured["sha256"], measured["seq_len"], measured["tokens"])
     record["evaluations"] = [other for other in record.get("evaluations", []) if not same(other)] + [measured]
     write_json(folder / RECORD, record)

@@ -25,11 +25,11 @@ def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tupl
 
 
 def survey(layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]], geometry: Geometry, caps: tuple[int, int], keys: str, store: Store,
-           progress: Callable[[int], None] = lambda *_: None) -> list[tuple[Curve, Curve]]:
-    """(keys, values) curves of every layer; keys: their form (plan.KEYS). Finished layers are kept in the store."""
+           progress: Callable[[int], None] = lambda *_: None, label: str = "curves") -> list[tuple[Curve, Curve]]:
+    """(keys, values) curves of every layer; keys: their form (plan.KEYS). Finished layers are kept in the store, under this label."""
     curves = []
     for i, layer in enumerate(layers):
-        if (name := f"curves-{keys}-{i}") not in store:
+        if (name := f"{label}-{keys}-{i}") not in store:
             weights, metrics = layer()
             store.save(name, [[astuple(point) for point in side] for side in (
                 curve(weights.W_K, metrics.keys, geometry, caps[0], KEY_WEIGHT, keys), curve(weights.W_V, metrics.values, geometry, caps[1], 1.0))])

@@ -2,8 +2,11 @@
 from rich.console import Console
 
 from lrkv_convert.device import in_units
+from lrkv_convert.evaluate.words import words
 
 from .parts import console_for, grid, table_of
+
+SHOWN = 3       # texts of encoder-decoders that are not written as before
 
 
 def show_comparison(result: dict) -> None:
@@ -37,6 +40,32 @@ def show_comparison(result: dict) -> None:
         out.print(f'"{" ".join(sample["prompt"].split())} …"', markup=False)
         for name, text in zip(names, sample["continuations"]):
             out.print(f"  {name}: … {' '.join(text.split())}", markup=False)
+
+
+def show_written(result: dict) -> None:
+    """Encoder-decoders: one row per model, the base first; quality, then words and caches; then some of what is written otherwise."""
+    out, rows = console_for(), result["models"]
+    several, judged = len(rows) > 1, any(reference is not None for reference in result["references"])
+    quality = [("perplexity", lambda r: f"{r['perplexity']:.3f}")] + ([("ratio", lambda r: f"×{r['ratio']:.4f}"), ("95 % interval", _interval), ("KL", lambda r: f"{r['kl']:.4f}"),
+                                                                      ("top-1", lambda r: f"{r['top1_agreement']:.1%}")] if several else [])
+    spoken = [("same words", lambda r: f"{r['same_words']:.1%}")] if several else []
+    spoken += [("WER", lambda r: f"{r['word_error_rate']:.1%}")] if judged else []
+    sizes = [(f"{title}", lambda r, kind=kind: f"{in_units(r[f'{kind}_bytes_allocated'])} {r[f'{kind}_ratio']:.1%}") for title, kind in (("self/token", "self"), ("cross/position", "cross"))]
+    for columns in (quality, spoken + sizes):
+        table = table_of("model", *(name for name, _ in columns))
+        for row in rows:
+            table.add_row(row["name"], *(cell(row) for _, cell in columns))
+        out.print(table)
+    by_itself = sum(text["targets_by_the_first_model"] for text in result["texts"])
+    out.print(f"{', '.join(text['name'] for text in result['texts'])}: {result['examples']:,} examples, {result['tokens']:,} tokens predicted"
+              f"{f'; of {by_itself:,} the target is what the first model writes' if by_itself else ''}")
+    if several:
+        out.print(f"same words: of the {rows[0]['words']:,} that {rows[0]['name']} writes (of the longer text), greedily, aligned by the fewest edits, in small letters, without punctuation")
+    for row in rows[1:]:
+        changed = [(name, a, b) for name, a, b in zip(result["names"], rows[0]["written"], row["written"]) if words(a) != words(b)]
+        out.print(f"\n{row['name']}: {len(changed)} of {result['examples']} are not written as before" + (", such as" if changed else ""))
+        for name, a, b in changed[:SHOWN]:
+            out.print(f"  {name}: {a}\n  {' ' * len(name)}  {b}", markup=False)
 
 
 def _interval(row: dict) -> str:

@@ -3,21 +3,32 @@ import difflib
 
 from ..errors import LrkvError
 from .base import Adapter, AttentionWeights, Geometry
+from .encoder_decoder import ENCODER_DECODERS, KINDS, EncoderDecoder
 from .families import FAMILIES
 
 ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in FAMILIES}
 
-__all__ = ["ADAPTERS", "Adapter", "AttentionWeights", "Geometry", "adapter_for"]
+__all__ = ["ADAPTERS", "ENCODER_DECODERS", "KINDS", "Adapter", "AttentionWeights", "EncoderDecoder", "Geometry", "adapter_for", "family_with_encoder"]
 
 
 def adapter_for(config) -> Adapter:
     """The adapter of a model's family. Raises LrkvError for unsupported families (naming the nearest), variants, and a single KV head."""
+    if config.model_type in ENCODER_DECODERS:
+        raise LrkvError(f"{config.model_type} is an encoder-decoder, which this command does not handle", "lrkv convert and lrkv compare do")
     adapter = ADAPTERS.get(config.model_type)
     if adapter is None:
-        near = difflib.get_close_matches(config.model_type, ADAPTERS, n=1, cutoff=0.0)[0]
-        raise LrkvError(f"the family {config.model_type!r} is not supported", f"nearest supported: {near}; all: {', '.join(sorted(ADAPTERS))}")
+        near = difflib.get_close_matches(config.model_type, [*ADAPTERS, *ENCODER_DECODERS], n=1, cutoff=0.0)[0]
+        raise LrkvError(f"the family {config.model_type!r} is not supported", f"nearest supported: {near}; all: {', '.join(sorted([*ADAPTERS, *ENCODER_DECODERS]))}")
     adapter.refuse(config)
     geometry = adapter.geometry(config)
     if geometry.kv_heads == 1:
         raise LrkvError("this model has one KV head (multi-query attention)", "there is nothing to share; LRKV needs at least two KV heads")
     return adapter
+
+
+def family_with_encoder(config) -> EncoderDecoder | None:
+    """The family of a model that has an encoder, None for decoder-only ones. Raises LrkvError for variants."""
+    family = ENCODER_DECODERS.get(config.model_type.removeprefix("lrkv_"))
+    if family is not None:
+        family.refuse(config)
+    return family

@@ -2,8 +2,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapters import ENCODER_DECODERS
 from ..errors import LrkvError, first_line
 
 
@@ -21,11 +22,22 @@ def location(model: str) -> tuple[str, dict]:
     return (str(path), {}) if path.exists() else (model, {})
 
 
-def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
-    """The model in eval mode. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of an original or a converted model. Raises LrkvError."""
     where, extra = location(model)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
+        return AutoConfig.from_pretrained(where, **extra)
+    except Exception as error:      # as below
+        raise LrkvError(f"cannot read the config of {model}: {first_line(error)}", "is config.json whole, and of a known family?") from error
+
+
+def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", auto: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
+    where, extra = location(model)
+    if auto is AutoModelForCausalLM:
+        refuse_encoder(model, where, extra)
+    try:
+        loaded, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
     except Exception as error:      # safetensors, json, hub and transformers each raise their own
         raise LrkvError(f"cannot load {model}: {first_line(error)}",
                         "is the folder whole?") from error
@@ -33,6 +45,16 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
         bad = sorted(info["missing_keys"]) or sorted(info["mismatched_keys"])
         raise LrkvError(f"{model} lacks the tensor {bad[0]}", "its weights are incomplete or do not belong to its config.json")
     return loaded.eval().to(device)
+
+
+def refuse_encoder(model: str, where: str, extra: dict) -> None:
+    """Raise LrkvError for an encoder-decoder, of which transformers would load the decoder alone. What cannot be read is left to the loading."""
+    try:
+        kind = AutoConfig.from_pretrained(where, **extra).model_type
+    except Exception:
+        return
+    if kind.removeprefix("lrkv_") in ENCODER_DECODERS:
+        raise LrkvError(f"{model} is an encoder-decoder, which this command does not handle", "lrkv convert does, and lrkv compare with --audio FOLDER or --pairs FILE")
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..adapters import ADAPTERS
+from ..adapters import ADAPTERS, ENCODER_DECODERS, Geometry
 
 
 HELD = ("keys", "values", "_quantized_keys", "_quantized_values")       # where transformers' cache layers keep what they hold
@@ -29,13 +29,20 @@ def formula_bytes(config, element_size: int) -> int | None:
     """sum over layers of (m_K + H r_K + m_V + H r_V), or 2 H d per layer for an original (arXiv 2601.11471, Eq 8), times the element size.
     None for a family this package does not know."""
     adapter = ADAPTERS.get(config.model_type.removeprefix("lrkv_"))
-    if adapter is None:
-        return None
-    g = adapter.geometry(config)
-    spec = getattr(config, "lrkv", None)
+    return None if adapter is None else element_size * _numbers(adapter.geometry(config), getattr(config, "lrkv", None))
+
+
+def formula_bytes_by_kind(config, element_size: int) -> dict[str, int]:
+    """The same of an encoder-decoder: of self-attention per decoded token, of cross-attention per position of the encoder."""
+    kinds = ENCODER_DECODERS[config.model_type.removeprefix("lrkv_")].kinds
+    fields = {"self": "lrkv", "cross": "lrkv_cross"}
+    return {kind: element_size * _numbers(adapter.geometry(config), getattr(config, fields[kind], None)) for kind, adapter in kinds.items()}
+
+
+def _numbers(g: Geometry, spec: dict | None) -> int:
     if spec is None:
-        return element_size * 2 * g.layers * g.kv_heads * g.head_dim
-    return element_size * sum(m + g.kv_heads * r for side in spec.values() for m, r in zip(side["base_width"], side["rank"]))
+        return 2 * g.layers * g.kv_heads * g.head_dim
+    return sum(m + g.kv_heads * r for side in spec.values() for m, r in zip(side["base_width"], side["rank"]))
 
 
 @torch.no_grad()

@@ -85,14 +85,14 @@ def _pieces(candidates: list[Candidate], ids: Tensor) -> Iterator[list[tuple[Ten
         for candidate, held in zip(candidates, caches):
             parts = [candidate.read(rows, cache) for rows, cache in zip(ids[:, start:start + LONGEST].tensor_split(len(held)), held)]
             logits = (parts[0] if len(parts) == 1 else torch.cat(parts))[:, :targets.shape[1]].flatten(0, 1)        # (N C, vocabulary)
-            nll, mass, top = _prediction(logits, targets.flatten().to(logits.device))
+            nll, mass, top = prediction(logits, targets.flatten().to(logits.device))
             base = base or (logits, mass, top)
-            kl = torch.zeros_like(nll) if base[0] is logits else _divergence(*base[:2], logits, mass)
+            kl = torch.zeros_like(nll) if base[0] is logits else divergence(*base[:2], logits, mass)
             found.append(tuple(t.view(targets.shape) for t in (nll, kl, (top == base[2].to(top.device)).float())))
         yield found
 
 
-def _prediction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def prediction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits (n, vocabulary): loss on the targets (n,), log of the normalising sum (n,), likeliest token (n,)."""
     mass, top = torch.empty(len(logits), device=logits.device), torch.empty_like(targets)
     for rows, part, most in zip(logits.split(ROWS), mass.split(ROWS), top.split(ROWS)):
@@ -102,7 +102,7 @@ def _prediction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
     return mass - logits.gather(1, targets.unsqueeze(1)).squeeze(1).float(), mass, top
 
 
-def _divergence(base: Tensor, base_mass: Tensor, other: Tensor, mass: Tensor) -> Tensor:
+def divergence(base: Tensor, base_mass: Tensor, other: Tensor, mass: Tensor) -> Tensor:
     """KL(base || other) (n,) of logits (n, vocabulary) whose normalising sums are known: sum p (z - z') + log Z' - log Z."""
     base_mass, kl = base_mass.to(mass.device), torch.empty_like(mass)
     for rows, others, part, own in zip(base.split(ROWS), other.split(ROWS), kl.split(ROWS), base_mass.split(ROWS)):

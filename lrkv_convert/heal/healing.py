@@ -60,6 +60,8 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     options.check()
     check_shard_size(max_shard_size)
     record = read_record(model)
+    if "attention" in record:
+        raise LrkvError(f"{model} is an encoder-decoder, which this command does not handle", "lrkv heal trains decoder-only models")
     if resume and (out / RECORD).is_file() and not overwrite:
         raise LrkvError(f"{out} is finished: there is nothing to resume", "--overwrite begins anew")
     check_output(out, model, overwrite)

@@ -4,8 +4,9 @@ Importing this package registers them with transformers, so that converted folde
 """
 import sys
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
+from .modeling_lrkv_bart import LrkvBartConfig, LrkvBartForConditionalGeneration, LrkvBartModel
 from .modeling_lrkv_bloom import LrkvBloomConfig, LrkvBloomForCausalLM, LrkvBloomModel
 from .modeling_lrkv_codegen import LrkvCodeGenConfig, LrkvCodeGenForCausalLM, LrkvCodeGenModel
 from .modeling_lrkv_cohere import LrkvCohereConfig, LrkvCohereForCausalLM, LrkvCohereModel
@@ -18,12 +19,14 @@ from .modeling_lrkv_gpt_neo import LrkvGPTNeoConfig, LrkvGPTNeoForCausalLM, Lrkv
 from .modeling_lrkv_gpt_neox import LrkvGPTNeoXConfig, LrkvGPTNeoXForCausalLM, LrkvGPTNeoXModel
 from .modeling_lrkv_gptj import LrkvGPTJConfig, LrkvGPTJForCausalLM, LrkvGPTJModel
 from .modeling_lrkv_llama import LrkvLlamaConfig, LrkvLlamaForCausalLM, LrkvLlamaModel
+from .modeling_lrkv_marian import LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel
 from .modeling_lrkv_mistral import LrkvMistralConfig, LrkvMistralForCausalLM, LrkvMistralModel
 from .modeling_lrkv_mixtral import LrkvMixtralConfig, LrkvMixtralForCausalLM, LrkvMixtralModel
 from .modeling_lrkv_mpt import LrkvMptConfig, LrkvMptForCausalLM, LrkvMptModel
 from .modeling_lrkv_olmo import LrkvOlmoConfig, LrkvOlmoForCausalLM, LrkvOlmoModel
 from .modeling_lrkv_olmo2 import LrkvOlmo2Config, LrkvOlmo2ForCausalLM, LrkvOlmo2Model
 from .modeling_lrkv_opt import LrkvOPTConfig, LrkvOPTForCausalLM, LrkvOPTModel
+from .modeling_lrkv_pegasus import LrkvPegasusConfig, LrkvPegasusForConditionalGeneration, LrkvPegasusModel
 from .modeling_lrkv_phi import LrkvPhiConfig, LrkvPhiForCausalLM, LrkvPhiModel
 from .modeling_lrkv_phi3 import LrkvPhi3Config, LrkvPhi3ForCausalLM, LrkvPhi3Model
 from .modeling_lrkv_qwen2 import LrkvQwen2Config, LrkvQwen2ForCausalLM, LrkvQwen2Model
@@ -31,6 +34,8 @@ from .modeling_lrkv_qwen2_moe import LrkvQwen2MoeConfig, LrkvQwen2MoeForCausalLM
 from .modeling_lrkv_qwen3 import LrkvQwen3Config, LrkvQwen3ForCausalLM, LrkvQwen3Model
 from .modeling_lrkv_qwen3_moe import LrkvQwen3MoeConfig, LrkvQwen3MoeForCausalLM, LrkvQwen3MoeModel
 from .modeling_lrkv_stablelm import LrkvStableLmConfig, LrkvStableLmForCausalLM, LrkvStableLmModel
+from .modeling_lrkv_t5 import LrkvT5Config, LrkvT5ForConditionalGeneration, LrkvT5Model
+from .modeling_lrkv_whisper import LrkvWhisperConfig, LrkvWhisperForConditionalGeneration, LrkvWhisperModel
 
 # original model_type -> (config, base model, causal LM)
 FAMILIES: dict[str, tuple[type, type, type]] = {
@@ -61,23 +66,39 @@ FAMILIES: dict[str, tuple[type, type, type]] = {
     "stablelm": (LrkvStableLmConfig, LrkvStableLmModel, LrkvStableLmForCausalLM),
 }
 
-for config_class, base_class, causal_class in FAMILIES.values():
+# the same of encoder-decoders: original model_type -> (config, base model, model with its language head)
+ENCODER_DECODERS: dict[str, tuple[type, type, type]] = {
+    "bart": (LrkvBartConfig, LrkvBartModel, LrkvBartForConditionalGeneration),
+    "marian": (LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel),
+    "pegasus": (LrkvPegasusConfig, LrkvPegasusModel, LrkvPegasusForConditionalGeneration),
+    "t5": (LrkvT5Config, LrkvT5Model, LrkvT5ForConditionalGeneration),
+    "whisper": (LrkvWhisperConfig, LrkvWhisperModel, LrkvWhisperForConditionalGeneration),
+}
+CLASSES = FAMILIES | ENCODER_DECODERS
+
+
+def auto_class(model_type: str) -> type:
+    """The auto class that loads such a model with its head."""
+    return AutoModelForCausalLM if model_type in FAMILIES else AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
+
+
+for family, (config_class, base_class, head_class) in CLASSES.items():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, base_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
+    auto_class(family).register(config_class, head_class, exist_ok=True)
     # so that `save_pretrained` of a loaded model takes the modelling files along
     config_class.register_for_auto_class("AutoConfig")
     base_class.register_for_auto_class("AutoModel")
-    causal_class.register_for_auto_class("AutoModelForCausalLM")
+    head_class.register_for_auto_class(auto_class(family).__name__)
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` entry of config.json: where transformers finds the classes inside the folder."""
-    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    return {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name, cls in zip(names, FAMILIES[model_type])}
+    names = ("AutoConfig", "AutoModel", auto_class(model_type).__name__)
+    return {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name, cls in zip(names, CLASSES[model_type])}
 
 
 def name_in_transformers() -> None:
     """Make the classes attributes of the transformers module, where its server looks up what config.json names under `architectures`."""
-    for _, _, causal in FAMILIES.values():
-        setattr(sys.modules["transformers"], causal.__name__, causal)       # `import transformers` may give the module its lazy one has replaced
+    for _, _, head_class in CLASSES.values():
+        setattr(sys.modules["transformers"], head_class.__name__, head_class)       # `import transformers` may give the module its lazy one has replaced

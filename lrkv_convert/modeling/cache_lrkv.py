@@ -41,13 +41,17 @@ class NoLayer(CacheLayerMixin):
 
 
 def with_residual_layers(cache: Cache | None, config) -> Cache | None:
+    """Give a decoder's cache two cache layers per attention layer; see `two_per_layer`."""
+    return two_per_layer(cache, config.lrkv, config.num_hidden_layers)
+
+
+def two_per_layer(cache: Cache | None, spec: dict, L: int) -> Cache | None:
     """Give a transformers cache two cache layers per attention layer: bases in layers [0, L), residuals in [L, 2 L).
 
-    The two must be apart (the residual is head-major, the base has one head), and standard cache layers keep every transformers cache
-    (dynamic, static, sliding, offloaded, quantised) usable as it is. The second half copies the still empty first half. A layer with bases
-    alone or residuals alone keeps them in the first half.
+    spec: widths and ranks of the L layers, as `config.lrkv`. The two must be apart (the residual is head-major, the base has one head), and standard
+    cache layers keep every transformers cache (dynamic, static, sliding, offloaded, quantised) usable as it is. The second half copies the still
+    empty first half. A layer with bases alone or residuals alone keeps them in the first half.
     """
-    L = config.num_hidden_layers
     if cache is not None and len(cache.layers) == L and cache.layer_class_to_replicate is None:
         if any(layer.is_initialized for layer in cache.layers):
             if any(int(layer.get_seq_length()) for layer in cache.layers):
@@ -55,7 +59,7 @@ def with_residual_layers(cache: Cache | None, config) -> Cache | None:
             for layer in cache.layers:          # shaped for whole keys and values before anything was cached
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        parts = lambda name, i: any(config.lrkv[side][name][i] for side in ("keys", "values"))
+        parts = lambda name, i: any(spec[side][name][i] for side in ("keys", "values"))
         cache.layers.extend(copy.deepcopy(cache.layers[i]) if parts("base_width", i) and parts("rank", i) else NoLayer() for i in range(L))
     return cache
 
@@ -105,3 +109,18 @@ def _update_alone(cache: Cache, slot: int, tensor: torch.Tensor, empty: torch.Te
 def _empty_like(tensor: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
     """`tensor` (no width) at the batch and length of the cached ones."""
     return tensor.new_empty(cached.shape[0], tensor.shape[1], cached.shape[2], 0)
+
+
+def read_cache(cache: Cache, layer_idx: int, num_layers: int, keys, values) -> tuple[tuple, tuple]:
+    """(base, residual) of keys and of values that `update_cache` wrote earlier, nothing added. keys, values: the `LowRankHeads` that made them."""
+    widths = [(keys.base_width, values.base_width), (keys.rank, values.rank)]
+    filled = [i for i, pair in enumerate(widths) if any(pair)]
+    pairs = [None, None]
+    for slot, i in zip((layer_idx, num_layers + layer_idx), filled):
+        held = cache.layers[slot].keys, cache.layers[slot].values
+        pairs[i] = held if widths[i][0] else held[::-1]         # one without width never stands first
+    N, _, S, _ = pairs[filled[0]][0].shape
+    for i, heads in enumerate((1, keys.num_heads)):
+        pairs[i] = pairs[i] or [pairs[filled[0]][0].new_empty(N, heads, S, 0)] * 2
+    (key_base, value_base), (key_residual, value_residual) = pairs
+    return (key_base, key_residual), (value_base, value_residual)

@@ -1,0 +1,1 @@
+"""Encoder-decoders: converting and comparing models that read one thing, speech or text, and write another."""
