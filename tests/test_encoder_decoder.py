@@ -19,7 +19,8 @@ from lrkv_convert.checkpoint import open_checkpoint
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
 from lrkv_convert.modeling import ENCODER_DECODERS as ENCODER_DECODER_CLASSES
-from lrkv_convert.modeling import auto_class
+from lrkv_convert.modeling import attention_lrkv, auto_class
+from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.seq2seq import conversion as story
 from lrkv_convert.seq2seq import writing
 from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
@@ -461,6 +462,21 @@ def test_the_kernel_reads_both_caches(family, converted):
     """In a step of one token; T5's self-attention, with a bias for each head, goes through the split path."""
     folder, ids = converted(family), target(1, 5)
     assert relative(stepwise(load(folder, lrkv_path="kernel"), ids, 4)[0], logits(load(folder), ids)) < STEPS
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
+    model, taken = load(converted(family)), set()
+
+    def on_a_gpu(asked, **situation):
+        taken.add(choose_path(asked, **situation | {"device": torch.device("cuda"), "dtype": torch.bfloat16}))
+        return "split"
+
+    monkeypatch.setattr(attention_lrkv, "choose_path", on_a_gpu)
+    monkeypatch.setattr(attention_lrkv, "missing_for_kernel", lambda *_: None)
+    with torch.no_grad():
+        stepwise(model, target(1, 3), 1)
+    assert taken == {"kernel" if adapter.kernel else "split" for adapter in ENCODER_DECODERS[family].kinds.values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from lrkv_convert import LrkvError, convert
 from lrkv_convert.adapters import ADAPTERS
-from lrkv_convert.adapters.families import readme_rows
+from lrkv_convert.adapters.table import readme_rows
 from lrkv_convert.conversion import open_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.inspection.fidelity import key_heads
@@ -196,7 +196,7 @@ def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
 def test_the_readme_lists_the_families():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     table = text.split("<!-- families")[1].split("-->\n")[1].split("<!-- end of families")[0]
-    assert table.strip().splitlines() == readme_rows(), "copy the output of lrkv_convert.adapters.families.readme_rows() into the README"
+    assert table.strip().splitlines() == readme_rows(), "copy the output of lrkv_convert.adapters.table.readme_rows() into the README"
     assert {config().model_type for config in CONFIGS.values()} == set(ADAPTERS) == set(FAMILIES), "a family needs an entry, a modelling class and a row of the tests"
 
 

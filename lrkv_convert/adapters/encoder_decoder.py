@@ -59,17 +59,18 @@ class EncoderDecoder:
             raise LrkvError("this model has one attention head", "there is nothing to share; LRKV needs at least two")
 
 
-def _bart(model_type: str, biases: str, positions: str, **more) -> EncoderDecoder:
-    fields, where = ("decoder_layers", "d_model", "decoder_attention_heads"), dict(prefix="model.", layers="model.decoder.layers", output="out_proj", positions=positions)
+def _bart(model_type: str, models: str, biases: str, positions: str, **more) -> EncoderDecoder:
+    fields, where = ("decoder_layers", "d_model", "decoder_attention_heads"), dict(prefix="model.", layers="model.decoder.layers", output="out_proj", models=models, positions=positions)
     kind = lambda attention: DecoderAttention(model_type, fields, biases, projections=("q_proj", "k_proj", "v_proj"), attention=attention, **where)
     return EncoderDecoder({"self": kind("self_attn"), "cross": kind("encoder_attn")}, "model.encoder", "model.decoder", "layers", **more)
 
 
 def _t5() -> EncoderDecoder:
-    fields, where = ("num_decoder_layers", "d_model", "num_heads", "d_kv"), dict(prefix="", layers="decoder.block", output="o", positions="relative, added to the scores")
-    kind = lambda attention: DecoderAttention("t5", fields, "", projections=("q", "k", "v"), attention=attention, **where)
-    return EncoderDecoder({"self": kind("layer.0.SelfAttention"), "cross": kind("layer.1.EncDecAttention")}, "encoder", "decoder", "block", relative=True, mask="mask")
+    fields, where = ("num_decoder_layers", "d_model", "num_heads", "d_kv"), dict(prefix="", layers="decoder.block", output="o", models="T5, FLAN-T5", positions="relative, added to the scores")
+    kind = lambda attention, kernel: DecoderAttention("t5", fields, "", projections=("q", "k", "v"), attention=attention, kernel=kernel, **where)
+    return EncoderDecoder({"self": kind("layer.0.SelfAttention", False), "cross": kind("layer.1.EncDecAttention", True)}, "encoder", "decoder", "block", relative=True, mask="mask")
 
 
 ENCODER_DECODERS: dict[str, EncoderDecoder] = {family.any.model_type: family for family in (
-    _bart("bart", "qkv", "learned"), _bart("marian", "qkv", "sinusoidal"), _bart("pegasus", "qkv", "sinusoidal"), _t5(), _bart("whisper", "qv", "learned", speech=True))}
+    _bart("bart", "BART", "qkv", "learned"), _bart("marian", "Marian, OPUS-MT", "qkv", "sinusoidal"), _bart("pegasus", "Pegasus", "qkv", "sinusoidal"), _t5(),
+    _bart("whisper", "Whisper", "qv", "learned", speech=True))}

@@ -71,14 +71,3 @@ FAMILIES = (
                    biased=lambda c: c.bias, rotary=lambda c, d: 0 if c.alibi else d, arguments=without_second_alibi, legacy=True, positions="RoPE or ALiBi",
                    kv_heads=lambda c: c.num_kv_heads if c.new_decoder_architecture else 1 if c.multi_query else c.num_attention_heads),
 )
-
-
-def readme_rows() -> list[str]:
-    """The table of the README, generated so that it cannot say what the code does not do."""
-    def row(a: DecoderAdapter) -> str:
-        refused = [refusal.what for refusal in a.refuses if refusal is not PARTIAL]
-        keys = "rebuilt under RoPE" if "RoPE or" in a.positions else "rebuilt" if "RoPE" in a.positions else "in place"
-        path = "split" if not a.kernel else "kernel under RoPE" if "RoPE or" in a.positions else "kernel, split with the norm" if "LayerNorm" in a.norms else "kernel"
-        return f"| `{a.model_type}` | {a.models} | {a.positions} | {a.norms} | {', '.join(refused) or 'nothing'} | {keys} | {path} |"
-
-    return ["| family | such as | positions | norm of keys | refused | keys are read | on a GPU |", "|---|---|---|---|---|---|---|", *map(row, FAMILIES)]
