@@ -114,11 +114,12 @@ class Skeleton:
         tied = set(self.model._tied_weights_keys or {}) if self.checkpoint.config.tie_word_embeddings else set()
         return {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False) if name not in tied}
 
-    def fill(self, module: nn.Module, prefix: str) -> None:
+    def fill(self, module: nn.Module, prefix: str, left_out: tuple[str, ...] = ()) -> None:
         """Put float32 weights into a module on the device."""
-        state = {name: self.checkpoint.tensor(f"{prefix}{name}").to(self.device, torch.float32) for name, _ in module.named_parameters()}
-        module.load_state_dict(state, strict=False, assign=True)
-        module.to(self.device)
+        names = [name for name, _ in module.named_parameters() if name not in left_out]
+        module.load_state_dict({name: self.checkpoint.tensor(f"{prefix}{name}").to(self.device, torch.float32) for name in names}, strict=False, assign=True)
+        if not left_out:
+            module.to(self.device)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list["Recorder"]]:
@@ -168,12 +169,12 @@ class Skeleton:
 
         def run(hidden: Tensor) -> Tensor:
             injected.hidden = hidden
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+            instead = hidden.new_zeros(*hidden.shape[:2], embeddings.embedding_dim)      # OPT may embed in another width; nobody reads it
+            return self.model(inputs_embeds=instead, use_cache=False).logits
 
         with self._around_layers(nn.ModuleList([injected]), *([embeddings] if own else [])):
-            if own:
-                self.fill(head, f"{name}.")
-            else:
+            self.fill(head, f"{name}.", () if own else ("weight",))
+            if not own:
                 head.weight = embeddings.weight
             yield run
             empty(head)

@@ -5,7 +5,7 @@ and held in memory, as are pickled weights, which are opened with `weights_only`
 """
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,11 +106,12 @@ class Checkpoint:
                 raise LrkvError(f"{self.source}: {name} has shape {found}, its config.json asks for {tuple(shape)}",
                                 "weights and config.json do not belong together")
 
-    def finite(self) -> Iterator[tuple[int, int]]:
-        """Read every tensor once; yields (done, total). Raises LrkvError naming the first one with NaN or Inf."""
-        for done, name in enumerate(self.tensors):
+    def finite(self, names: Collection[str]) -> Iterator[tuple[int, int]]:
+        """Read each of these tensors once; yields (done, total). Raises LrkvError naming the first one with NaN or Inf. Old files hold masks beside
+        weights, in which -inf is meant."""
+        for done, name in enumerate(names):
             check_finite(name, self.tensor(name))
-            yield done + 1, len(self.tensors)
+            yield done + 1, len(names)
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

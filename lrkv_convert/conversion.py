@@ -83,7 +83,7 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
         # no text, no gradient: the record says what was used. Where keys are normalised, queries say nothing of how keys should be fitted
         options = replace(options, metric="plain" if geometry.key_norm else "attention")
     with clock("load"):
-        for done, total in checkpoint.finite():
+        for done, total in checkpoint.finite(skeleton.expected()):
             progress("checking", done, total)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:

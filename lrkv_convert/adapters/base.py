@@ -5,7 +5,6 @@ Shapes: H KV heads, G query heads per KV head, D model width, d head width. All 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 
@@ -105,10 +104,3 @@ class Adapter(ABC):
     @abstractmethod
     def queries(self, tensors: dict[str, Tensor], geometry: Geometry) -> Tensor:
         """W_Q (H, G, D, d) out of a converted attention module's tensors: what `join` put there."""
-
-
-def heads(weight: Tensor, *shape: int) -> Tensor:
-    """(D, n d) -> (*shape, D, d) with prod(shape) = n: cut the columns into heads."""
-    D, columns = weight.shape
-    count = torch.Size(shape).numel()
-    return weight.view(D, count, columns // count).transpose(0, 1).reshape(*shape, D, columns // count)

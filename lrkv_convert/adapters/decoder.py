@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import LrkvError
 from .base import Adapter, AttentionWeights, Geometry
 
+MASKS = ("bias", "masked_bias", "rotary_emb")       # buffers that old checkpoints hold beside the weights
 Rows = tuple[Tensor, Tensor, Tensor]        # output channels of queries (H, G, d), keys (H, d), values (H, d)
 
 
@@ -129,6 +130,7 @@ class DecoderAdapter(Adapter):
     def rest(self, checkpoint, layer: int) -> dict[str, Tensor]:
         at, g = self.module(layer), self.geometry(checkpoint.config)
         names = [name.removeprefix(at) for name in checkpoint.tensors if name.startswith(at)]
-        found = {name: checkpoint.tensor(at + name) for name in names if name.split(".")[0] not in self.projections and name != f"{self.output}.weight"}
+        kept = [name for name in names if name.split(".")[0] not in (*self.projections, *MASKS) and name != f"{self.output}.weight"]
+        found = {name: checkpoint.tensor(at + name) for name in kept}
         order = half_split(g.head_dim, g.rotary_dim if self.interleaved else 0)
         return {name: tensor[..., order] if name.split(".")[0] in self.norm_weights else tensor for name, tensor in found.items()}

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from ..device import give_back_memory
-from ..errors import LrkvError
+from ..errors import LrkvError, first_line
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
 from .load import load_model
@@ -152,6 +152,8 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
                     except RuntimeError as error:       # torch.OutOfMemoryError is one, and what a CPU raises has no class of its own
                         if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
                             raise LrkvError(f"no memory for {batch} x {length} tokens of {c.name}", "give smaller --tokens or --batch") from error
+                        if cache == "static":           # transformers' own Falcon with ALiBi fails there
+                            raise LrkvError(f"{c.name} does not run with a static cache: {first_line(error)}", "give --cache dynamic") from error
                         raise
                 c.cache, c.batch = filled[id(c.model)], batch
             held = {id(c): cache_bytes(c.cache) for c in found}

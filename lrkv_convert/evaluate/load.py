@@ -36,6 +36,8 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     where, extra = location(model)
     if auto is AutoModelForCausalLM:
         refuse_encoder(model, where, extra)
+    if getattr(read_config(model), "attn_logit_softcapping", None) is not None:
+        kwargs.setdefault("attn_implementation", "eager")       # older transformers take sdpa, which drops the cap
     try:
         loaded, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
     except Exception as error:      # safetensors, json, hub and transformers each raise their own

@@ -21,14 +21,20 @@ def choose_trained(model: PreTrainedModel, adapter: Adapter, train: str) -> None
     for module in model.modules():          # a short training has nothing to fear from overfitting, and the teacher has none
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        without_dropout(module)
+    without_dropout(model.config)           # Falcon looks there; what is written is the config of the folder
+
+
+def without_dropout(holder) -> None:
+    """Every number of a module or config that is called some dropout becomes zero."""
+    for name in [name for name, value in vars(holder).items() if "drop" in name and type(value) in (int, float)]:
+        setattr(holder, name, type(getattr(holder, name))(0))
 
 
 def set_precision(student: PreTrainedModel, adapter: Adapter, frozen: torch.dtype) -> None:
-    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the matrices of the layers; those, if they are frozen, in `frozen`."""
+    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the matrices of the layers, experts included; those, if they are frozen, in `frozen`."""
     layers = student.get_submodule(adapter.layer_path)
-    matrices = {id(p) for p in layers.parameters() if p.ndim == 2 and not p.requires_grad}
+    matrices = {id(p) for p in layers.parameters() if p.ndim >= 2 and not p.requires_grad}
     for parameter in student.parameters():
         parameter.data = parameter.data.to(frozen if id(parameter) in matrices else torch.float32)
 

@@ -80,8 +80,9 @@ class WholeModel:
         self.stack.close()
 
     def _layer(self, i: int, hidden: Tensor) -> Tensor:
-        """hidden (N, T, D) before layer i -> after it. All windows at once: masks and positions are the same for all."""
-        return first_of(self.layers[i](hidden, *self.calls[i].args, **self.calls[i].kwargs))
+        """hidden (N, T, D) before layer i -> after it. Window by window: ALiBi comes for one."""
+        call = self.calls[i]
+        return torch.cat([first_of(self.layers[i](window.unsqueeze(0), *call.args, **call.kwargs)) for window in hidden])
 
     def _logp(self, hidden: Tensor) -> list[Tensor]:
         """Log-probabilities of every window's tokens but the first, (T - 1, vocabulary) each."""

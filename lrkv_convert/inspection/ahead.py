@@ -48,7 +48,7 @@ def ahead(model: str, ranks: list[int] | None, target_kl: float, calibration: li
     if not texts:
         raise LrkvError("without calibration text there is no gradient to predict a loss from", "give --calibration, or leave it out")
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), wanted)
-    for done, total in checkpoint.finite():
+    for done, total in checkpoint.finite(skeleton.expected()):
         progress("checking", done, total)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})

@@ -93,7 +93,7 @@ class LrkvAttention:
     """Mixin over a family's attention class: keys and values come from `LowRankHeads`, everything else stays the family's."""
 
     eager_attention = staticmethod(eager_attention)
-    float32_scores = False      # whether the family multiplies queries and keys in float32, whatever its dtype: float16 would overflow
+    float32_scores = False      # whether the family multiplies queries and keys in float32, whatever its dtype: they may be large
 
     def take_over(self, config, layer_idx: int, *projections: str, name: str = "lrkv", queries: str = "q_proj", **shape) -> None:
         """Put factored keys and values in the place of the projections called so: of keys and of values, or one that holds queries too, which then
@@ -146,12 +146,11 @@ class LrkvAttention:
         of them, or None. Returns ((N, T, H G d), weights or None)."""
         implementation, T, window, norm = self.config._attn_implementation, query.shape[2], kwargs.get("sliding_window"), self.key_norm()
         paged = kwargs.get("cache") is not None         # continuous batching: the attention function keeps the cache, of whole keys and values
-        overflows = self.float32_scores and query.dtype == torch.float16
-        path = "rebuild" if paged or overflows else choose_path(
+        path = "rebuild" if paged else choose_path(
             self.config.lrkv_path, queries=T * query.shape[1] // self.keys.num_heads, tokens=T, implementation=implementation, mask=attention_mask,
             training=self.training, cached=cached, device=query.device, dtype=keys[0].dtype,
             outside_window=bool(window) and keys[0].shape[2] > window, differentiable=self.wants_gradients(query, *keys, *values),
-            kernel=kwargs.get("softcap") is None and (norm is None or self.kernel_norm() is not None))
+            kernel=kwargs.get("softcap") is None and not self.float32_scores and (norm is None or self.kernel_norm() is not None))
         if path == "rebuild":
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
             output, weights = attend(self, query, self.keys.rebuild(*keys, rotation, norm), self.values.rebuild(*values), attention_mask,
@@ -178,7 +177,8 @@ class LrkvAttention:
             rows = [self.read_in_place(path, query[n:n + 1], *([part(t, n) for t in side] for side in (keys, values)), part(mask, n),
                                        None if rotation is None else [part(t, n) for t in rotation], softcap, with_weights) for n in range(N)]
             return torch.cat([output for output, _ in rows]), torch.cat([weights for _, weights in rows]) if with_weights else None
-        scores = self.keys.scores(grouped * self.scaling, *keys, rotation, self.key_norm()).reshape(N, heads, T, -1)
+        exactly = torch.promote_types(query.dtype, torch.float32) if self.float32_scores else query.dtype
+        scores = self.keys.scores(grouped.to(exactly) * self.scaling, *(t.to(exactly) for t in keys), rotation, self.key_norm()).reshape(N, heads, T, -1)
         scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
         scores = scores if mask is None else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)       # (N, H G, T, S)
@@ -198,7 +198,13 @@ def layer_kinds(config) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
-def half_split(rotation: tuple, interleaved: bool) -> tuple:
+def rotations_in(cache, kind: str, device: torch.device) -> tuple | None:
+    """The tables that a cache carries for layers of a kind (`LrkvModel.hands_on`), where the layer is."""
+    found = getattr(cache, "lrkv_rotations", None)
+    return None if found is None else tuple(tuple(table.to(device) for table in side) for side in found[kind])
+
+
+def as_halves(rotation: tuple, interleaved: bool) -> tuple:
     """(cos, sin) (1 or N, T, n) in the half-split layout. interleaved: they come for neighbouring channels, each angle twice in a row; the channels
     themselves were reordered when the model was converted."""
     return tuple(torch.cat((t[..., ::2], t[..., ::2]), dim=-1) for t in rotation) if interleaved else rotation
@@ -221,13 +227,38 @@ class LrkvRotaryAttention(LrkvAttention):
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, lrkv_rotations=None, layer_past=None, **kwargs):
         past_key_values = layer_past if past_key_values is None else past_key_values
-        lrkv_rotations = lrkv_rotations or getattr(past_key_values, "lrkv_rotations", None)
         # keys that lie rotated in the cache keep the positions they were given
-        given = None if position_embeddings is None else half_split(position_embeddings, self.interleaved)
-        rotations = (given, given) if lrkv_rotations is None else lrkv_rotations[layer_kinds(self.config)[self.layer_idx]]
+        given = None if position_embeddings is None else as_halves(position_embeddings, self.interleaved)
+        kind = layer_kinds(self.config)[self.layer_idx]
+        rotations = rotations_in(past_key_values, kind, hidden_states.device) if lrkv_rotations is None else lrkv_rotations[kind]
+        rotations = rotations or (given, given)
         output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask,
                                                   past_key_values, rotations, self.attention_dropout, **self.extra_arguments(), **kwargs)
         return getattr(self, self.output)(output), weights
+
+
+class LrkvNeighbourAttention(LrkvAttention):
+    """Forward for attention as in GPT-J and CodeGen: RoPE on a part of each head out of a table of the module's own, and on neighbouring channels, which
+    were reordered when the model was converted; scores in float32."""
+
+    float32_scores, interleaved = True, False       # `rotation` gives its tables for halves
+    projections: tuple[str, ...]
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config, self.scaling = config, self.head_dim ** -0.5
+        self.take_over(config, layer_idx, *self.projections)
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) (N, T, rotary_dim) of positions (N, T)."""
+        sin, cos = self.embed_positions.to(positions.device)[positions].chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
+        rotations = rotations_in(layer_past, "full_attention", hidden_states.device)
+        rotations = rotations or (self.rotation(position_ids),) * 2
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past, rotations, self.attn_dropout.p)
+        return self.resid_dropout(self.out_proj(output)), weights
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -314,9 +345,22 @@ class LrkvRotaryModel(LrkvModel):
         held = cache.get_seq_length()
         # what a static cache has not filled yet is masked, and must not seem to be a longer text: some RoPE variants change with the length
         positions = lambda start, length: (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0)
-        rotation = lambda kind, start, length: half_split(self.rotation(x, positions(start, length), kind), self.attention_class.interleaved)
+        rotation = lambda kind, start, length: as_halves(self.rotation(x, positions(start, length), kind), self.attention_class.interleaved)
         return {"lrkv_rotations": {kind: (rotation(kind, held, T), rotation(kind, offset, length)) for kind, (length, offset) in sizes.items()}}
 
     def rotation(self, x, positions, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of positions (1, T), in the dtype and on the device of x, for layers of a kind."""
         return self.rotary_emb(x, positions)
+
+
+class LrkvNeighbourModel(LrkvRotaryModel):
+    """The decoder of such attention modules."""
+
+    attention_name = "attn"
+    hands_on = False
+
+    def decoder_layers(self):
+        return self.h
+
+    def rotation(self, x, positions, kind):
+        return self.h[0].attn.rotation(positions)

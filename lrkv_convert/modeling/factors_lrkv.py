@@ -96,21 +96,21 @@ class LowRankHeads(nn.Module):
         """q K^T (N, H, Q, S) of queries (N, H, Q, d), rotated where keys are, without a copy of K (Eq 6).
 
         A bias of keys without rotation and norm is left out: it shifts all scores of a query alike, which the softmax ignores. Keys that
-        must be rotated or normalised are rebuilt, a chunk of tokens at a time.
+        must be rotated or normalised are rebuilt, a chunk of tokens at a time. Query, base and residual may be more precise than the maps.
         """
         if self.form == "full":
             return _own_scores(query, residual)
         if rotation is None and norm is None:
-            shared = None if self.W_shared is None else _shared_scores(query if self.C is None else query @ self.C.mT, base)
-            own = None if self.U is None else _own_scores(query @ self.B, residual)
+            shared = None if self.W_shared is None else _shared_scores(query if self.C is None else query @ self.C.mT.to(query.dtype), base)
+            own = None if self.U is None else _own_scores(query @ self.B.to(query.dtype), residual)
             return shared if own is None else own if shared is None else own.add_(shared)
         ready, latents = None, []
         if self.W_shared is not None and norm is None and self.C is None:       # one base for all heads: rotated once, or cached rotated
             ready = _shared_scores(query, base if self.form == "rotary" else rotate(base, rotation))
         elif self.W_shared is not None:
-            latents.append((base, self.C if self.C is not None else torch.eye(self.head_dim).to(base).expand(self.num_heads, -1, -1)))
+            latents.append((base, self.C.to(query.dtype) if self.C is not None else torch.eye(self.head_dim).to(base).expand(self.num_heads, -1, -1)))
         if self.U is not None:
-            latents.append((residual, self.B.mT))                               # (H, r, d)
+            latents.append((residual, self.B.mT.to(query.dtype)))                               # (H, r, d)
         if not latents and self.bias is None:
             return ready
         rebuilt = self._rebuilt_scores(query, latents, base.shape[2], rotation, norm)

@@ -2,7 +2,7 @@
 from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvRotaryModel
+from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvRotaryModel, rotations_in
 
 
 class LrkvFalconConfig(FalconConfig):
@@ -25,10 +25,9 @@ class LrkvFalconAttention(LrkvAttention, FalconAttention):
         self.take_over(config, layer_idx, "query_key_value", heads=self.num_kv_heads)
 
     def forward(self, hidden_states, alibi=None, attention_mask=None, position_ids=None, layer_past=None, position_embeddings=None, **kwargs):
-        rotations = getattr(layer_past, "lrkv_rotations", None)
-        rotations = (position_embeddings, position_embeddings) if rotations is None else rotations["full_attention"]
+        rotations = rotations_in(layer_past, "full_attention", hidden_states.device) or (position_embeddings, position_embeddings)
         output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past,
-                                                  None if self.config.alibi else rotations, self.attention_dropout.p)
+                                                  None if self.config.alibi else rotations, self.attention_dropout.p if self.config.alibi else 0.0)
         return self.dense(output), weights
 
 

@@ -22,8 +22,10 @@ class LrkvGemma2Attention(LrkvRotaryAttention, Gemma2Attention):
 class LrkvGemma2Model(LrkvRotaryModel, Gemma2Model):
     config_class = LrkvGemma2Config
     attention_class = LrkvGemma2Attention
+    _supports_sdpa = False      # it knows no soft cap
 
 
 class LrkvGemma2ForCausalLM(LrkvCausal, Gemma2ForCausalLM):
     config_class = LrkvGemma2Config
     base_class = LrkvGemma2Model
+    _supports_sdpa = False

@@ -52,3 +52,4 @@ class LrkvGPTNeoModel(LrkvModel, GPTNeoModel):
 class LrkvGPTNeoForCausalLM(LrkvCausal, GPTNeoForCausalLM):
     config_class = LrkvGPTNeoConfig
     base_class = LrkvGPTNeoModel
+    _supports_flash_attn = False

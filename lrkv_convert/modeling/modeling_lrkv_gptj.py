@@ -1,10 +1,9 @@
 """GPT-J with LRKV attention. Differs from transformers' GPT-J only in keys, values and their cache, and RoPE turns halves of a head, whose channels were
 reordered accordingly."""
-import torch
 from transformers import GPTJConfig, GPTJForCausalLM, GPTJModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvRotaryModel
+from .attention_lrkv import LrkvCausal, LrkvNeighbourAttention, LrkvNeighbourModel
 
 
 class LrkvGPTJConfig(GPTJConfig):
@@ -16,38 +15,13 @@ class LrkvGPTJConfig(GPTJConfig):
     lrkv_path: str = "auto"
 
 
-class LrkvGPTJAttention(LrkvAttention, GPTJAttention):
-    float32_scores, interleaved = True, False       # `rotation` gives its tables for halves
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.config, self.scaling = config, self.head_dim ** -0.5
-        self.take_over(config, layer_idx, "k_proj", "v_proj")
-
-    def rotation(self, positions, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) (N, T, rotary_dim) of positions (N, T)."""
-        sin, cos = self.embed_positions.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
-        rotations = getattr(layer_past, "lrkv_rotations", None)
-        given = self.rotation(position_ids, hidden_states.dtype) if rotations is None else None
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past,
-                                                  (given, given) if rotations is None else rotations["full_attention"], self.attn_dropout.p)
-        return self.resid_dropout(self.out_proj(output)), weights
+class LrkvGPTJAttention(LrkvNeighbourAttention, GPTJAttention):
+    projections = ("k_proj", "v_proj")
 
 
-class LrkvGPTJModel(LrkvRotaryModel, GPTJModel):
+class LrkvGPTJModel(LrkvNeighbourModel, GPTJModel):
     config_class = LrkvGPTJConfig
     attention_class = LrkvGPTJAttention
-    attention_name = "attn"
-    hands_on = False
-
-    def rotation(self, x, positions, kind):
-        return self.h[0].attn.rotation(positions, x.dtype)
-
-    def decoder_layers(self):
-        return self.h
 
 
 class LrkvGPTJForCausalLM(LrkvCausal, GPTJForCausalLM):

@@ -58,7 +58,7 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
         return Conversion(plans[kinds[0]], out, None, plans)
     corpora = gather(options.calibration, family)
     with clock("load"):
-        for done, total in checkpoint.finite():
+        for done, total in checkpoint.finite(skeleton.expected()):
             progress("checking", done, total)
     with clock("calibrate"):
         examples = read(corpora, checkpoint, family, options, skeleton.device, lambda done, total: progress("writing", done, total)) if corpora else None
