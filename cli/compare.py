@@ -63,6 +63,8 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
+    from lrkv_convert.evaluate.load import decoder_alone
+    from lrkv_convert.provenance import calibrated_on
     from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import RECORD, write_json
 
@@ -82,17 +84,22 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     if audio or pairs:
         if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--report": report, **more}.items() if value]:
-            raise LrkvError(f"{asked[0] if asked[0].startswith('--') else '--' + asked[0].replace('_', '-')} does not go with --audio and --pairs", "leave it out")
+            option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))
+            raise LrkvError(f"{option} does not go with --audio and --pairs", "leave it out")
         from lrkv_convert.seq2seq.compare import compare as run_pairs
         with display.progress() as progress:
             result = run_pairs(models, audio, pairs, max_tokens=max_tokens, device=pick_device(device), dtype=pick_dtype(dtype), progress=progress)
         display.show_written(result)
     else:
+        decoder_alone(models[0])
         texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
         with display.progress() as progress:
             result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),
                          progress=progress, **more)
         display.show_comparison(result)         # first of all: what comes now may fail
+    for folder in cards:
+        if known := [t["name"] for t in result["texts"] if t["sha256"] in calibrated_on(folder)]:
+            print(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
     if json_file:
         write_json(json_file, result)
     if report:

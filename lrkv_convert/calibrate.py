@@ -54,6 +54,8 @@ def read_texts(paths: list[str]) -> list[Text]:
         if not files:
             raise LrkvError(f"{path} holds no .txt or .md file", "give text files, or a folder of them")
         for file in files:
+            if file.suffix in (".json", ".jsonl"):
+                raise LrkvError(f"{file} is JSON, not text", "write what is to be read into a .txt file")
             try:
                 texts.append(Text(file.name, file.read_text(encoding="utf-8")))
             except OSError as error:

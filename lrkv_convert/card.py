@@ -114,7 +114,7 @@ def _licence(carried: dict) -> str:
 SPEECH_USE = """from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
 model = AutoModelForSpeechSeq2Seq.from_pretrained("{name}", trust_remote_code=True)
 tokenizer, extractor = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True), AutoFeatureExtractor.from_pretrained("{name}")
-features = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features      # samples: numbers in [-1, 1), one channel
+features = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features      # samples: numbers in [-1, 1), one channel, 16,000 a second
 print(tokenizer.decode(model.generate(features, max_new_tokens=224)[0], skip_special_tokens=True))"""
 TEXT_USE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
@@ -163,7 +163,7 @@ The attention lies in the Python files beside the weights, which is what `trust_
 
 ## Limits
 
-Those of the source model. What is cached is an approximation of its keys and values: {'speech' if speech else 'texts'} unlike that of the calibration lose{'s' if speech else ''} more, so
+Those of the source model. What is cached is an approximation of its keys and values: {'speech' if speech else 'texts'} unlike {'that' if speech else 'those'} of the calibration lose{'s' if speech else ''} more, so
 measure on yours. {_licence(carried)}
 
 ## Fit
@@ -180,12 +180,19 @@ def _written(record: dict) -> str:
     tables = []
     for measured in record.get("evaluations", []):
         percent = lambda value: "" if value is None else f"{value:.1%}"
-        rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['same_words']:.1%} "
+        rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {percent(row['same_words'])} "
                          f"| {percent(row['word_error_rate'])} | {row['self_ratio']:.1%} | {row['cross_ratio']:.1%} |" for row in measured["rows"])
-        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted, {measured['dtype']}, {measured['date']}.\n\n"
+        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted, {measured['dtype']}, {measured['date']}.{_known(record, measured)}\n\n"
                       f"| model | perplexity | ratio (95 % interval) | KL to `{measured['rows'][0]['name']}` | same words | word errors | cache, self | cache, cross |\n"
                       f"|---|---|---|---|---|---|---|---|\n{rows}\n")
     return "\n".join(tables)
+
+
+def _known(record: dict, measured: dict) -> str:
+    """A remark where a model was measured on what it was calibrated on."""
+    known = {text["sha256"] for text in record["calibration"]["texts"]}
+    names = [name for name, sha256 in zip(measured["texts"], measured["sha256"]) if sha256 in known]
+    return f" **Calibrated on {', '.join(names)}: the figures say little about anything else.**" if names else ""
 
 
 def _by_the_model(calibration: dict) -> str:
@@ -199,7 +206,7 @@ def _evaluations(record: dict) -> str:
     for measured in record.get("evaluations", []):
         rows = "\n".join(f"| {row['name'].replace('|', '/')} | {row['perplexity']:.3f} | ×{row['ratio']:.4f}{_spread(row)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} | {row['kv_ratio']:.1%} |"
                          for row in measured["rows"])
-        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted in windows of {measured['seq_len']}, {measured['dtype']}, {measured['date']}.\n\n"
+        tables.append(f"{', '.join(measured['texts'])}: {measured['tokens']:,} tokens predicted in windows of {measured['seq_len']}, {measured['dtype']}, {measured['date']}.{_known(record, measured)}\n\n"
                       f"| model | perplexity | ratio (95 % interval) | KL to `{measured['rows'][0]['name']}` | same top token | cache |\n|---|---|---|---|---|---|\n{rows}\n")
     return "\n".join(tables)
 

@@ -72,7 +72,8 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     plan = options.uniform_plan(geometry, stored.itemsize)
     if plan is None:
         check_floor(geometry, width_caps(geometry, options.max_width_k, options.max_width_v), options.keys, options.budget)
-    check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
+    if not dry_run:
+        check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
     checkpoint.check(skeleton.expected())
     if dry_run and plan:

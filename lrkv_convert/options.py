@@ -77,7 +77,7 @@ class Options:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that this model has not."""
         asked = [kind.strip() for kind in self.attention.split(",")] if self.attention is not None else KINDS if encoder_decoder else ("self",)
         if unknown := [kind for kind in asked if kind not in KINDS]:
-            raise LrkvError(f"unknown attention {unknown[0]!r}", f"choose from {', '.join(KINDS)}, or both: self,cross")
+            raise LrkvError(f"unknown attention {unknown[0]!r}", "choose self, cross, or self,cross for both")
         if "cross" in asked and not encoder_decoder:
             raise LrkvError("this model has no cross-attention", "it is a decoder alone: leave --attention out")
         return tuple(kind for kind in KINDS if kind in asked)

@@ -1,4 +1,5 @@
 """Where a converted folder came from, read back from its lrkv.json: the source, the commands, and what of it may be shown to others."""
+import json
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ import yaml
 
 from .options import Options
 from .recipe import shipped
+from .writer import RECORD
 
 LEFT_OUT = ("recipe", "max_shard_size")     # not in the record: what they decide is
 
@@ -29,6 +31,14 @@ def published(record: dict) -> dict:
         entry["recipe"]["validation"] = _names(entry["recipe"].get("validation"))
         entry["teacher"] = entry["teacher"] and Path(entry["teacher"]).name
     return record
+
+
+def calibrated_on(model: str | Path) -> set[str]:
+    """sha256 of the texts that a converted folder was calibrated on."""
+    try:
+        return {text["sha256"] for text in json.loads((Path(model).expanduser() / RECORD).read_text(encoding="utf-8"))["calibration"]["texts"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _names(paths: list[str] | None) -> list[str] | None:

@@ -64,6 +64,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
     plan = json.loads(lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
     assert plan["kv_bytes_per_token"] == 2 * 2 * 41 * 4
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()            # where nothing is written, nothing is in the way
+    assert "68.3%" in lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run").stdout
 
 
 def test_json_is_the_record_and_nothing_else(tiny, tmp_path):

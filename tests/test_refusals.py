@@ -169,6 +169,11 @@ def test_unusable_calibration_text(source, tmp_path, content):
     refused(source, tmp_path / "out", "--calibration", str(tmp_path / "text.txt"), says="text")
 
 
+def test_json_is_no_text(source, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}')
+    refused(source, tmp_path / "out", "--calibration", str(tmp_path / "pairs.jsonl"), says="is JSON, not text")
+
+
 def test_a_missing_calibration_text(source, tmp_path):
     refused(source, tmp_path / "out", "--calibration", str(tmp_path / "nowhere.txt"), says="cannot read the text")
 

@@ -86,6 +86,11 @@ class TestPairs:
         (tmp_path / "t.txt").write_text("Title\n\nA paragraph of\ntwo lines.\n\n\nAnd then one more.\n")
         assert [e.source for e in read_pairs(str(tmp_path / "t.txt")).examples] == ["A paragraph of two lines.", "And then one more."]
 
+    def test_speech_is_no_text(self, tmp_path):
+        (tmp_path / "a.WAV").touch()
+        with pytest.raises(LrkvError, match="folder of speech"):
+            read_pairs(str(tmp_path))
+
     def test_nothing_to_read(self, tmp_path):
         for name in ("t.txt", "p.jsonl"):
             (tmp_path / name).write_text("\n")
@@ -143,4 +148,4 @@ class TestWords:
 
     def test_rates(self):
         found = align("a b c d", "a b c") + align("a", "a b c d")
-        assert found.same_share == 4 / 7 and found.error_rate == 4 / 5 and align("", "").same_share == 1 and align("", "a").error_rate is None
+        assert found.same_share == 4 / 7 and found.error_rate == 4 / 5 and align("", "").same_share is None and align("", "a").error_rate is None

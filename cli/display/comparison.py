@@ -48,8 +48,8 @@ def show_written(result: dict) -> None:
     several, judged = len(rows) > 1, any(reference is not None for reference in result["references"])
     quality = [("perplexity", lambda r: f"{r['perplexity']:.3f}")] + ([("ratio", lambda r: f"×{r['ratio']:.4f}"), ("95 % interval", _interval), ("KL", lambda r: f"{r['kl']:.4f}"),
                                                                       ("top-1", lambda r: f"{r['top1_agreement']:.1%}")] if several else [])
-    spoken = [("same words", lambda r: f"{r['same_words']:.1%}")] if several else []
-    spoken += [("WER", lambda r: f"{r['word_error_rate']:.1%}")] if judged else []
+    spoken = [("same words", lambda r: "–" if r["same_words"] is None else f"{r['same_words']:.1%}")] if several else []
+    spoken += [("WER", lambda r: "–" if r["word_error_rate"] is None else f"{r['word_error_rate']:.1%}")] if judged else []
     sizes = [(f"{title}", lambda r, kind=kind: f"{in_units(r[f'{kind}_bytes_allocated'])} {r[f'{kind}_ratio']:.1%}") for title, kind in (("self/token", "self"), ("cross/position", "cross"))]
     for columns in (quality, spoken + sizes):
         table = table_of("model", *(name for name, _ in columns))
@@ -63,7 +63,8 @@ def show_written(result: dict) -> None:
         out.print(f"same words: of the {rows[0]['words']:,} that {rows[0]['name']} writes (of the longer text), greedily, aligned by the fewest edits, in small letters, without punctuation")
     for row in rows[1:]:
         changed = [(name, a, b) for name, a, b in zip(result["names"], rows[0]["written"], row["written"]) if words(a) != words(b)]
-        out.print(f"\n{row['name']}: {len(changed)} of {result['examples']} are not written as before" + (", such as" if changed else ""))
+        said = f"{len(changed)} of {result['examples']} are not written as before, such as" if changed else f"all {result['examples']} are written as before"
+        out.print(f"\n{row['name']}: {said}")
         for name, a, b in changed[:SHOWN]:
             out.print(f"  {name}: {a}\n  {' ' * len(name)}  {b}", markup=False)
 

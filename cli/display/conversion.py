@@ -56,6 +56,9 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
                 table.add_row(str(row["layer"]), _ranks(row["keys"]), f"{row['keys']['error']:.3f}", _ranks(row["values"]), f"{row['values']['error']:.3f}")
             out.print(table)
         _show_cost(out, fitted["cache"], unit)
+    width, examples = fitted["geometry"]["width"], record["calibration"].get("examples")
+    if examples and record["calibration"]["tokens"] < width:
+        out.print(f"calibrated on {record['calibration']['tokens']:,} target tokens, fewer than the model is wide ({width:,}): the errors say little, give more")
     out.print(f"{record['seconds']:.0f} s, {in_units(record['peak_memory_bytes'])} of memory")
     if layers:
         measured_on = "--text FILE" if "attention" not in record else "--audio FOLDER" if ENCODER_DECODERS[record["source"]["model_type"]].speech else "--pairs FILE"

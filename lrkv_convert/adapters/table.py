@@ -1,4 +1,7 @@
-"""The table of the README, generated so that it cannot say what the code does not do."""
+"""The table of the README, generated so that it cannot say what the code does not do: python -m lrkv_convert.adapters.table README.md"""
+import sys
+from pathlib import Path
+
 from .decoder import DecoderAdapter
 from .encoder_decoder import ENCODER_DECODERS, EncoderDecoder
 from .families import FAMILIES, PARTIAL
@@ -26,3 +29,15 @@ def _encoder_decoder(family: EncoderDecoder) -> str:
 
 def _row(adapter: DecoderAdapter, norms: str, refused: list[str], keys: str, path: str) -> str:
     return f"| `{adapter.model_type}` | {adapter.models} | {adapter.positions} | {norms} | {', '.join(refused) or 'nothing'} | {keys} | {path} |"
+
+
+def write_into(readme: Path) -> None:
+    """Put the table in the place of the one between its two comments."""
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- families", 1)
+    comment, rest = rest.split("-->\n", 1)
+    after = rest.split("<!-- end of families", 1)[1]
+    readme.write_text(f"{before}<!-- families{comment}-->\n" + "\n".join(readme_rows()) + f"\n<!-- end of families{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_into(Path(sys.argv[1]))

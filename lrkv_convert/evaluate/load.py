@@ -49,6 +49,17 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     return loaded.eval().to(device)
 
 
+def decoder_alone(model: str) -> None:
+    """Raise LrkvError for an encoder-decoder, saying what it reads. What cannot be read is left to the loading."""
+    try:
+        family = ENCODER_DECODERS.get(read_config(model).model_type.removeprefix("lrkv_"))
+    except LrkvError:
+        return
+    if family is not None:
+        kind, option = ("speech", "--audio FOLDER") if family.speech else ("one text and writes another", "--pairs FILE")
+        raise LrkvError(f"{model} is an encoder-decoder, which reads {kind}", f"lrkv compare takes it with {option}, transformers' generate as it is; other commands do not")
+
+
 def refuse_encoder(model: str, where: str, extra: dict) -> None:
     """Raise LrkvError for an encoder-decoder, of which transformers would load the decoder alone. What cannot be read is left to the loading."""
     try:

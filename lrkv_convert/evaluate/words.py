@@ -21,10 +21,10 @@ class Alignment:
         return Alignment(*(getattr(self, name) + getattr(other, name) for name in ("first", "second", "same", "edits")))
 
     @property
-    def same_share(self) -> float:
-        """Words that are the same, of the words of the longer text: what is put in counts against it as what is left out does."""
+    def same_share(self) -> float | None:
+        """Words that are the same, of the words of the longer text: what is put in counts against it as what is left out does. None without words."""
         longer = max(self.first, self.second)
-        return self.same / longer if longer else 1.0
+        return self.same / longer if longer else None
 
     @property
     def error_rate(self) -> float | None:

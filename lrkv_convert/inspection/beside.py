@@ -1,5 +1,4 @@
 """After a conversion: how far each head is from what it was. The original is streamed, the converted model held in memory."""
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..conversion import open_model
 from ..device import pick_device
 from ..errors import LrkvError
 from ..evaluate.load import load_model
-from ..writer import RECORD
+from ..provenance import calibrated_on
 from .diversity import mean_diversity
 from .fidelity import LayerFidelity, fidelity
 from .text import text_windows
@@ -46,15 +45,7 @@ def check_pair(model: str, config, original: str, adapter: Adapter, geometry: Ge
     if config.model_type != f"lrkv_{adapter.model_type}" or adapter.geometry(config) != geometry:
         raise LrkvError(f"{model} was not converted from {original}: their family or shapes differ", "give its own --original")
     if adapter.legacy:
-        raise LrkvError(f"the scores of {adapter.model_type} cannot be compared: transformers computes them where nothing can look", "lrkv compare gives perplexity and KL")
-
-
-def calibrated_on(model: str) -> set[str]:
-    """sha256 of the texts that a converted folder was calibrated on."""
-    try:
-        return {text["sha256"] for text in json.loads((Path(model).expanduser() / RECORD).read_text())["calibration"]["texts"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        raise LrkvError(f"the scores of {adapter.model_type} cannot be seen: transformers computes them past its attention interface", "lrkv compare gives perplexity and KL")
 
 
 def kept(before: dict, after: dict) -> dict:

@@ -232,8 +232,8 @@ class LrkvRotaryAttention(LrkvAttention):
         kind = layer_kinds(self.config)[self.layer_idx]
         rotations = rotations_in(past_key_values, kind, hidden_states.device) if lrkv_rotations is None else lrkv_rotations[kind]
         rotations = rotations or (given, given)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask,
-                                                  past_key_values, rotations, self.attention_dropout, **self.extra_arguments(), **kwargs)
+        dropout = self.attention_dropout.p if isinstance(self.attention_dropout, nn.Module) else self.attention_dropout
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, past_key_values, rotations, dropout, **self.extra_arguments(), **kwargs)
         return getattr(self, self.output)(output), weights
 
 

@@ -1,5 +1,6 @@
 """Whisper with LRKV attention in its decoder. Differs from transformers' Whisper only in keys, values and their cache."""
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
 
 from .attention_lrkv import LrkvCausal, LrkvPreTrained
@@ -43,3 +44,6 @@ class LrkvWhisperModel(LrkvPreTrained, WhisperModel):
 class LrkvWhisperForConditionalGeneration(LrkvCausal, WhisperForConditionalGeneration):
     config_class = LrkvWhisperConfig
     base_class = LrkvWhisperModel
+
+
+MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES["lrkv_whisper"] = "LrkvWhisperForConditionalGeneration"      # where the pipeline of transformers looks for what transcribes

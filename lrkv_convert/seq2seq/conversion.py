@@ -50,7 +50,8 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
         plans[kind] = options.uniform_plan(geometry, stored.itemsize)
         if plans[kind] is None:
             check_floor(geometry, width_caps(geometry, options.max_width_k, options.max_width_v), options.keys, options.budget)
-    check_output(out, checkpoint.path, overwrite)
+    if not dry_run:
+        check_output(out, checkpoint.path, overwrite)
     skeleton = StackSkeleton(checkpoint, family, pick_device(device))
     checkpoint.check(skeleton.expected())
     planned = all(plans.values())

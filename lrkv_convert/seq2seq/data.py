@@ -56,7 +56,7 @@ class Corpus:
 def read_speech(folder: str) -> Corpus:
     """Every .wav in a folder, by name. Raises LrkvError for sound of another kind, and for a folder without any."""
     path = Path(folder)
-    files = sorted(path.glob("*.wav")) if path.is_dir() else []
+    files = sorted(file for file in path.glob("*") if file.suffix.lower() == ".wav") if path.is_dir() else []
     if not files:
         raise LrkvError(f"{folder} is no folder of .wav files", "give one with x.wav and, for its transcript, x.txt beside it, or transcripts.tsv")
     texts = _transcripts(path / TRANSCRIPTS)
@@ -105,6 +105,8 @@ def _text(file: Path) -> str:
 
 def read_pairs(path: str) -> Corpus:
     """A .jsonl file of pairs; or texts, of which every paragraph is a source; BUILT_IN for the text that ships here. Raises LrkvError."""
+    if any(file.suffix.lower() == ".wav" for file in Path(path).glob("*")):
+        raise LrkvError(f"{path} is a folder of speech, and this model reads text", "give a .jsonl file of pairs, or texts")
     if Path(path).suffix != ".jsonl":
         texts = read_texts([path])
         found = [Example(f"{text.name}:{i + 1}", paragraph) for text in texts for i, paragraph in enumerate(_paragraphs(text.content))]
