@@ -9,7 +9,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtracto
 
 from lrkv_convert import LrkvError
 from lrkv_convert.adapters import ENCODER_DECODERS
-from lrkv_convert.evaluate.words import align, words
+from lrkv_convert.seq2seq.words import align, words
 from lrkv_convert.seq2seq.data import RATE, Example, read_pairs, read_speech, read_wav, spread
 from lrkv_convert.seq2seq.reader import Reader
 

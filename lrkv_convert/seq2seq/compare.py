@@ -13,11 +13,11 @@ from ..evaluate.load import load_model, load_tokenizer, location, read_config
 from ..evaluate.memory import cache_bytes, formula_bytes_by_kind
 from ..evaluate.perplexity import Scores, divergence, prediction
 from ..evaluate.statistics import summary
-from ..evaluate.words import Alignment, align
 from ..modeling import auto_class
 from .data import read_pairs, read_speech
 from .examples import Tensors, prepare
 from .reader import Reader
+from .words import Alignment, align
 from .writing import encode, heard, write
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
