@@ -1,8 +1,8 @@
 """Give back what a conversion cost: heal on a text, then compare original, converted and healed on text that none of them was trained on.
 
-    python examples/heal_and_compare.py [MODEL] [--data FILE] [--text FILE] [--tokens 2560]
+    python examples/heal_and_compare.py [MODEL] [--data FILE] [--text FILE] [--tokens 2048]
 
-Without files, the text that ships with the package is trained on and Python's reference manual compared on. 2,560 tokens only show the way: `lrkv heal`
+Without files, the text that ships with the package is trained on and Python's reference manual compared on. 2,048 tokens only show the way: `lrkv heal`
 trains on 200,000. Under two minutes on two CPU cores.
 """
 import argparse
@@ -21,14 +21,14 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?")
 parser.add_argument("--data")
 parser.add_argument("--text")
-parser.add_argument("--tokens", type=int, default=2560)
+parser.add_argument("--tokens", type=int, default=2048)
 args = parser.parse_args()
 model = args.model or str(demo_model())
 
 with tempfile.TemporaryDirectory() as folder:
     half, healed, data = Path(folder, "half"), Path(folder, "healed"), Path(folder, "data.txt")
     data.write_text(read_texts([args.data or BUILT_IN])[0].content, encoding="utf-8")
-    convert(model, half, cache_ratio=0.5, calibration_tokens=1536)
+    convert(model, half, cache_ratio=0.5, calibration_tokens=2048)
     done = heal(half, healed, [str(data)], teacher=model, tokens=args.tokens, seq_len=256, validation_tokens=512, tracker="none")
     print(f"{done.entry['tokens']:,} tokens in {done.entry['seconds']:.0f} s of training")
     text = read_texts([args.text])[0] if args.text else Text("Python reference manual", "\n\n".join(topics[name] for name in sorted(topics)))
