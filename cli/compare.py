@@ -63,7 +63,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
-    from lrkv_convert.evaluate.load import decoder_alone
+    from lrkv_convert.evaluate.load import read_config, refuse_encoder
     from lrkv_convert.provenance import calibrated_on
     from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import RECORD, write_json
@@ -83,7 +83,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     if audio or pairs:
-        if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--report": report, **more}.items() if value]:
+        if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--batch-size": batch_size > 1, "--report": report, **more}.items() if value]:
             option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))
             raise LrkvError(f"{option} does not go with --audio and --pairs", "leave it out")
         from lrkv_convert.seq2seq.compare import compare as run_pairs
@@ -91,7 +91,8 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
             result = run_pairs(models, audio, pairs, max_tokens=max_tokens, device=pick_device(device), dtype=pick_dtype(dtype), progress=progress)
         display.show_written(result)
     else:
-        decoder_alone(models[0])
+        if not (text or dataset):           # the hint to give a text would lead nowhere
+            refuse_encoder(models[0], read_config(models[0]))
         texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
         with display.progress() as progress:
             result = run(models, texts, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size, device=pick_device(device), dtype=pick_dtype(dtype),

@@ -15,9 +15,9 @@ def serve(
 ) -> None:
     """`transformers serve MODEL` (OpenAI-compatible): takes the same options, for example --port 8000 --device cpu."""
     from lrkv_convert import LrkvError
-    from lrkv_convert.evaluate.load import decoder_alone, load_tokenizer, location
+    from lrkv_convert.evaluate.load import load_tokenizer, location, read_config, refuse_encoder
     from lrkv_convert.modeling import name_in_transformers
-    decoder_alone(model)
+    refuse_encoder(model, read_config(model))
     where, _ = location(model)
     if Path(where).is_dir() and load_tokenizer(model).chat_template is None:
         print(f"{model} has no chat template: /v1/chat/completions will fail, use /v1/completions", file=sys.stderr)

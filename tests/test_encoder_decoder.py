@@ -599,11 +599,11 @@ def test_the_pipeline_of_transformers_takes_a_converted_whisper_for_what_transcr
 
 
 @pytest.mark.parametrize("command, says", [
-    (["compare", "{whisper}", "{whisper}", "--text", "x.txt"], "an encoder-decoder, which reads speech; lrkv compare takes it with --audio FOLDER"), (["compare", "{t5}", "{t5}"], "--pairs FILE"),
+    (["compare", "{whisper}", "{whisper}", "--text", "{text}"], "an encoder-decoder, which reads speech; lrkv compare takes it with --audio FOLDER"), (["compare", "{t5}", "{t5}"], "--pairs FILE"),
     (["compare", "{t5}", "{t5}", "--pairs", "{pairs}", "--cache", "fp8"], "--cache does not go with"), (["serve", "{t5}"], "--pairs FILE"), (["eval", "{bart}"], "--pairs FILE"),
     (["convert", "{t5}", "--out", "{t5}-out", "--attention", "both"], "self,cross for both")])
 def test_commands_say_what_such_a_model_reads(command, says, tiny, data):
-    names = {"whisper": tiny("whisper"), "t5": tiny("t5"), "bart": tiny("bart"), "pairs": data("t5")}
+    names = {"whisper": tiny("whisper"), "t5": tiny("t5"), "bart": tiny("bart"), "pairs": data("t5"), "text": __file__}
     result = run(*(part.format(**names) for part in command), code=1)
     assert says in result.stderr and len(result.stderr.strip().splitlines()) == 1
 

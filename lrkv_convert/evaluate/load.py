@@ -34,9 +34,10 @@ def read_config(model: str) -> PreTrainedConfig:
 def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", auto: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
     """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, or if any weight would be freshly initialised."""
     where, extra = location(model)
+    config = read_config(model)
     if auto is AutoModelForCausalLM:
-        refuse_encoder(model, where, extra)
-    if getattr(read_config(model), "attn_logit_softcapping", None) is not None:
+        refuse_encoder(model, config)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
         kwargs.setdefault("attn_implementation", "eager")       # older transformers take sdpa, which drops the cap
     try:
         loaded, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
@@ -49,25 +50,12 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     return loaded.eval().to(device)
 
 
-def decoder_alone(model: str) -> None:
-    """Raise LrkvError for an encoder-decoder, saying what it reads. What cannot be read is left to the loading."""
-    try:
-        family = ENCODER_DECODERS.get(read_config(model).model_type.removeprefix("lrkv_"))
-    except LrkvError:
-        return
+def refuse_encoder(model: str, config: PreTrainedConfig) -> None:
+    """Raise LrkvError for an encoder-decoder, saying what it reads: transformers would load its decoder alone."""
+    family = ENCODER_DECODERS.get(config.model_type.removeprefix("lrkv_"))
     if family is not None:
         kind, option = ("speech", "--audio FOLDER") if family.speech else ("one text and writes another", "--pairs FILE")
         raise LrkvError(f"{model} is an encoder-decoder, which reads {kind}", f"lrkv compare takes it with {option}, transformers' generate as it is; other commands do not")
-
-
-def refuse_encoder(model: str, where: str, extra: dict) -> None:
-    """Raise LrkvError for an encoder-decoder, of which transformers would load the decoder alone. What cannot be read is left to the loading."""
-    try:
-        kind = AutoConfig.from_pretrained(where, **extra).model_type
-    except Exception:
-        return
-    if kind.removeprefix("lrkv_") in ENCODER_DECODERS:
-        raise LrkvError(f"{model} is an encoder-decoder, which this command does not handle", "lrkv convert does, and lrkv compare with --audio FOLDER or --pairs FILE")
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, PreTrainedConfig
 
 from ..adapters import ADAPTERS
 from ..errors import LrkvError, first_line
-from ..evaluate.load import load_model, load_tokenizer, location
+from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
@@ -60,8 +59,7 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     options.check()
     check_shard_size(max_shard_size)
     record = read_record(model)
-    if "attention" in record:
-        raise LrkvError(f"{model} is an encoder-decoder, which this command does not handle", "lrkv heal trains decoder-only models")
+    refuse_encoder(str(model), read_config(str(model)))
     if resume and (out / RECORD).is_file() and not overwrite:
         raise LrkvError(f"{out} is finished: there is nothing to resume", "--overwrite begins anew")
     check_output(out, model, overwrite)
@@ -131,7 +129,7 @@ def fingerprint(model: Path) -> str:
 
 def read_data(run: Run, data: list[str], model: Path, teacher: str | None, options: Options) -> Windows:
     """The packed data of this run, made by the main process if it is not there yet. Raises LrkvError, also for tokenizers that differ."""
-    config, tokenizer = load_config(str(model)), load_tokenizer(str(model))
+    config, tokenizer = read_config(str(model)), load_tokenizer(str(model))
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
         raise LrkvError(f"windows of {options.seq_len} tokens are longer than {model} can read ({limit})", "give a smaller seq_len")
@@ -151,7 +149,7 @@ def read_data(run: Run, data: list[str], model: Path, teacher: str | None, optio
 
 def check_teacher(teacher: str, config, tokenizer) -> None:
     """Raise LrkvError for an original with another vocabulary, or another tokenizer."""
-    size = load_config(teacher).get_text_config().vocab_size
+    size = read_config(teacher).get_text_config().vocab_size
     if size != config.vocab_size:
         raise LrkvError(f"the teacher {teacher} has another vocabulary ({size} tokens, the student {config.vocab_size})", "give the model that was converted")
     try:
@@ -161,15 +159,6 @@ def check_teacher(teacher: str, config, tokenizer) -> None:
     shared = theirs.keys() & ours.keys()        # padding may differ
     if len(shared) < 0.9 * len(ours) or any(theirs[token] != ours[token] for token in shared):
         raise LrkvError(f"the tokenizer of the teacher {teacher} is another one than the student's", "give the model that was converted")
-
-
-def load_config(model: str) -> PreTrainedConfig:
-    """The config of a converted folder or of an original, wherever it is. Raises LrkvError."""
-    where, extra = location(model)
-    try:
-        return AutoConfig.from_pretrained(where, **extra)
-    except Exception as error:          # the hub, json, gguf and transformers raise their own
-        raise LrkvError(f"cannot read the config of {model}: {first_line(error)}", "is the folder whole?") from error
 
 
 def prepare(model: Path, teacher: str | None, kl_weight: float, windows: Windows, options: Options, run: Run, resume: bool,

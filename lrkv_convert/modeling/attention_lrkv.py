@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -283,7 +284,8 @@ class LrkvCausal(LrkvPreTrained):
     base_class: type
 
     def __init__(self, config):
-        super().__init__(config)
+        with no_init_weights():         # of the family's own base model, which goes again
+            super().__init__(config)
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.post_init()
 
