@@ -13,10 +13,10 @@ import torch
 from environment import environment
 from transformers.utils import logging
 
-from lrkv_convert.calibrate import read_texts
 from lrkv_convert.device import pick_device, pick_dtype
 from lrkv_convert.evaluate import load_model, load_tokenizer
 from lrkv_convert.evaluate.perplexity import Candidate, measure, text_windows
+from lrkv_convert.texts import read_texts
 from lrkv_convert.writer import write_json
 
 

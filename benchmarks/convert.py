@@ -12,9 +12,9 @@ from environment import environment
 from transformers.utils import logging
 
 from lrkv_convert import convert
-from lrkv_convert.calibrate import BUILT_IN, read_texts, window_length, windows
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import load_model, load_tokenizer
+from lrkv_convert.texts import BUILT_IN, read_texts, window_length, windows
 from lrkv_convert.writer import write_json
 
 

@@ -20,11 +20,11 @@ def demo(
     from pydoc_data.topics import topics
 
     from lrkv_convert import convert
-    from lrkv_convert.calibrate import Text
     from lrkv_convert.demo import demo_model
     from lrkv_convert.device import pick_device
-    from lrkv_convert.options import TOKENS
     from lrkv_convert.evaluate import compare
+    from lrkv_convert.options import TOKENS
+    from lrkv_convert.texts import Text
 
     from . import display
     model, device = str(demo_model()), pick_device("auto")

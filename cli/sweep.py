@@ -25,10 +25,10 @@ def sweep(
     """Convert at several sizes by several methods and draw the frontier of quality against cache."""
     quiet_libraries()
     from lrkv_convert import LrkvError
-    from lrkv_convert.calibrate import read_texts
     from lrkv_convert.device import pick_device
     from lrkv_convert.sweep import DEFAULT, save
     from lrkv_convert.sweep import sweep as run
+    from lrkv_convert.texts import read_texts
 
     from . import display
     try:

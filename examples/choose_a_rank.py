@@ -7,10 +7,10 @@ Without a text, Python's own reference manual is read. Two sizes of SmolLM2-135M
 import argparse
 from pydoc_data.topics import topics
 
-from lrkv_convert.calibrate import Text, read_texts
 from lrkv_convert.demo import demo_model
 from lrkv_convert.device import pick_device
 from lrkv_convert.sweep import sweep
+from lrkv_convert.texts import Text, read_texts
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?")

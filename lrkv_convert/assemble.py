@@ -5,13 +5,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import Adapter
-from .calibrate import CalibratedLayer, empty
+from .calibrate import CalibratedLayer
 from .device import give_back_memory
 from .factorise import BASES, Factors
 from .metrics import LayerMetrics
 from .modeling import CLASSES
 from .plan import Plan
 from .refit import NOTHING_LOST, refit_output
+from .skeleton import empty
 
 
 def empty_target(config) -> PreTrainedModel:

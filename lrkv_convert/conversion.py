@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from .adapters import Adapter, AttentionWeights, Geometry, adapter_for, family_with_encoder
 from .allocate import allocate, check_floor
 from .assemble import convert_layer, empty_target, tensor_shapes
-from .calibrate import (BUILT_IN, SELF, Skeleton, Text, calibrate, calibrated_layer, read_texts, sample_text, window_length,
-                        windows)
+from .calibrate import calibrate, calibrated_layer
 from .checkpoint import Checkpoint, check_finite, open_checkpoint
 from .device import give_back_memory, pick_device, pick_dtype
 from .errors import LrkvError
@@ -33,8 +32,10 @@ from .options import Options
 from .plan import Plan
 from .report import conversion_record, converted_config, version, write_companions
 from .sensitivity import gradient_rows, head_moments
+from .skeleton import Skeleton
 from .store import Store
 from .survey import survey, width_caps
+from .texts import BUILT_IN, SELF, Text, read_texts, sample_text, window_length, windows
 from .writer import ShardWriter, check_output, new_folder
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
@@ -62,7 +63,7 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     clock, out, options = Clock(), Path(out), Options(**options)
     checkpoint = open_checkpoint(model)
     if (family := family_with_encoder(checkpoint.config)) is not None:
-        from .seq2seq.conversion import convert_encoder_decoder         # a story of its own, in the words of this one
+        from .seq2seq.conversion import convert_encoder_decoder  # a story of its own, in the words of this one
         return convert_encoder_decoder(unquantised(checkpoint).with_prefix(family.any.prefix), family, options, out, device=device, overwrite=overwrite,
                                        dry_run=dry_run, progress=progress)
     options.kinds(encoder_decoder=False)

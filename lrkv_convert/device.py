@@ -44,3 +44,10 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):       # another C library
         pass
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products have instructions of their own."""
+    if device.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))

@@ -10,6 +10,8 @@
     pooled    heads replaced by the means of groups of heads: multi-query and grouped-query attention, as "uptraining" starts. No residual
     grouped   one latent per group of heads, no residual: Palu's G-LRD. (m = 0 of joint is its M-LRD, r = 0 its J-LRD, the latent of MLA)
 
+Where the metric has a Sigma per head (values), the joint fit is then refined for those (per_head.py).
+
 No root of Sigma is ever taken. Every left vector that matters lies in the span of the A_h, q = [A_1 ... A_H] y, so the fit needs only the Gram
 matrix K = [A_1 ... A_H]^T [A_1 ... A_H] of n = H d columns, and W_shared = [W_1 M_1 ... W_H M_H] y comes back without an inverse.
 
@@ -21,14 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .metrics import Metric, rotation_average, square_root
+from .metrics import RANK_FLOOR, Metric, inverse_root, rotation_average, runs, square_root
+from .per_head import refine
 
 SWEEPS = 12
 GROUP_SIZE = 4
 STOP = 1e-5             # relative fall of the error below which the alternation ends
 EIGH_UP_TO = 1024       # columns; a full eigendecomposition is the faster way below, and exact
 OVERSAMPLE, START_STEPS, WARM_STEPS = 16, 8, 2
-RANK_FLOOR = 1e-14      # eigenvalues of K below this share of the largest are rounding
 GAUGE_FLOOR = 1e-3      # singular values of a gauge, relative to the largest: its inverse multiplies B, which must survive bf16
 
 
@@ -65,12 +67,22 @@ def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweep
     H, D, d = W.shape
     weighted, K = _gram(W, metric)                                                          # (D, n), (n, n)
     y, V, history = _alternate(K, H, m, r, sweeps)                                          # (n, m), (H, d, r)
+    if metric.grams is not None:
+        return _refined(W, metric, y, r)
     W_shared, QA, total = weighted @ y, (y.T @ K).view(m, H, d).transpose(0, 1), K.diagonal().sum()     # (D, m), (H, m, d): Q^T A_h
     del K
     # U_h B_h^T = Sigma^(-1/2) (A_h - Q Q^T A_h) V V^T M_h^-1
     U = torch.stack([part @ v - W_shared @ (qa @ v) for part, qa, v in zip(weighted.split(d, dim=1), QA, V)])
     del weighted
     return _finish(W, metric, W_shared, QA @ metric.M.inverse if m else None, U, metric.M.inverse @ V, None, total, history)
+
+
+def _refined(W: Tensor, metric: Metric, y: Tensor, r: int) -> Factors:
+    """The joint fit with a Sigma per head, from that with one: W_shared = [W_1 M_1 ... W_H M_H] y."""
+    (H, D, d), m = W.shape, y.shape[1]
+    heads = W.double().transpose(0, 1).reshape(D, H * d)                                    # [W_1 ... W_H]
+    y, C, rest, V, history = refine(metric.grams, metric.M.root, (metric.M.root @ y.view(H, d, m)).reshape(H * d, m), r)
+    return Factors(heads @ y, C @ metric.M.inverse if m else None, heads @ rest, metric.M.inverse @ V, None, history[-1], history)
 
 
 def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2) -> list[float]:
@@ -153,17 +165,11 @@ def _leading(K: Tensor, m: int, Z: _Remaining | None) -> Tensor:
         y, steps = Z.y, WARM_STEPS
     for _ in range(steps):
         y = K @ y if Z is None else Z.times(Z.transposed_times(K @ y))
-        y = y @ _inverse_root(y.T @ (K @ y))
+        y = y @ inverse_root(y.T @ (K @ y))
     if y.shape[1] > m:          # Rayleigh-Ritz: the best m of the oversampled directions
         right = K @ y if Z is None else Z.transposed_times(K @ y)
         y = y @ torch.linalg.eigh(right.T @ right).eigenvectors.flip(1)[:, :m]
     return y
-
-
-def _inverse_root(G: Tensor) -> Tensor:
-    """X with X^T G X = I on the span of G, zero beyond it."""
-    sizes, vectors = torch.linalg.eigh((G + G.T) / 2)
-    return vectors * torch.where(sizes > RANK_FLOOR * sizes[-1], sizes, torch.inf).rsqrt()
 
 
 def _scaled(y: Tensor, sizes: Tensor, m: int, K: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ def aligned(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
     if rotary:
         W_shared, gauge = _rotary_base(W, metric, r, sweeps)
     else:
-        fit = joint(W, metric, m, r, sweeps=sweeps)
+        fit = joint(W, replace(metric, grams=None), m, r, sweeps=sweeps)
         W_shared, gauge = fit.W_shared, fit.C
     left, sizes, right = torch.linalg.svd(gauge)                                            # (H, d, d), (H, d), (H, d, d)
     top = sizes[:, :1]
@@ -198,7 +204,7 @@ def pooled(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swee
     H, D, d = W.shape
     check_shape("pooled", H, d, m, r)
     W = W.double()
-    groups = _groups(H, m // d)
+    groups = runs(H, m // d)
     C = W.new_zeros(H, m, d)
     for g, members in enumerate(groups):
         C[members, g * d:(g + 1) * d] = torch.eye(d, dtype=W.dtype, device=W.device)
@@ -210,7 +216,7 @@ def grouped(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
     H, D, d = W.shape
     check_shape("grouped", H, d, m, r)
     W = W.double()
-    groups = _groups(H, group_count(H))
+    groups = runs(H, group_count(H))
     (weighted, K), rho = _gram(W, metric), m // len(groups)
     C, shared = W.new_zeros(H, m, d), []
     for g, members in enumerate(groups):
@@ -219,11 +225,6 @@ def grouped(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
         C[members, g * rho:(g + 1) * rho] = (y.T @ K[columns, columns]).view(rho, -1, d).transpose(0, 1) @ metric.M.inverse[members]
         shared.append(weighted[:, columns] @ y)
     return _finish(W, metric, torch.cat(shared, dim=1), C, W.new_zeros(H, D, 0), W.new_zeros(H, d, 0), None)
-
-
-def _groups(H: int, count: int) -> list[list[int]]:
-    """Heads 0 to H - 1 in `count` runs of nearly equal length."""
-    return [part.tolist() for part in torch.arange(H).tensor_split(count)]
 
 
 def check_shape(base: str, H: int, d: int, m: int, r: int) -> None:

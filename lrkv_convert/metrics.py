@@ -4,7 +4,7 @@ For one layer, minimise  sum_h || Sigma^(1/2) (W_h - What_h) M_h^(1/2) ||_F^2  w
 
     keys     Sigma_K = sum_t w_t x_t x_t^T          w_t: attention mass token t receives, summed over queries and heads
              M_h     = sum g g^T                    g: gradient of the loss at the key (sensitivity.py)
-    values   Sigma_V = sum_s z_s z_s^T              z_s = sum_t a_st x_t, the attention-averaged input, for every head
+    values   Sigma_V = sum_s z_s z_s^T              z_s = sum_t a_st x_t, the attention-averaged input; for each head its own (`Metric.grams`)
              M_h     = sum g g^T                    g: gradient at the head's output
 
 Plain X^T X would weigh the first token, the attention sink, like any other, which costs most of the quality. The other metrics are here to be
@@ -12,7 +12,7 @@ compared with: "attention" has M_h = sum q q^T for keys (under RoPE its average 
 no gradient; "whitened" has Sigma = X^T X and M = I (Palu, SVD-LLM), "plain" the identity for both. float64 throughout.
 Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
 """
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from .adapters import AttentionWeights, Geometry
 
 METRICS = ("fisher", "attention", "whitened", "plain")
 SHRINKAGE = 0.01        # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference (benchmarks/NOTES.md)
+RUNS = 8                # heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in a layer
+GRAM_NUMBERS = 1 << 25  # ... which are to hold no more numbers than this; with fewer than half as many runs as there would be, all heads share one
+RANK_FLOOR = 1e-14      # eigenvalues below this share of the largest are rounding
 FLOOR = 1e-7            # smallest eigenvalue of M_h kept, relative to the largest: its root must invert
 
 
@@ -35,10 +38,15 @@ class Root:
 
 @dataclass(frozen=True)
 class Metric:
-    """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d). float64."""
+    """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d). float64.
+
+    grams (runs, n, n) or None: where heads have a Sigma of their own, of which the one above is the mean, W^T Sigma_h W with W = [W_1 ... W_H] (D, n),
+    for `runs` of heads that share one.
+    """
 
     sigma: Tensor
     M: Root
+    grams: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,26 @@ def square_root(matrix: Tensor) -> Root:
     return Root((vectors * half.unsqueeze(-2)) @ vectors.mT, (vectors / half.unsqueeze(-2)) @ vectors.mT)
 
 
+def inverse_root(G: Tensor) -> Tensor:
+    """X with X^T G X = I on the span of a positive matrix (n, n), zero beyond it."""
+    if not len(G):
+        return G
+    sizes, vectors = torch.linalg.eigh((G + G.T) / 2)
+    return vectors * torch.where(sizes > RANK_FLOOR * sizes[-1], sizes, torch.inf).rsqrt()
+
+
+def runs(heads: int, count: int) -> list[list[int]]:
+    """Heads 0 to H - 1 in `count` runs of nearly equal length."""
+    return [part.tolist() for part in torch.arange(heads).tensor_split(count)]
+
+
+def run_count(geometry: Geometry) -> int:
+    """How many runs of heads have a Sigma_V of their own in each layer: 0 where it would take too much memory."""
+    wanted, n = min(RUNS, geometry.kv_heads), geometry.kv_heads * geometry.head_dim
+    count = min(wanted, GRAM_NUMBERS // n**2)
+    return count if 2 * count >= wanted else 0
+
+
 def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
     """A matrix of ours (n, n) with a share of its mean eigenvalue added to the diagonal, in place."""
     sigma.diagonal().add_(share * sigma.diagonal().mean())
@@ -67,7 +95,8 @@ def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
 class MetricSums:
     """Accumulates one layer's second moments over windows of (input, attention): those that the wanted metrics need, the others are None.
 
-    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
+    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, n, n) float32: sum z z^T of each run of heads alone, in the
+    coordinates of [W_V,1 ... W_V,H] (`Metric.grams`); queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
     """
 
     def __init__(self, weights: AttentionWeights, geometry: Geometry, wanted: Collection[str], device: torch.device):
@@ -76,6 +105,9 @@ class MetricSums:
         attended = not {"fisher", "attention"}.isdisjoint(wanted)
         self.inputs = zeros(D, D) if "whitened" in wanted else None
         self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
+        self.runs = [range(part[0] * geometry.groups, (part[-1] + 1) * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
+        self.heads = torch.zeros(len(self.runs), H * d, H * d, device=device) if self.runs else None
+        self.W_V = weights.W_V.to(device, torch.float32).transpose(0, 1).reshape(D, H * d) if self.runs else None
         self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
         self.weights = weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32) if self.queries is not None else None
 
@@ -86,7 +118,22 @@ class MetricSums:
             self.inputs += x.T @ x                                                          # (D, D)
         if self.keys is not None:
             self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)                     # (D, D)
-            self.values += x.T @ (causal_gram(attention) @ x)                               # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+            self.values += x.T @ (self.add_heads(x, attention, causal_gram) @ x)            # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+        self.add_queries(x)
+
+    def add_heads(self, states: Tensor, attention: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor:
+        """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S) of some heads. Returns that of all."""
+        if not self.runs:
+            return gram(attention)
+        values, total = states @ self.W_V, 0                                                # (S, n)
+        for i, heads in enumerate(self.runs):
+            part = gram(attention[heads.start:heads.stop])
+            self.heads[i] += values.T @ (part @ values)
+            total = total + part
+        return total
+
+    def add_queries(self, x: Tensor) -> None:
+        """x (T, D): input of the attention module."""
         if self.queries is not None:
             q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)                          # (H, G, T, d)
             if self.weights.b_Q is not None:
@@ -95,7 +142,7 @@ class MetricSums:
 
     def state(self) -> dict:
         """The sums alone, as plain float32 tensors: what shrinkage adds is far above their rounding."""
-        sums = {name: getattr(self, name) for name in ("inputs", "keys", "values", "queries")}
+        sums = {name: getattr(self, name) for name in ("inputs", "keys", "values", "heads", "queries")}
         return {"tokens": self.tokens, **{name: value if value is None else value.float() for name, value in sums.items()}}
 
 
@@ -144,7 +191,18 @@ class LayerMetrics:
         elif self.name == "attention":
             W_O = self.weights.W_O.double()
             M = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                    # (H, d, d)
-        return Metric(self._sigma("values"), self._root(M))
+        return Metric(self._sigma("values"), self._root(M), self._grams())
+
+    def _grams(self) -> Tensor | None:
+        if not self.sums or self.sums["heads"] is None or self.name not in ("fisher", "attention"):
+            return None
+        (H, D, d), grams = self.weights.W_V.shape, self.sums["heads"].double()
+        W = self.weights.W_V.double().transpose(0, 1).reshape(D, H * d)
+        count = self.sums["tokens"] * self.geometry.groups
+        for gram, heads in zip(grams, runs(H, len(grams))):
+            gram.div_(count * len(heads))
+        mean = self.sums["values"].double().diagonal().mean() / (count * H)
+        return grams + SHRINKAGE * mean * (W.T @ W)                                         # as `shrunk`, in these coordinates
 
     def _sigma(self, side: str) -> Tensor:
         name = {"plain": None, "whitened": "inputs"}.get(self.name, side)

@@ -15,13 +15,13 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .adapters import Adapter
-from .calibrate import Text
 from .card import PICTURE, model_card, source_metadata
 from .checkpoint import Checkpoint
 from .errors import LrkvError
 from .modeling import CLASSES, auto_map
 from .plan import Plan
 from .provenance import public_name
+from .texts import Text
 from .writer import RECORD, write_json, write_text
 
 FORMAT = 1

@@ -11,16 +11,19 @@ which is what spending a byte budget needs (allocate.py). Calibration keeps the 
 run once more, last to first, with one layer's graph in memory at a time.
 """
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .adapters import Geometry
-from .calibrate import Skeleton, first_of
+from .device import fast_bf16
 from .metrics import HeadMoments
+from .skeleton import Skeleton, first_of
 from .store import Store
 
 WINDOWS, SHARE = 8, 6    # of the calibration windows: 8, or one in 6 of many. 4 were worse in domain (benchmarks/NOTES.md)
+BF16_FROM = 256     # model width from which gradients are taken in bfloat16, where the hardware multiplies it faster: moments of drawn tokens are far noisier
 SEED = 0        # of the tokens drawn from the model
 
 
@@ -57,11 +60,22 @@ def _loss_gradient(skeleton: Skeleton, hidden: Tensor) -> Tensor:
     with skeleton.head() as head, torch.enable_grad():
         for n in range(len(hidden)):
             x = hidden[n:n + 1].clone().requires_grad_(True)
-            logits = head(x)                                                                # (1, T, vocabulary)
-            change = logits.detach()[0].float().softmax(-1)                                 # of the loss with the logits: p - 1 at the drawn token
-            change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
-            gradient[n:n + 1] = torch.autograd.grad(logits, x, change.unsqueeze(0).to(logits.dtype))[0]
+            with products(x):
+                logits = head(x)
+            gradient[n:n + 1] = drawn_gradient(logits, x, generator)
     return gradient
+
+
+def products(x: Tensor) -> AbstractContextManager:
+    """In what precision the model is run on x (..., D) for its gradients."""
+    return torch.autocast(x.device.type, torch.bfloat16) if x.shape[-1] >= BF16_FROM and fast_bf16(x.device) else nullcontext()
+
+
+def drawn_gradient(logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """d(-log p of tokens drawn from logits (1, T, vocabulary)) / d(hidden), which they were computed from."""
+    change = logits.detach()[0].float().softmax(-1)                                         # of the loss with the logits: p - 1 at the drawn token
+    change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
+    return torch.autograd.grad(logits, hidden, change.unsqueeze(0).to(logits.dtype))[0]
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -81,11 +95,11 @@ def _backward(skeleton: Skeleton, layer, call, inputs: Tensor, gradient: Tensor,
     below = torch.empty_like(gradient)
     for n in range(len(inputs)):
         x = inputs[n:n + 1].clone().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), products(x):
             output = first_of(layer(x, *call.args, **call.kwargs))
         below[n:n + 1], g_keys, g_heads = torch.autograd.grad(output, (x, seen["keys"], seen["heads"]), gradient[n:n + 1])
-        g_keys = adapter.keys(g_keys[0], skeleton.checkpoint.config).transpose(0, 1)            # (H, T, d)
-        g_heads = g_heads[0].view(-1, H, geometry.groups, d).permute(1, 0, 2, 3).flatten(1, 2)  # (H, T G, d)
+        g_keys = adapter.keys(g_keys[0].float(), skeleton.checkpoint.config).transpose(0, 1)            # (H, T, d)
+        g_heads = g_heads[0].float().view(-1, H, geometry.groups, d).permute(1, 0, 2, 3).flatten(1, 2)  # (H, T G, d)
         keys += (g_keys.mT @ g_keys).double()
         values += (g_heads.mT @ g_heads).double()
     for hook in hooks:

@@ -24,18 +24,20 @@ from transformers import PreTrainedModel
 
 from .adapters import Geometry
 from .assemble import convert_layer, empty_target
-from .calibrate import Skeleton, Text, calibrate, calibrated_layer, window_length, windows
+from .calibrate import calibrate, calibrated_layer
 from .conversion import gather_texts, open_model, plan_budget
 from .errors import LrkvError
-from .evaluate.perplexity import Candidate, measure, text_windows
 from .evaluate.load import load_model
+from .evaluate.perplexity import Candidate, measure, text_windows
 from .factorise import group_count
 from .metrics import METRICS
 from .options import Options
 from .plan import LayerPlan, Plan
 from .report import converted_config
 from .sensitivity import gradient_rows, head_moments
+from .skeleton import Skeleton
 from .store import Store
+from .texts import Text, window_length, windows
 from .writer import write_json
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)

@@ -7,12 +7,12 @@ import torch
 from conftest import prompt, run
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.calibrate import Skeleton
 from lrkv_convert.conversion import open_model
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ablate import Effect, WholeModel, ablate, correlation, predictors, within_layers
 from lrkv_convert.inspection.diversity import diversity
 from lrkv_convert.inspection.spectra import LayerLook, Spectrum
+from lrkv_convert.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 TEXT = "What a head is worth is told by what is lost without it, and seldom by how unlike the others it looks. " * 12

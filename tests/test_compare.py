@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrkv_convert.calibrate import Text
 from lrkv_convert import LrkvError
 from lrkv_convert.evaluate import compare, perplexity
 from lrkv_convert.evaluate.caches import PIECE
 from lrkv_convert.evaluate.compare import short_names
 from lrkv_convert.evaluate.perplexity import Candidate, Scores, measure, text_windows
 from lrkv_convert.evaluate.statistics import buckets, by_context, interval, summary
+from lrkv_convert.texts import Text
 
 CPU = torch.device("cpu")
 OTHER = Text("other", "Sevens are odd and eights are even, but nobody asks a nine how it feels about squares. " * 5)

@@ -61,7 +61,7 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
     names = {p.name for p in folder.iterdir()}
     modeling = f"modeling_lrkv_{family.split('-')[0]}.py"
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "lrkv.json", "README.md", "cache.png",
-            "attention_lrkv.py", "cache_lrkv.py", "factors_lrkv.py", "kernel_lrkv.py", modeling} == names
+            "attention_lrkv.py", "cache_lrkv.py", "factors_lrkv.py", "kernel_lrkv.py", "models_lrkv.py", modeling} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "lrkv_" + family.split("-")[0]
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -162,7 +162,7 @@ def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
 
 def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     """Each step of the method is closer to the original than the one before, on text it did not see."""
-    from lrkv_convert.calibrate import Text, windows
+    from lrkv_convert.texts import Text, windows
     ids = windows([Text("held out", "The quick brown fox jumps over the lazy dog; 3.14159 is not a rational number. " * 30)], tiny_tokenizer(), 256, 1024)
     original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
     kls = []
@@ -279,8 +279,8 @@ def test_calibration_on_the_models_own_text(tiny, tmp_path):
 def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
     """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings; the same when its gradients are taken."""
     import lrkv_convert.sensitivity as sensitivity
-    from lrkv_convert.calibrate import Skeleton
     from lrkv_convert.metrics import MetricSums
+    from lrkv_convert.skeleton import Skeleton
     made, seen = [], []
     build, add, backward = Skeleton.__init__, MetricSums.add, sensitivity._backward
 

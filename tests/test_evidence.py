@@ -5,15 +5,15 @@ import types
 
 import pytest
 import torch
+from conftest import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import run
 from lrkv_convert import LrkvError
-from lrkv_convert.calibrate import Text
 from lrkv_convert.evaluate import compare, longcontext
 from lrkv_convert.evaluate.corpora import gather, read_corpus
 from lrkv_convert.evaluate.perplexity import Candidate
 from lrkv_convert.evaluate.samples import continuation, passages
+from lrkv_convert.texts import Text
 
 CPU = torch.device("cpu")
 PASSAGE = "The tide keeps a ledger of every boat, and pays its debts in driftwood. " * 20

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from conftest import prompt, relative
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert.adapters import Geometry
-from lrkv_convert.calibrate import BUILT_IN, Skeleton, read_texts, windows
 from lrkv_convert.conversion import open_model
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ahead import checked_ranks, planned_kl
@@ -20,7 +19,9 @@ from lrkv_convert.inspection.diversity import diversity, gram, inner_products, s
 from lrkv_convert.inspection.fidelity import PROBE, fidelity, key_heads
 from lrkv_convert.inspection.spectra import spectrum
 from lrkv_convert.metrics import Metric, square_root
+from lrkv_convert.skeleton import Skeleton
 from lrkv_convert.survey import KEY_WEIGHT, curve, second_order
+from lrkv_convert.texts import BUILT_IN, read_texts, windows
 
 EXACT = 1e-9        # float64 algebra
 FLOAT32 = 1e-4      # through float32 attention

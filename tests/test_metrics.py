@@ -4,10 +4,12 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
+from lrkv_convert import metrics
 from lrkv_convert.adapters import AttentionWeights, Geometry
-from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
+from lrkv_convert.calibrate import calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
 from lrkv_convert.metrics import FLOOR, HeadMoments, LayerMetrics, rotation_average, shrunk, square_root
+from lrkv_convert.skeleton import Skeleton
 from lrkv_convert.store import Store
 
 FLOAT32 = 1e-5      # sums are float32 products
@@ -64,6 +66,9 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
         keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
         assert relative(sums["keys"], keys) < FLOAT32 and relative(sums["values"], values) < FLOAT32
         assert relative(sums["inputs"], torch.einsum("ntd,nte->de", x, x)) < FLOAT32
+        own = layers[i].weights.W_V.double().transpose(0, 1).flatten(1)                 # (D, n)
+        z = (z @ own).unflatten(1, (geometry.kv_heads, geometry.groups))                # (N, H, G, T, n)
+        assert relative(sums["heads"], torch.einsum("nhgsa,nhgsb->hab", z, z)) < FLOAT32
         q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q.double())
         if layers[i].weights.b_Q is not None:
             q = q + layers[i].weights.b_Q.unsqueeze(2)
@@ -71,10 +76,27 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
         assert sums["tokens"] == tokens.numel()
 
 
+def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
+    """Also where runs of heads share one: [W_1 ... W_H]^T Sigma_V [W_1 ... W_H] is the mean of what each head has, shrinkage included."""
+    checkpoint, adapter = open_model(str(tiny("llama")))
+    geometry, skeleton, store = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    for count in (2, 3):
+        store = Store(tmp_path / f"{count}", {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics, "RUNS", count)
+            calibrate(skeleton, geometry, prompt(24, batch=2), {"attention", "whitened"}, store)
+        layer = calibrated_layer(skeleton, store, 1)
+        metric, own = layer.metrics(geometry, "attention").values, layer.weights.W_V.double().transpose(0, 1).flatten(1)
+        sizes = torch.tensor([len(heads) for heads in metrics.runs(3, count)], dtype=torch.float64)
+        assert metric.grams.shape[0] == count
+        assert relative(torch.einsum("r,rab->ab", sizes / 3, metric.grams), own.T @ metric.sigma @ own) < FLOAT32
+    assert layer.metrics(geometry, "whitened").values.grams is None and layer.metrics(geometry, "attention").keys.grams is None
+
+
 def test_a_dead_head_counts_for_next_to_nothing():
     """Zero moments among tiny ones (gradients squared) must not weigh like the identity."""
     weights = AttentionWeights(*(torch.zeros(()) for _ in range(4)))
     moments = torch.stack([torch.zeros(4, 4), 1e-6 * torch.eye(4)]).double()
-    metrics = LayerMetrics(weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments))
-    for M in (metrics.keys.M, metrics.values.M):
+    found = LayerMetrics(weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments))
+    for M in (found.keys.M, found.values.M):
         assert M.root[0].norm() < 1e-3 * M.root[1].norm() and torch.isfinite(M.inverse).all()

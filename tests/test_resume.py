@@ -1,5 +1,4 @@
 """A conversion that is stopped: nothing that looks whole is left, what took long is kept, and the same command goes on to the same bytes."""
-import os
 import signal
 import subprocess
 import sys

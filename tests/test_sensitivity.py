@@ -4,9 +4,11 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.calibrate import Skeleton, calibrate, calibrated_layer
+from lrkv_convert import sensitivity
+from lrkv_convert.calibrate import calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
 from lrkv_convert.sensitivity import SEED, draw, head_moments
+from lrkv_convert.skeleton import Skeleton
 from lrkv_convert.store import Store
 
 FLOAT32 = 1e-4      # gradients through a few float32 layers
@@ -39,6 +41,25 @@ def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
     for i, moments in enumerate(found):
         assert relative(moments.keys, sums["keys", i] / tokens.numel()) < FLOAT32
         assert relative(moments.values, sums["values", i] / tokens.numel()) < FLOAT32
+
+
+def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
+    """As wide models on hardware that multiplies bfloat16 faster have them: the same up to its rounding, and kept in float64."""
+    checkpoint, adapter = open_model(str(tiny("llama")))
+    g, tokens, found = adapter.geometry(checkpoint.config), prompt(24, batch=4), []
+    skeleton = Skeleton(checkpoint, adapter, torch.device("cpu"))
+    for width, name in ((g.width + 1, "float32"), (g.width, "bfloat16")):
+        monkeypatch.setattr(sensitivity, "BF16_FROM", width)
+        monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: True)
+        monkeypatch.setattr(sensitivity, "draw", lambda p, generator: torch.arange(len(p)).unsqueeze(1))      # rounded logits may draw others
+        store = Store(tmp_path / name, {})
+        calibrate(skeleton, g, tokens, {"fisher"}, store, torch.arange(4))
+        head_moments(skeleton, g, tokens, store)
+        found.append(calibrated_layer(skeleton, store, 0).moments)
+    for side in ("keys", "values"):
+        exact, rounded = (getattr(moments, side) for moments in found)
+        assert rounded.dtype == torch.float64 and not torch.equal(exact, rounded)
+        assert ((exact - rounded).norm() / exact.norm()).item() < 0.05
 
 
 def test_tokens_are_drawn_by_their_probabilities():

@@ -7,10 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
-from lrkv_convert.calibrate import Text
+from lrkv_convert.adapters import Geometry
 from lrkv_convert.evaluate import compare
 from lrkv_convert.sweep import METHODS, Outcome, knee, matching_plan, sweep
-from lrkv_convert.adapters import Geometry
+from lrkv_convert.texts import Text
 
 CPU = torch.device("cpu")
 TEXT = Text("sample", "A frontier is drawn where two countries meet, and a knee where a curve gives up its hurry. " * 8)

@@ -59,7 +59,7 @@ class DecoderAdapter(Adapter):
 
     model_type: as in config.json; prefix, layers, attention, output: where things are (`Adapter`); projections: names of those of queries, keys and
     values, or of the one that holds all three; layout: its rows; query: name of the queries' projection in the converted module; transposed: weights
-    are (in, out), as in Conv1D; biased: whether queries, keys and values have biases; rotary: how many channels of a head of width d RoPE turns;
+    are (in, out), as in Conv1D; biased: whether queries, keys and values have biases, or which of "qkv"; rotary: how many channels of a head of width d RoPE turns;
     interleaved: whether as neighbours; key_norm: whether there is QK-norm; kv_heads: how many (default: as many as the config says); norm_weights:
     names of QK-norms with a weight per head and channel; stored, arguments: see `Adapter.stored` and `layer_arguments`; refuses: what of the family
     cannot be exact; legacy, kernel, models, positions, norms: see `Adapter`. The functions take the config.
@@ -105,13 +105,14 @@ class DecoderAdapter(Adapter):
         return projected[:, self.rows(config)[1].to(projected.device)]
 
     def split(self, read, layer: int, config) -> AttentionWeights:
-        at, weight, bias = self.module(layer), [], []
-        for kind, rows in enumerate(self.rows(config)):
-            name = at + self.projections[kind if len(self.projections) == 3 else 0]
+        at, weight, bias, biased = self.module(layer), [], [], self.biased(config)
+        biased = biased if isinstance(biased, str) else "qkv" * bool(biased)
+        for kind, rows in zip("qkv", self.rows(config)):
+            name = at + self.projections["qkv".index(kind) if len(self.projections) == 3 else 0]
             W = read(f"{name}.weight")
             W = (W if self.transposed else W.T)[:, rows.flatten()]                          # (D, H G d) or (D, H d)
             weight.append(W.reshape(len(W), *rows.shape).movedim(0, -2))                    # (H, G, D, d) or (H, D, d)
-            bias.append(read(f"{name}.bias")[rows] if self.biased(config) else None)
+            bias.append(read(f"{name}.bias")[rows] if kind in biased else None)
         g, W_O = self.geometry(config), read(f"{at}{self.output}.weight")
         return AttentionWeights(*weight, (W_O if self.transposed else W_O.T).reshape(g.kv_heads, g.groups, g.head_dim, -1), *bias)
 

@@ -3,7 +3,7 @@ without rotation; the encoder's attention is no concern of ours: nothing of it i
 from dataclasses import dataclass
 
 from ..errors import LrkvError
-from .base import Adapter, AttentionWeights, Geometry
+from .base import Adapter, Geometry
 from .decoder import DecoderAdapter
 
 KINDS = ("self", "cross")       # of decoder attention
@@ -12,22 +12,16 @@ KINDS = ("self", "cross")       # of decoder attention
 class DecoderAttention(DecoderAdapter):
     """One kind of attention in the decoder's layers.
 
-    fields: of the config that give layers, width, heads and, where it is not width / heads, the head width; biases: which of "qkv" have them.
+    fields: of the config that give layers, width, heads and, where it is not width / heads, the head width; biases: which of "qkv" have one.
     """
 
     def __init__(self, model_type: str, fields: tuple[str, ...], biases: str, **more):
-        super().__init__(model_type, query=more["projections"][0], **more)
-        self.fields, self.biases = fields, biases
+        super().__init__(model_type, query=more["projections"][0], biased=lambda config: biases, **more)
+        self.fields = fields
 
     def geometry(self, config) -> Geometry:
         layers, width, H, *head_dim = (getattr(config, name) for name in self.fields)
         return Geometry(layers, width, H, 1, head_dim[0] if head_dim else width // H)
-
-    def split(self, read, layer: int, config) -> AttentionWeights:
-        g, at = self.geometry(config), self.module(layer)
-        bias = lambda p, name, *shape: read(f"{at}{name}.bias").view(*shape, g.head_dim) if p in self.biases else None
-        q, k, v = self.projections
-        return super().split(read, layer, config).replace(b_Q=bias("q", q, g.kv_heads, 1), b_K=bias("k", k, g.kv_heads), b_V=bias("v", v, g.kv_heads))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate import Text
 from ..errors import LrkvError
+from ..texts import Text
 from .caches import PIECE
 from .load import load_model, load_tokenizer
 from .longcontext import passkeys, shortest

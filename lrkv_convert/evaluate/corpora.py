@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from .. import hub
-from ..calibrate import Text, read_texts
 from ..errors import LrkvError
+from ..texts import Text, read_texts
 
 SEQ_LEN, STANDARD_SEQ_LEN = 512, 2048
 LONGEST_TOKEN = 16      # characters, more than tokens have on average in any text: how much is read to have so many tokens

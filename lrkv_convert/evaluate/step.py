@@ -130,7 +130,7 @@ def attention_step(shape: Shape, batch: int, tokens: int, device: torch.device, 
 
     copy_rate: of `bandwidth`, measured once per run. rebuild: whether the rebuild path is timed (it allocates the full K and V).
     """
-    H, G, d = shape.heads, shape.groups, shape.head_dim
+    H, d = shape.heads, shape.head_dim
     layer = Layer(shape, batch, tokens, device, dtype)
     key, value = (random((batch, H, tokens, d), device, dtype) for _ in range(2))
     paths = ["split", *(["kernel"] if not kernel_lrkv.missing(device, dtype) and device.type != "cpu" else []), *(["rebuild"] if rebuild else [])]

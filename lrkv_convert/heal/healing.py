@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from ..adapters import ADAPTERS
-from ..errors import LrkvError, first_line
+from ..errors import LrkvError
 from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available, is_trackio_available
 
-from ..device import pick_device
+from ..device import fast_bf16, pick_device
 from ..errors import LrkvError
 from ..writer import PARTIAL
 from .options import Options
@@ -22,7 +22,7 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
     if device not in ("auto", "cpu", "cuda"):
         raise LrkvError(f"the device {device!r} cannot be chosen here", "choose auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     cpu = pick_device(device).type == "cpu"
-    precision = {"bf16": "bf16", "fp32": "no", "auto": "bf16" if fast_bf16(cpu) else "no"}[options.precision]
+    precision = {"bf16": "bf16", "fp32": "no", "auto": "bf16" if fast_bf16(torch.device("cpu" if cpu else "cuda")) else "no"}[options.precision]
     AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)        # an earlier run in this process may have had another device or precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=choose_tracker(options.tracker), project_dir=str(out.with_name(out.name + PARTIAL) / RUNS),
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
@@ -37,13 +37,6 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise LrkvError("FSDP 1 flattens what it shards, and Muon needs matrices", "set fsdp_version: 2, as in lrkv recipes fsdp")
     return accelerator
-
-
-def fast_bf16(cpu: bool) -> bool:
-    """Whether bfloat16 products have instructions of their own."""
-    if not cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
 
 
 def choose_tracker(wanted: str) -> str | None:

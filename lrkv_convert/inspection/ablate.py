@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..adapters import Geometry
-from ..calibrate import Skeleton, first_of
+from ..skeleton import Skeleton, first_of
 from .diversity import diversity
 from .spectra import LayerLook
 

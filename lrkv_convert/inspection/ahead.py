@@ -14,13 +14,14 @@ from pathlib import Path
 
 from ..adapters import Geometry
 from ..allocate import Curve, allocate
-from ..calibrate import Skeleton, Text, window_length, windows
 from ..conversion import gather_texts, observe, open_model, survey_layer
 from ..device import pick_device
 from ..errors import LrkvError
 from ..plan import LayerPlan, Plan
+from ..skeleton import Skeleton
 from ..store import Store
 from ..survey import KEY_WEIGHT, curve, second_order, width_caps
+from ..texts import Text, window_length, windows
 from .ablate import ablate
 from .diversity import mean_diversity
 from .spectra import LayerLook, Spectrum, look

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from ..adapters import Adapter, Geometry
-from ..calibrate import BUILT_IN, Skeleton, Text, read_texts
 from ..conversion import open_model
 from ..device import pick_device
 from ..errors import LrkvError
 from ..evaluate.load import load_model
 from ..provenance import calibrated_on
+from ..skeleton import Skeleton
+from ..texts import BUILT_IN, Text, read_texts
 from .diversity import mean_diversity
 from .fidelity import LayerFidelity, fidelity
 from .text import text_windows

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import AttentionWeights, Geometry
-from ..calibrate import Skeleton, first_of
+from ..skeleton import Skeleton, first_of
 from .diversity import gram, similarity
 
 PROBE = "lrkv_probe"

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..calibrate import Text, read_texts
 from ..errors import LrkvError
+from ..texts import Text, read_texts
 from ..writer import RECORD, write_json
 from .ahead import TARGET_KL, ahead
 from .beside import beside

@@ -1,9 +1,9 @@
 """Text to measure on."""
 from torch import Tensor
 
-from ..calibrate import Text, window_length, windows
 from ..checkpoint import Checkpoint
 from ..errors import LrkvError
+from ..texts import Text, window_length, windows
 
 
 def text_windows(text: Text, checkpoint: Checkpoint, max_tokens: int) -> Tensor:

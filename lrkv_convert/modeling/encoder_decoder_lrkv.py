@@ -12,8 +12,9 @@ import copy
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from .attention_lrkv import LrkvAttention, LrkvPreTrained
+from .attention_lrkv import LrkvAttention
 from .cache_lrkv import read_cache, two_per_layer, update_cache
+from .models_lrkv import LrkvPreTrained
 
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}        # kind of attention -> field of the config with its widths and ranks
 

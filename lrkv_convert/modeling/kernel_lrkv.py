@@ -124,7 +124,7 @@ if triton is not None:
         BASE: 0 there is none, 1 mapped by C, 2 added as it is before rotation (C = I), 3 after it (cached rotated)."""
         c, h, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         o_m, o_r, j, g = tl.arange(0, MB), tl.arange(0, RP), tl.arange(0, D2), tl.arange(0, GP)
-        row, pairs = h * G + g, j < d // 2
+        row = h * G + g
         b_q1, b_q2 = _halves(query + (n * heads + h * G) * d, d, 1, g, g < G, j, DR, d)                             # (GP, D2)
         own += n * own_n + h.to(tl.int64) * own_h
         base += n * base_n

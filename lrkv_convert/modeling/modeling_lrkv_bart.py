@@ -2,8 +2,8 @@
 from transformers import BartConfig, BartForConditionalGeneration, BartModel
 from transformers.models.bart.modeling_bart import BartAttention, BartDecoder
 
-from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
+from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvBartConfig(BartConfig):

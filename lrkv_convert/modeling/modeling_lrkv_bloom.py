@@ -2,7 +2,8 @@
 from transformers import BloomConfig, BloomForCausalLM, BloomModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel
+from .attention_lrkv import LrkvAttention
+from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvBloomConfig(BloomConfig):

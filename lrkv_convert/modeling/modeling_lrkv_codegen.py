@@ -3,7 +3,8 @@ reordered accordingly."""
 from transformers import CodeGenConfig, CodeGenForCausalLM, CodeGenModel
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 
-from .attention_lrkv import LrkvCausal, LrkvNeighbourAttention, LrkvNeighbourModel
+from .attention_lrkv import LrkvNeighbourAttention
+from .models_lrkv import LrkvCausal, LrkvNeighbourModel
 
 
 class LrkvCodeGenConfig(CodeGenConfig):

@@ -2,7 +2,8 @@
 from transformers import CohereConfig, CohereForCausalLM, CohereModel
 from transformers.models.cohere.modeling_cohere import CohereAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvCohereConfig(CohereConfig):

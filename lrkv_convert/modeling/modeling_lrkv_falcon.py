@@ -2,7 +2,8 @@
 from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvRotaryModel, rotations_in
+from .attention_lrkv import LrkvAttention, rotations_in
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvFalconConfig(FalconConfig):

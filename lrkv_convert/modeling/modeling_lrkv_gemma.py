@@ -2,7 +2,8 @@
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 from transformers.models.gemma.modeling_gemma import GemmaAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGemmaConfig(GemmaConfig):

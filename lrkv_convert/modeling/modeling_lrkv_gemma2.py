@@ -2,7 +2,8 @@
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGemma2Config(Gemma2Config):

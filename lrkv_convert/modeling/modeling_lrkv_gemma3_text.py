@@ -3,7 +3,8 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from .attention_lrkv import KernelNorm, LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import KernelNorm, LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGemma3TextConfig(Gemma3TextConfig):

@@ -3,8 +3,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel
+from .attention_lrkv import LrkvAttention
 from .factors_lrkv import low_rank_heads
+from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvGPT2Config(GPT2Config):

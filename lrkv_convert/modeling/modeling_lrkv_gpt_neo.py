@@ -3,7 +3,8 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel
+from .attention_lrkv import LrkvAttention
+from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvGPTNeoConfig(GPTNeoConfig):

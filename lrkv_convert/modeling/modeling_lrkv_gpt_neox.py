@@ -2,7 +2,8 @@
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGPTNeoXConfig(GPTNeoXConfig):

@@ -3,7 +3,8 @@ reordered accordingly."""
 from transformers import GPTJConfig, GPTJForCausalLM, GPTJModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from .attention_lrkv import LrkvCausal, LrkvNeighbourAttention, LrkvNeighbourModel
+from .attention_lrkv import LrkvNeighbourAttention
+from .models_lrkv import LrkvCausal, LrkvNeighbourModel
 
 
 class LrkvGPTJConfig(GPTJConfig):

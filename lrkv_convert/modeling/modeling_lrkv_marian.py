@@ -2,8 +2,8 @@
 from transformers import MarianConfig, MarianModel, MarianMTModel
 from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoder
 
-from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
+from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvMarianConfig(MarianConfig):

@@ -2,7 +2,8 @@
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvMixtralConfig(MixtralConfig):

@@ -3,7 +3,8 @@ import torch
 from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel
+from .attention_lrkv import LrkvAttention
+from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvMptConfig(MptConfig):

@@ -2,7 +2,8 @@
 from transformers import OlmoConfig, OlmoForCausalLM, OlmoModel
 from transformers.models.olmo.modeling_olmo import OlmoAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvOlmoConfig(OlmoConfig):

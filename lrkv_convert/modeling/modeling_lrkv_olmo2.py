@@ -3,8 +3,9 @@ import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo2Model
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
 from .factors_lrkv import rotate
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvOlmo2Config(Olmo2Config):

@@ -2,7 +2,8 @@
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoder
 
-from .attention_lrkv import LrkvAttention, LrkvCausal, LrkvModel, LrkvPreTrained
+from .attention_lrkv import LrkvAttention
+from .models_lrkv import LrkvCausal, LrkvModel, LrkvPreTrained
 
 
 class LrkvOPTConfig(OPTConfig):

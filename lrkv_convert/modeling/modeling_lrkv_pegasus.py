@@ -2,8 +2,8 @@
 from transformers import PegasusConfig, PegasusForConditionalGeneration, PegasusModel
 from transformers.models.pegasus.modeling_pegasus import PegasusAttention, PegasusDecoder
 
-from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
+from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvPegasusConfig(PegasusConfig):

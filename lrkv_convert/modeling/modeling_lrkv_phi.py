@@ -2,7 +2,8 @@
 from transformers import PhiConfig, PhiForCausalLM, PhiModel
 from transformers.models.phi.modeling_phi import PhiAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvPhiConfig(PhiConfig):

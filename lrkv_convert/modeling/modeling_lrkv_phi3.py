@@ -2,7 +2,8 @@
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvPhi3Config(Phi3Config):

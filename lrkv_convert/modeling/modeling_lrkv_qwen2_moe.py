@@ -2,7 +2,8 @@
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvQwen2MoeConfig(Qwen2MoeConfig):

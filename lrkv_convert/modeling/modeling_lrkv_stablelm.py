@@ -2,7 +2,8 @@
 from transformers import StableLmConfig, StableLmForCausalLM, StableLmModel
 from transformers.models.stablelm.modeling_stablelm import StableLmAttention
 
-from .attention_lrkv import LrkvCausal, LrkvRotaryAttention, LrkvRotaryModel
+from .attention_lrkv import LrkvRotaryAttention
+from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvStableLmConfig(StableLmConfig):

@@ -5,8 +5,9 @@ from transformers import T5Config, T5ForConditionalGeneration, T5Model
 from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from .attention_lrkv import LrkvPreTrained, added_mask
+from .attention_lrkv import added_mask
 from .encoder_decoder_lrkv import FIELDS, LrkvDecoder, LrkvDecoderAttention
+from .models_lrkv import LrkvPreTrained
 
 
 class LrkvT5Config(T5Config):

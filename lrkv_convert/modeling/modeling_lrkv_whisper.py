@@ -3,8 +3,8 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
 
-from .attention_lrkv import LrkvCausal, LrkvPreTrained
 from .encoder_decoder_lrkv import LrkvBartAttention, LrkvDecoder
+from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvWhisperConfig(WhisperConfig):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, AttentionWeights, Geometry
-from ..calibrate import KEPT_AS, CalibratedLayer, first_of
+from ..calibrate import KEPT_AS, CalibratedLayer
 from ..metrics import HeadMoments, MetricSums
-from ..sensitivity import SEED, SHARE, draw
+from ..sensitivity import SEED, SHARE, drawn_gradient
+from ..skeleton import first_of
 from ..store import Store
 from .skeleton import StackSkeleton
 
@@ -38,13 +39,14 @@ class CrossSums(MetricSums):
             self.inputs += states.T @ states * (x.shape[0] / states.shape[0])               # (D, D)
         if self.keys is not None:
             self.keys += states.T @ (attention.sum((0, 1)).unsqueeze(1) * states)           # (D, D)
-            z = (attention.flatten(0, 1) @ states)                                          # (H T, D)
-            self.values += z.T @ z                                                          # (D, D)
-        if self.queries is not None:
-            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)                          # (H, 1, T, d)
-            if self.weights.b_Q is not None:
-                q = q + self.weights.b_Q.unsqueeze(2)
-            self.queries += torch.einsum("hgte,hgtf->hef", q, q)                            # (H, d, d)
+            self.values += states.T @ (self.add_heads(states, attention, gram) @ states)    # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+        self.add_queries(x)
+
+
+def gram(attention: Tensor) -> Tensor:
+    """sum_h A_h^T A_h (S, S) of attention weights (heads, T, S)."""
+    every = attention.flatten(0, 1)
+    return every.T @ every
 
 
 def adapters_of(skeleton: StackSkeleton, kinds: Collection[str]) -> dict[str, Adapter]:
@@ -185,10 +187,7 @@ def _loss_gradient(skeleton: StackSkeleton, hidden: list[Tensor], states: list[T
     with skeleton.head() as head, torch.enable_grad():
         for h, encoded in zip(hidden, states):
             x = h.to(skeleton.device).clone().requires_grad_(True)
-            logits = head(x, encoded.to(skeleton.device))                                   # (1, T, vocabulary)
-            change = logits.detach()[0].float().softmax(-1)                                 # of the loss with the logits: p - 1 at the drawn token
-            change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
-            gradient.append(torch.autograd.grad(logits, x, change.unsqueeze(0).to(logits.dtype))[0])
+            gradient.append(drawn_gradient(head(x, encoded.to(skeleton.device)), x, generator))
     return gradient
 
 

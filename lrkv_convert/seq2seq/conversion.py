@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..adapters import EncoderDecoder, Geometry
 from ..allocate import allocate, check_floor
 from ..assemble import convert_layer, empty_target
-from ..calibrate import BUILT_IN, SELF
 from ..checkpoint import Checkpoint, check_finite
 from ..conversion import Clock, Conversion, fingerprint, stored_dtype
 from ..device import give_back_memory, pick_device
@@ -28,6 +27,7 @@ from ..plan import Plan
 from ..report import config_with, encoder_decoder_record, generation_config, write_companions
 from ..store import Store
 from ..survey import survey, width_caps
+from ..texts import BUILT_IN, SELF
 from ..writer import ShardWriter, check_output, new_folder
 from .calibrate import calibrate, calibrated_layer, gradient_rows, head_moments
 from .data import Corpus, read_pairs, read_speech

@@ -18,8 +18,8 @@ import torch
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from ..calibrate import BUILT_IN, read_texts
 from ..errors import LrkvError
+from ..texts import BUILT_IN, read_texts
 
 RATE = 16000            # samples a second that speech models hear
 TRANSCRIPTS = "transcripts.tsv"

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import EncoderDecoder
-from ..calibrate import window_length
 from ..errors import LrkvError, first_line
+from ..texts import window_length
 from .data import RATE, TOKENS_PER_SECOND, Example
 
 NO_TIMESTAMPS = "<|notimestamps|>"      # the last word of a speech model's prompt: text follows, and no times

@@ -7,10 +7,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ..adapters import EncoderDecoder
-from ..calibrate import empty, first_of
 from ..checkpoint import Checkpoint
-from ..device import give_back_memory
 from ..modeling import auto_class
+from ..skeleton import filled, first_of, replaced
 
 
 class StackSkeleton:
@@ -68,28 +67,17 @@ class StackSkeleton:
         """One layer of a stack with its weights in place; they are let go afterwards."""
         path = f"{stack}.{self.family.layers}.{i}"
         layer = self.model.get_submodule(path)
-        self.fill(layer, f"{path}.")
-        try:
+        with filled(self.fill, {path: layer}):
             yield layer
-        finally:
-            empty(layer)
-            give_back_memory()
 
     @contextmanager
     def around(self, stack: str, stand_in: nn.Module, embeddings: bool = True) -> Iterator[nn.Module]:
         """A stack with everything but its layers in place, `stand_in` where they were, and without its embeddings if so asked."""
         module = self.model.get_submodule(stack)
-        layers = getattr(module, self.family.layers)
-        setattr(module, self.family.layers, nn.ModuleList([stand_in]))
-        parts = [(name, child) for name, child in module.named_children() if name != self.family.layers and (embeddings or name != "embed_tokens")]
-        try:
-            for name, child in parts:
-                self.fill(child, f"{stack}.{name}.")
-            yield module
-        finally:
-            setattr(module, self.family.layers, layers)
-            for _, child in parts:
-                empty(child)
+        left_out = (self.family.layers, *([] if embeddings else ["embed_tokens"]))
+        with replaced(module, self.family.layers, nn.ModuleList([stand_in])):
+            with filled(self.fill, {f"{stack}.{name}": child for name, child in module.named_children() if name not in left_out}):
+                yield module
 
     def hands_on(self, stack: str, longest: int) -> Callable[[int], dict]:
         """What the layers of a stack are handed beside hidden states and mask, by length: the relative position bias, which the first one makes."""
@@ -97,9 +85,8 @@ class StackSkeleton:
             return lambda length: {}
         path = f"{stack}.{self.family.layers}.0.layer.0.SelfAttention"
         attention = self.model.get_submodule(path)
-        self.fill(attention.relative_attention_bias, f"{path}.relative_attention_bias.")
-        bias = attention.compute_bias(longest, longest, device=self.device)                 # (1, H, longest, longest): of differences of positions
-        empty(attention.relative_attention_bias)
+        with filled(self.fill, {f"{path}.relative_attention_bias": attention.relative_attention_bias}):
+            bias = attention.compute_bias(longest, longest, device=self.device)             # (1, H, longest, longest): of differences of positions
         return lambda length: {"position_bias": bias[:, :, :length, :length]}
 
     @torch.no_grad()
@@ -143,12 +130,10 @@ class StackSkeleton:
             noted.instead = hidden
             return self.model(encoder_outputs=(states,), decoder_inputs_embeds=hidden, use_cache=False).logits
 
-        with self.around(self.family.decoder, noted, embeddings=False):
-            self.fill(head, f"{name}.")
+        with self.around(self.family.decoder, noted, embeddings=False), filled(self.fill, {name: head}):
             if bias:
                 self.model.final_logits_bias = self.checkpoint.tensor(bias).to(self.device, torch.float32)
             yield run
-            empty(head)
 
 
 @contextmanager
