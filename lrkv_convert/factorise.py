@@ -220,7 +220,7 @@ def grouped(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, swe
     (weighted, K), rho = _gram(W, metric), m // len(groups)
     C, shared = W.new_zeros(H, m, d), []
     for g, members in enumerate(groups):
-        columns = slice(members[0] * d, (members[-1] + 1) * d)
+        columns = slice(members.start * d, members.stop * d)
         y = _leading(K[columns, columns], rho, None)                                        # (n / groups, rho)
         C[members, g * rho:(g + 1) * rho] = (y.T @ K[columns, columns]).view(rho, -1, d).transpose(0, 1) @ metric.M.inverse[members]
         shared.append(weighted[:, columns] @ y)

@@ -74,9 +74,10 @@ def inverse_root(G: Tensor) -> Tensor:
     return vectors * torch.where(sizes > RANK_FLOOR * sizes[-1], sizes, torch.inf).rsqrt()
 
 
-def runs(heads: int, count: int) -> list[list[int]]:
+def runs(heads: int, count: int) -> list[slice]:
     """Heads 0 to H - 1 in `count` runs of nearly equal length."""
-    return [part.tolist() for part in torch.arange(heads).tensor_split(count)]
+    ends = [i * (heads // count) + min(i, heads % count) for i in range(count + 1)]
+    return [slice(*pair) for pair in zip(ends, ends[1:])]
 
 
 def run_count(geometry: Geometry) -> int:
@@ -105,7 +106,7 @@ class MetricSums:
         attended = not {"fisher", "attention"}.isdisjoint(wanted)
         self.inputs = zeros(D, D) if "whitened" in wanted else None
         self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
-        self.runs = [range(part[0] * geometry.groups, (part[-1] + 1) * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
+        self.runs = [slice(part.start * geometry.groups, part.stop * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
         self.heads = torch.zeros(len(self.runs), H * d, H * d, device=device) if self.runs else None
         self.W_V = weights.W_V.to(device, torch.float32).transpose(0, 1).reshape(D, H * d) if self.runs else None
         self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
@@ -127,7 +128,7 @@ class MetricSums:
             return gram(attention)
         values, total = states @ self.W_V, 0                                                # (S, n)
         for i, heads in enumerate(self.runs):
-            part = gram(attention[heads.start:heads.stop])
+            part = gram(attention[heads])
             self.heads[i] += values.T @ (part @ values)
             total = total + part
         return total
@@ -200,7 +201,7 @@ class LayerMetrics:
         W = self.weights.W_V.double().transpose(0, 1).reshape(D, H * d)
         count = self.sums["tokens"] * self.geometry.groups
         for gram, heads in zip(grams, runs(H, len(grams))):
-            gram.div_(count * len(heads))
+            gram.div_(count * (heads.stop - heads.start))
         mean = self.sums["values"].double().diagonal().mean() / (count * H)
         return grams + SHRINKAGE * mean * (W.T @ W)                                         # as `shrunk`, in these coordinates
 

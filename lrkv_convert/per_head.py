@@ -31,7 +31,7 @@ def refine(grams: Tensor, M: Tensor, y: Tensor, r: int) -> tuple[Tensor, Tensor,
     inverse, history = _pseudo_inverse(grams.sum(0)), []
     while True:
         y = y @ inverse_root(y.T @ (grams.mean(0) @ y))                                    # the scale is free
-        C, rest, sizes, V = (torch.stack(part) for part in zip(*(_given_base(G, own[h], y) for G, heads in zip(grams, members) for h in heads)))
+        C, rest, sizes, V = (torch.stack(part) for part in zip(*(_given_base(G, part, y) for G, heads in zip(grams, members) for part in own[heads])))
         V = V[..., d - r:].flip(-1)                                                         # (H, d, r)
         history.append((sizes[:, :d - r].clamp_min(0).sum() / total).sqrt().item())
         if not y.shape[1] or r == d or len(history) == SWEEPS or len(history) > 1 and history[-2] ** 2 - history[-1] ** 2 < STOP * history[-2] ** 2:
@@ -48,7 +48,7 @@ def _given_base(G: Tensor, own: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tens
     return C, rest, *torch.linalg.eigh(rest.T @ (G @ rest))
 
 
-def _given_residuals(grams: Tensor, members: list[list[int]], own: Tensor, C: Tensor, V: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
+def _given_residuals(grams: Tensor, members: list[slice], own: Tensor, C: Tensor, V: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
     """A better y (n, m): conjugate gradients, preconditioned by the mean of either side."""
     beyond = C - C @ V @ V.mT                                                               # (H, m, d): C_h N_h
     left = torch.stack([(beyond[heads] @ C[heads].mT).sum(0) for heads in members])         # (runs, m, m)

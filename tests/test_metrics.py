@@ -87,7 +87,7 @@ def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
             calibrate(skeleton, geometry, prompt(24, batch=2), {"attention", "whitened"}, store)
         layer = calibrated_layer(skeleton, store, 1)
         metric, own = layer.metrics(geometry, "attention").values, layer.weights.W_V.double().transpose(0, 1).flatten(1)
-        sizes = torch.tensor([len(heads) for heads in metrics.runs(3, count)], dtype=torch.float64)
+        sizes = torch.tensor([heads.stop - heads.start for heads in metrics.runs(3, count)], dtype=torch.float64)
         assert metric.grams.shape[0] == count
         assert relative(torch.einsum("r,rab->ab", sizes / 3, metric.grams), own.T @ metric.sigma @ own) < FLOAT32
     assert layer.metrics(geometry, "whitened").values.grams is None and layer.metrics(geometry, "attention").keys.grams is None
