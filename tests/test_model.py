@@ -95,20 +95,6 @@ def test_a_cache_of_another_model_is_refused(tiny, converted):
         load(converted())(prompt(1), past_key_values=cache)
 
 
-def test_left_padding_changes_nothing(family, converted):
-    """A row padded on the left gives the logits it gives alone: prefilled, then cached, with rows of unequal length."""
-    model, ids, pad = load(converted(family)), prompt(40, batch=2), 9
-    padded, mask = ids.clone(), torch.ones_like(ids)
-    padded[1, :pad], padded[1, pad:], mask[1, :pad] = 258, ids[1, :-pad], 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache, pieces = DynamicCache(config=model.config), []
-    for start, stop in [(0, 30)] + [(t, t + 1) for t in range(30, 40)]:
-        pieces.append(model(padded[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop], past_key_values=cache).logits)
-    out = torch.cat(pieces, dim=1).detach()
-    assert relative(out[0], logits(model, ids[:1], use_cache=False)[0]) < STEPS
-    assert relative(out[1, pad:], logits(model, ids[1:, :-pad], use_cache=False)[0]) < STEPS
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_positions_given_are_used_without_a_filled_cache(use_cache, tiny, converted):
     """Positions with a gap, as packing makes them, mean what they mean to the original model."""
