@@ -39,6 +39,7 @@ from .texts import BUILT_IN, SELF, Text, read_texts, sample_text, window_length,
 from .writer import ShardWriter, check_output, new_folder
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
+STORE_FORMAT = 2        # of what calibration leaves for the fit: one more when it changes, so that no half of an older one is gone on with
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def fingerprint(checkpoint: Checkpoint, options: Options, tokens: Tensor | None,
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
     return {"files": files, "config": checkpoint.config.to_dict(), "options": asdict(options), "dtype": str(stored),
             "tokens": tokens if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "versions": [version("lrkv-convert"), torch.__version__, transformers.__version__]}
+            "versions": [STORE_FORMAT, version("lrkv-convert"), torch.__version__, transformers.__version__]}
 
 
 def open_model(model: str) -> tuple[Checkpoint, Adapter]:

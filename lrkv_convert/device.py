@@ -48,6 +48,6 @@ def give_back_memory() -> None:
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products have instructions of their own."""
-    if device.type != "cpu":
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .metrics import RANK_FLOOR, Metric, inverse_root, rotation_average, runs, square_root
+from .metrics import RANK_FLOOR, Metric, head_basis, inverse_root, rotation_average, runs, square_root
 from .per_head import refine
 
 SWEEPS = 12
@@ -39,7 +39,8 @@ class Factors:
     """One side of one layer, float64.
 
     W_shared (D, m), C (H, m, d) or None for C = I, U (H, D, r), B (H, d, r); gauge (H, d, d) or None: the true head is What_h gauge_h, and
-    the partner is to absorb gauge_h; error: relative, in the fitted metric; history: the same after each sweep.
+    the partner is to absorb gauge_h; error: relative, in the fitted metric (of values under the joint base that with a Sigma per head, where there is
+    one; of other bases that with one Sigma for all); history: the same after each sweep.
     """
 
     W_shared: Tensor
@@ -68,7 +69,7 @@ def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweep
     weighted, K = _gram(W, metric)                                                          # (D, n), (n, n)
     y, V, history = _alternate(K, H, m, r, sweeps)                                          # (n, m), (H, d, r)
     if metric.grams is not None:
-        return _refined(W, metric, y, r)
+        return _refined(W, metric, weighted @ y, r)
     W_shared, QA, total = weighted @ y, (y.T @ K).view(m, H, d).transpose(0, 1), K.diagonal().sum()     # (D, m), (H, m, d): Q^T A_h
     del K
     # U_h B_h^T = Sigma^(-1/2) (A_h - Q Q^T A_h) V V^T M_h^-1
@@ -77,12 +78,11 @@ def joint(W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweep
     return _finish(W, metric, W_shared, QA @ metric.M.inverse if m else None, U, metric.M.inverse @ V, None, total, history)
 
 
-def _refined(W: Tensor, metric: Metric, y: Tensor, r: int) -> Factors:
-    """The joint fit with a Sigma per head, from that with one: W_shared = [W_1 M_1 ... W_H M_H] y."""
-    (H, D, d), m = W.shape, y.shape[1]
-    heads = W.double().transpose(0, 1).reshape(D, H * d)                                    # [W_1 ... W_H]
-    y, C, rest, V, history = refine(metric.grams, metric.M.root, (metric.M.root @ y.view(H, d, m)).reshape(H * d, m), r)
-    return Factors(heads @ y, C @ metric.M.inverse if m else None, heads @ rest, metric.M.inverse @ V, None, history[-1], history)
+def _refined(W: Tensor, metric: Metric, W_shared: Tensor, r: int) -> Factors:
+    """The joint fit with a Sigma per head, from the base of that with one."""
+    Q, W = head_basis(W), W.double()
+    y, C, rest, V, history = refine(metric.grams, Q.T @ W @ metric.M.root, Q.T @ W_shared, r)
+    return Factors(Q @ y, C @ metric.M.inverse if y.shape[1] else None, Q @ rest, metric.M.inverse @ V, None, history[-1], history)
 
 
 def error_curve(W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2) -> list[float]:

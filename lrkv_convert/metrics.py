@@ -40,8 +40,8 @@ class Root:
 class Metric:
     """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d). float64.
 
-    grams (runs, n, n) or None: where heads have a Sigma of their own, of which the one above is the mean, W^T Sigma_h W with W = [W_1 ... W_H] (D, n),
-    for `runs` of heads that share one.
+    grams (runs, k, k) or None: where heads have a Sigma of their own, of which the one above is the mean, Q^T Sigma_h Q for `runs` of heads that share
+    one, with Q = `head_basis` of the matrices that are fitted.
     """
 
     sigma: Tensor
@@ -81,10 +81,16 @@ def runs(heads: int, count: int) -> list[slice]:
 
 
 def run_count(geometry: Geometry) -> int:
-    """How many runs of heads have a Sigma_V of their own in each layer: 0 where it would take too much memory."""
-    wanted, n = min(RUNS, geometry.kv_heads), geometry.kv_heads * geometry.head_dim
-    count = min(wanted, GRAM_NUMBERS // n**2)
-    return count if 2 * count >= wanted else 0
+    """How many runs of heads have a Sigma_V of their own in each layer: 0 where there is one head, or it would take too much memory."""
+    wanted, k = min(RUNS, geometry.kv_heads), min(geometry.kv_heads * geometry.head_dim, geometry.width)
+    count = min(wanted, GRAM_NUMBERS // k**2)
+    return count if count > 1 and 2 * count >= wanted else 0
+
+
+def head_basis(W: Tensor) -> Tensor:
+    """Orthonormal columns (D, k) float64, k = min(H d, D), whose span holds those of all heads W (H, D, d). The same for the same W: signs are fixed."""
+    Q, R = torch.linalg.qr(W.double().transpose(0, 1).flatten(1))
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
 def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
@@ -96,8 +102,8 @@ def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
 class MetricSums:
     """Accumulates one layer's second moments over windows of (input, attention): those that the wanted metrics need, the others are None.
 
-    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, n, n) float32: sum z z^T of each run of heads alone, in the
-    coordinates of [W_V,1 ... W_V,H] (`Metric.grams`); queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
+    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, k, k) float32: sum z z^T of each run of heads alone, in the
+    coordinates of `head_basis` (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
     """
 
     def __init__(self, weights: AttentionWeights, geometry: Geometry, wanted: Collection[str], device: torch.device):
@@ -107,8 +113,8 @@ class MetricSums:
         self.inputs = zeros(D, D) if "whitened" in wanted else None
         self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
         self.runs = [slice(part.start * geometry.groups, part.stop * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
-        self.heads = torch.zeros(len(self.runs), H * d, H * d, device=device) if self.runs else None
-        self.W_V = weights.W_V.to(device, torch.float32).transpose(0, 1).reshape(D, H * d) if self.runs else None
+        self.basis = head_basis(weights.W_V.to(device)).float() if self.runs else None
+        self.heads = torch.zeros(len(self.runs), *self.basis.shape[1:] * 2, device=device) if self.runs else None
         self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
         self.weights = weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32) if self.queries is not None else None
 
@@ -126,10 +132,10 @@ class MetricSums:
         """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S) of some heads. Returns that of all."""
         if not self.runs:
             return gram(attention)
-        values, total = states @ self.W_V, 0                                                # (S, n)
+        states, total = states @ self.basis, 0                                              # (S, k)
         for i, heads in enumerate(self.runs):
             part = gram(attention[heads])
-            self.heads[i] += values.T @ (part @ values)
+            self.heads[i] += states.T @ (part @ states)
             total = total + part
         return total
 
@@ -197,13 +203,12 @@ class LayerMetrics:
     def _grams(self) -> Tensor | None:
         if not self.sums or self.sums["heads"] is None or self.name not in ("fisher", "attention"):
             return None
-        (H, D, d), grams = self.weights.W_V.shape, self.sums["heads"].double()
-        W = self.weights.W_V.double().transpose(0, 1).reshape(D, H * d)
-        count = self.sums["tokens"] * self.geometry.groups
+        H, grams, count = self.geometry.kv_heads, self.sums["heads"].double(), self.sums["tokens"] * self.geometry.groups
         for gram, heads in zip(grams, runs(H, len(grams))):
             gram.div_(count * (heads.stop - heads.start))
         mean = self.sums["values"].double().diagonal().mean() / (count * H)
-        return grams + SHRINKAGE * mean * (W.T @ W)                                         # as `shrunk`, in these coordinates
+        grams.diagonal(dim1=1, dim2=2).add_(SHRINKAGE * mean)                               # as `shrunk`, in these coordinates
+        return grams.add_(grams.mT.clone()).div_(2)
 
     def _sigma(self, side: str) -> Tensor:
         name = {"plain": None, "whitened": "inputs"}.get(self.name, side)

@@ -66,8 +66,7 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
         keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
         assert relative(sums["keys"], keys) < FLOAT32 and relative(sums["values"], values) < FLOAT32
         assert relative(sums["inputs"], torch.einsum("ntd,nte->de", x, x)) < FLOAT32
-        own = layers[i].weights.W_V.double().transpose(0, 1).flatten(1)                 # (D, n)
-        z = (z @ own).unflatten(1, (geometry.kv_heads, geometry.groups))                # (N, H, G, T, n)
+        z = (z @ metrics.head_basis(layers[i].weights.W_V)).unflatten(1, (geometry.kv_heads, geometry.groups))                # (N, H, G, T, k)
         assert relative(sums["heads"], torch.einsum("nhgsa,nhgsb->hab", z, z)) < FLOAT32
         q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q.double())
         if layers[i].weights.b_Q is not None:
@@ -77,7 +76,7 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
 
 
 def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
-    """Also where runs of heads share one: [W_1 ... W_H]^T Sigma_V [W_1 ... W_H] is the mean of what each head has, shrinkage included."""
+    """Also where runs of heads share one: Q^T Sigma_V Q is the mean of what each head has, shrinkage included."""
     checkpoint, adapter = open_model(str(tiny("llama")))
     geometry, skeleton, store = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
     for count in (2, 3):
@@ -86,10 +85,10 @@ def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
             patch.setattr(metrics, "RUNS", count)
             calibrate(skeleton, geometry, prompt(24, batch=2), {"attention", "whitened"}, store)
         layer = calibrated_layer(skeleton, store, 1)
-        metric, own = layer.metrics(geometry, "attention").values, layer.weights.W_V.double().transpose(0, 1).flatten(1)
+        metric, basis = layer.metrics(geometry, "attention").values, metrics.head_basis(layer.weights.W_V)
         sizes = torch.tensor([heads.stop - heads.start for heads in metrics.runs(3, count)], dtype=torch.float64)
         assert metric.grams.shape[0] == count
-        assert relative(torch.einsum("r,rab->ab", sizes / 3, metric.grams), own.T @ metric.sigma @ own) < FLOAT32
+        assert relative(torch.einsum("r,rab->ab", sizes / 3, metric.grams), basis.T @ metric.sigma @ basis) < FLOAT32
     assert layer.metrics(geometry, "whitened").values.grams is None and layer.metrics(geometry, "attention").keys.grams is None
 
 

@@ -6,7 +6,7 @@ In the Fisher metric half of a squared error is what it costs in nats of KL(orig
 predicted price of losing it, and half of the error of the joint fit at rank r, summed over layers, keys and values, that of a conversion.
 Shapes: H KV heads, D width, d head width.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,8 +60,10 @@ class Spectrum:
 def spectrum(W: Tensor, metric: Metric, ranks: list[int]) -> Spectrum:
     """Spectrum of W (H, D, d) with errors at these ranks, all with a base d wide.
 
-    The fit takes as many sweeps as a conversion's own: the errors are those that it will report for the same text.
+    With one Sigma for all heads. The fit takes as many sweeps as a conversion's own: for keys the errors are those that it will report for the same text,
+    for values, which a conversion goes on to fit head by head, a little more.
     """
+    metric = replace(metric, grams=None)
     d, heads = W.shape[2], [w.double() @ M for w, M in zip(W, metric.M.root)]                           # (D, d) each: W_h M_h^(1/2)
     singular = torch.stack([torch.linalg.eigvalsh(A.T @ (metric.sigma @ A)).clamp_min(0).flip(0).sqrt() for A in heads])     # (H, d)
     base = joint(W, metric, d, 0)
