@@ -52,8 +52,8 @@ def test_a_conversion_on_a_device_is_that_on_the_cpu(tiny, tmp_path):
     for name, (source, out, options) in zip(JOBS, jobs):
         convert(source, tmp_path / "cpu" / name, **options)
         there, here = (written(folder) for folder in (out, tmp_path / "cpu" / name))
-        # factors are free to turn, what they stand for is not; where a dozen pairs were read, rounding alone decides where the alternation of values stops
-        assert relative(there, here) < (0.1 if family_of(source) == "t5" else 1e-3), name
+        # factors are free to turn, what they stand for is not; a dozen pairs leave rounding more room
+        assert relative(there, here) < (1e-2 if family_of(source) == "t5" else 1e-3), name
 
 
 def family_of(folder) -> str:
