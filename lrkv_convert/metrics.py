@@ -21,6 +21,7 @@ from torch import Tensor
 from .adapters import AttentionWeights, Geometry
 
 METRICS = ("fisher", "attention", "whitened", "plain")
+ATTENDED = {"fisher", "attention"}      # those that weigh inputs by attention
 SHRINKAGE = 0.01        # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference (benchmarks/NOTES.md)
 RUNS = 8                # heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in a layer
 GRAM_NUMBERS = 1 << 25  # ... which are to hold no more numbers than this; with fewer than half as many runs as there would be, all heads share one
@@ -103,13 +104,14 @@ class MetricSums:
     """Accumulates one layer's second moments over windows of (input, attention): those that the wanted metrics need, the others are None.
 
     inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, k, k) float32: sum z z^T of each run of heads alone, in the
-    coordinates of `head_basis` (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries (H, d, d) float64: sum q q^T over the group; tokens: their count.
+    coordinates of `head_basis` (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries (H, d, d)
+    float64: sum q q^T over the group; tokens: their count.
     """
 
     def __init__(self, weights: AttentionWeights, geometry: Geometry, wanted: Collection[str], device: torch.device):
         H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
-        attended = not {"fisher", "attention"}.isdisjoint(wanted)
+        attended = not ATTENDED.isdisjoint(wanted)
         self.inputs = zeros(D, D) if "whitened" in wanted else None
         self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
         self.runs = [slice(part.start * geometry.groups, part.stop * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
@@ -201,7 +203,7 @@ class LayerMetrics:
         return Metric(self._sigma("values"), self._root(M), self._grams())
 
     def _grams(self) -> Tensor | None:
-        if not self.sums or self.sums["heads"] is None or self.name not in ("fisher", "attention"):
+        if not self.sums or self.sums["heads"] is None or self.name not in ATTENDED:
             return None
         H, grams, count = self.geometry.kv_heads, self.sums["heads"].double(), self.sums["tokens"] * self.geometry.groups
         for gram, heads in zip(grams, runs(H, len(grams))):

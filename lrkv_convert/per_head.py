@@ -19,6 +19,7 @@ SWEEPS, STEPS = 24, 2       # alternations at most, and conjugate gradients in e
 RELAXATION = 1.9            # of those steps, where residuals take part: below 2 the error cannot rise, and V_h follows sooner
 STOP = 1e-3                 # relative fall of the squared error below which the alternation ends
 
+
 def refine(grams: Tensor, own: Tensor, y: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[float, ...]]:
     """(y (k, m), C_h M_h (H, m, d), rest_h V_h (H, k, r), V (H, d, r), relative error per sweep).
 

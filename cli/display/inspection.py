@@ -40,7 +40,7 @@ def show_expectation(result: dict) -> None:
                       f"{row['predicted_kl']:.3f}", "no saving" if row["cache_ratio"] >= 1 else _or_none(row["planned_kl"], "{:.3f}"))
     out.print(table)
     out.print("Predicted KL(original || converted), nats per token, before healing: an estimate, on the low side. Measured on two models it was 1.1 to 1.6 "
-              "times that, for plans 1.0 to 2.3 times; since then values are fitted head by head, which costs less. Perplexity is multiplied by about exp(KL) where the model reads well, and by less elsewhere.")
+              "times that, for plans 1.0 to 2.3 times, where values too had one metric for all heads; a conversion has one per head, and costs less. Perplexity is multiplied by about exp(KL) where the model reads well, and by less elsewhere.")
     _show_recommendation(out, result)
     if "ablation" in result:
         _show_ablation(out, result["ablation"])
