@@ -120,6 +120,10 @@ class Away(DynamicCache):
         if id(layer) in self.away:
             layer.keys, layer.values = self.away.pop(id(layer))
 
+    def get_seq_length(self, layer_idx=0):
+        keys, _ = self.away.get(id(self.layers[layer_idx]), (None, None))
+        return super().get_seq_length(layer_idx) if keys is None else keys.shape[-2]      # as transformers' own knows, on whatever device they are
+
     def update(self, keys, values, layer_idx, *args, **kwargs):
         self.layers[(layer_idx + 1) % len(self.layers)].prefetch()
         layer = self.layers[layer_idx]
