@@ -55,10 +55,6 @@ def convert(
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
     options |= {name: value for name, value in flags.items() if value is not None}
-    if options.get("calibration") in (["none"], "none"):
-        options["calibration"] = []
-    elif isinstance(options.get("calibration"), str):
-        options["calibration"] = [options["calibration"]]
     with display.progress() as progress:
         done = run(model, out, device=device, overwrite=overwrite, dry_run=dry_run, recipe=recipe, progress=progress, **options)
     if as_json:

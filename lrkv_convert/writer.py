@@ -3,7 +3,7 @@ import json
 import math
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,25 +14,54 @@ from torch import Tensor
 
 from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
-from .store import Store
+from .lock import LOCK, claim
+from .places import HINT, check_folder, remove, remove_folder, special, within, writing
+from .store import FINGERPRINT, Store
 
 RECORD = "lrkv.json"    # stands in every folder this project writes, and in no other
 PARTIAL, PREVIOUS = ".partial", ".previous"     # appended to the output's name: until it is whole; while it is being replaced
 WORK = "work"           # inside the partial folder: what a run in progress has worked out
+HEALING = f"{WORK}/heal.json"       # what a run of heal was asked for (heal/run.py)
+MARKS = (RECORD, f"{WORK}/{FINGERPRINT}", HEALING)      # of these, one stands in every folder of ours, finished or not
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that must not be written. Raises LrkvError."""
-    taken = [out.with_name(out.name + end).resolve() for end in ("", PARTIAL, PREVIOUS)]
-    if source is not None and any(place == source.resolve() or place in source.resolve().parents for place in taken):
-        raise LrkvError(f"the output {out} is the input, or holds it", "give another --out")
-    if out.is_file():
-        raise LrkvError(f"the output {out} is a file", "give a folder that does not exist yet")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise LrkvError(f"the output folder {out} exists", "give another --out, or --overwrite")
-        if not (out / RECORD).is_file():
-            raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
+    """Refuse an output folder (`folder_to_make`) that must not be written, or cannot. Raises LrkvError."""
+    with writing(out):
+        places = [out.with_name(out.name + end) for end in ("", PARTIAL, PREVIOUS)]
+        if source is not None and any(within(source, place) for place in places):
+            raise LrkvError(f"the output {out} is the input, or holds it", "give another --out")
+        if out.is_symlink():
+            raise LrkvError(f"the output {out} is a link", "give the folder itself, or another --out")
+        if out.exists() and not out.is_dir():
+            raise LrkvError(f"the output {out} is {'a file' if out.is_file() else 'no folder'}", "give a folder that does not exist yet")
+        if out.exists() and any(out.iterdir()):
+            if not overwrite:
+                raise LrkvError(f"the output folder {out} exists", "give another --out, or --overwrite")
+            if not (out / RECORD).is_file():
+                raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
+        for place in places[1:]:
+            check_ours(place)
+        check_folder(out.parent)
+
+
+def check_ours(place: Path) -> None:
+    """Raise LrkvError for something at a place we write to and remove that is not known to be ours."""
+    if place.is_symlink() or place.exists() and not ours(place):
+        raise LrkvError(f"{place} is in the way: it holds something other than an unfinished or a replaced model", "give another --out, or move it")
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder is one that we made, or holds nothing at all."""
+    if not folder.is_dir():
+        return False
+    return any((folder / mark).is_file() for mark in MARKS) or blank(folder)
+
+
+def blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed as it began."""
+    begun = folder / WORK
+    return {entry.name for entry in folder.iterdir()} <= {WORK} and (not begun.is_dir() or {entry.name for entry in begun.iterdir()} <= {LOCK, "heal.json.tmp"})
 
 
 def check_shard_size(size: int | str) -> None:
@@ -50,35 +79,69 @@ def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
     """
     partial = out.with_name(out.name + PARTIAL)
     missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
+    check_ours(partial)
+    if (partial / HEALING).is_file():
+        raise LrkvError(f"{partial} holds a run of heal that stopped", "give another --out, or remove it")
+    lock, done = claim(partial / WORK), False
     try:
         if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
-            Store.discard(partial / WORK)
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
         partial.mkdir(parents=True, exist_ok=True)
         store = Store(partial / WORK, fingerprint)
+        lock = lock or claim(partial / WORK)
         yield partial, store
+        done = True
         Store.discard(partial / WORK)
         publish(partial, out)
     except BaseException as error:
+        if done:
+            raise _homeless(error, partial, out) from error
         if isinstance(error, KeyboardInterrupt) and any((partial / WORK).glob("*.pt")):
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {partial}, which holds what is done") from None
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            discard(partial)
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
+            raise LrkvError(f"cannot write {out}: {error.strerror or error}", HINT) from error
         raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _homeless(error: BaseException, partial: Path, out: Path) -> BaseException:
+    """What is said where a result is whole and cannot have its name."""
+    if isinstance(error, OSError):
+        return LrkvError(f"cannot write {out}: {error.strerror or error}", f"the result lies in {partial}: move it")
+    return KeyboardInterrupt(f"interrupted; the result lies in {partial}") if isinstance(error, KeyboardInterrupt) else error
+
+
+def discard(partial: Path) -> None:
+    """Remove an unfinished folder of ours, the marks that say so last."""
+    if partial.is_dir():
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == RECORD):
+            if entry.name != WORK:
+                remove(entry)
+        Store.discard(partial / WORK)
+        partial.rmdir()
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give a whole folder its name, in place of what had it."""
+    """Give a whole folder its name, in place of what had it. Raises LrkvError if that has become somebody else's meanwhile."""
     previous = out.with_name(out.name + PREVIOUS)
     if out.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        if not ours(out):
+            raise LrkvError(f"{out} holds something other than a converted model by now", f"the result lies in {partial}: move it")
+        if previous.exists() and not ours(previous):
+            previous = Path(tempfile.mkdtemp(prefix=previous.name + "-", dir=out.parent))
+        remove_folder(previous, last=RECORD)
         out.rename(previous)
     partial.rename(out)
-    shutil.rmtree(previous, ignore_errors=True)
+    if ours(previous):
+        with suppress(OSError):
+            remove_folder(previous, last=RECORD)
 
 
 def shards_whole(partial: Path, store: Store) -> bool:
@@ -153,7 +216,16 @@ def write_json(path: Path, content) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Text to a file, through a temporary name, so that it is never half there."""
+    """Text to a file, through a temporary name, so that it is never half there; pipes and devices are written into."""
+    data = content.encode("utf-8", "backslashreplace")      # names of files may hold bytes that are no characters; in JSON these are their escapes
+    if special(path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from ..adapters import ADAPTERS
 from ..errors import LrkvError
 from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
+from ..places import folder_to_make
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
@@ -54,8 +55,7 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     step; stage: called with what is being done; notice: with what the user should know. Raises LrkvError for anything that cannot be done as
     asked; checkpoints are kept then. After Ctrl-C or SIGTERM a checkpoint is saved and KeyboardInterrupt raised.
     """
-    model, out, options = Path(model).expanduser(), Path(out).expanduser(), Options(**options)
-    out = out if out.name else out.resolve()        # "."
+    model, out, options = Path(model).expanduser(), folder_to_make(out), Options(**options)
     options.check()
     check_shard_size(max_shard_size)
     record = read_record(model)
