@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     models: Annotated[list[str], typer.Argument(help="The original first, then converted folders: what the others are compared with comes first.")],
     tokens: Annotated[str, typer.Option(help="Cached tokens per row, separated by commas.")] = "1024,4096",

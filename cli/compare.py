@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text files to measure on, or folders of them; several.")]
 Audio = Annotated[list[str] | None, typer.Option("--audio", help="Speech models: folders of .wav files (x.txt beside x.wav, or transcripts.tsv); several.")]
@@ -31,7 +31,7 @@ Card = Annotated[bool, typer.Option("--card", help="Also write what was measured
 Report = Annotated[Path | None, typer.Option("--report", help="Also write one HTML page with tables, pictures and commands.")]
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def compare(
     base: Annotated[str, typer.Argument(help="The original model: folder, .gguf file or hub id.")],
     others: Annotated[list[str], typer.Argument(help="Models to compare with it: converted, healed, any.")],
@@ -46,7 +46,7 @@ def compare(
             limit=limit, task_folder=task_folder, generated_code=run_generated_code, audio=audio or [], pairs=pairs or [])
 
 
-@app.command("eval", cls=Variadic)
+@app.command("eval", cls=Command)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
     text: Texts = None, dataset: Datasets = None, seq_len: SeqLen = None, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto",
@@ -100,7 +100,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         display.show_comparison(result)         # first of all: what comes now may fail
     for folder in cards:
         if known := [t["name"] for t in result["texts"] if t["sha256"] in calibrated_on(folder)]:
-            print(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
+            display.say(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
     if json_file:
         write_json(json_file, result)
     if report:
@@ -109,4 +109,5 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         for folder in cards:
             add_evaluation(folder, result)
     if written := [*filter(None, (json_file, report)), *(folder / "README.md" for folder in cards if card)]:
-        print("\nwritten: " + ", ".join(map(str, written)))
+        print()
+        display.say("written: " + ", ".join(map(str, written)))

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of the model to convert.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],

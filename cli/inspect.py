@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of an original: what to expect. Or a converted folder: what was done to each head.")],
     original: Annotated[str | None, typer.Option(help="What a converted folder is compared with. Default: where its lrkv.json says it came from.")] = None,

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def sweep(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
     text: Annotated[str, typer.Option(help="Text file to measure on; not one of --calibration.")],
