@@ -1,6 +1,4 @@
 """`lrkv compare` and `lrkv eval`."""
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,16 +62,16 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
     from lrkv_convert.evaluate.load import read_config, refuse_encoder
+    from lrkv_convert.markup import quoted
+    from lrkv_convert.places import check_file, writing
     from lrkv_convert.provenance import calibrated_on
     from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import RECORD, write_json
 
     from . import display
-    for file in (json_file, report):
-        if file and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-            raise LrkvError(f"cannot write {file}: its folder does not exist or is not writable", "make it first")
-        if file and file.is_dir():
-            raise LrkvError(f"cannot write {file}: it is a folder", "give a file in it")
+    json_file, report = (file and check_file(file, option) for file, option in ((json_file, "--json"), (report, "--report")))
+    if json_file and json_file == report:
+        raise LrkvError(f"--json and --report are the same file, {report}", "give each its own")
     if report:
         try:
             from lrkv_convert.evaluate.page import write_page
@@ -82,6 +80,8 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
+    for folder in cards if card else ():
+        check_file(folder / "README.md", "--card")
     if audio or pairs:
         if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--batch-size": batch_size > 1, "--report": report, **more}.items() if value]:
             option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))
@@ -102,11 +102,13 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         if known := [t["name"] for t in result["texts"] if t["sha256"] in calibrated_on(folder)]:
             display.say(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
     if json_file:
-        write_json(json_file, result)
+        with writing(json_file):
+            write_json(json_file, result)
     if report:
-        write_page(result, report, shlex.join(["lrkv", *sys.argv[1:]]))
-    if card:
-        for folder in cards:
+        with writing(report):
+            write_page(result, report, quoted(["lrkv", *sys.argv[1:]]))
+    for folder in cards if card else ():
+        with writing(folder):
             add_evaluation(folder, result)
     if written := [*filter(None, (json_file, report)), *(folder / "README.md" for folder in cards if card)]:
         print()

@@ -20,6 +20,8 @@ def lora_targets(model: PreTrainedModel | str | Path, names: list[str] = list(US
     that matches nothing.
     """
     model, where = (model, model.config.model_type) if isinstance(model, nn.Module) else (_built(str(model)), str(model))
+    if not str(model.config.model_type).startswith("lrkv_"):
+        raise LrkvError(f"{where} is no converted model", "there, PEFT takes names as they are")
     adapters = _adapters(model.config.model_type)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     found = []
@@ -51,13 +53,9 @@ def _meant(name: str, adapter: Adapter) -> list[str]:
 
 
 def _adapters(model_type: str) -> list[Adapter]:
-    """One for each kind of attention. Raises LrkvError for a model that is not converted."""
+    """One for each kind of attention."""
     family = model_type.removeprefix("lrkv_")
-    if family in ENCODER_DECODERS:
-        return list(ENCODER_DECODERS[family].kinds.values())
-    if family not in ADAPTERS:
-        raise LrkvError(f"{model_type} is no converted model", "give one that lrkv convert wrote")
-    return [ADAPTERS[family]]
+    return list(ENCODER_DECODERS[family].kinds.values()) if family in ENCODER_DECODERS else [ADAPTERS[family]]
 
 
 def _built(folder: str) -> PreTrainedModel:
