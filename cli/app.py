@@ -79,6 +79,9 @@ class Command(TyperCommand):
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         spread, current = [], None
         for arg in args:
+            if not arg.strip() or arg.startswith("--") and arg.endswith("="):
+                before = spread[-1] if spread and spread[-1].startswith("-") else "an argument"
+                raise UsageError(f"{arg.rstrip('=').strip() or before} is empty", ctx=ctx)
             if arg.startswith("-"):
                 current = arg if arg in several else None
                 spread.append(arg)
@@ -97,8 +100,6 @@ class Command(TyperCommand):
 
 def no_use(value) -> str | None:
     """Why a value means nothing to any command."""
-    if isinstance(value, str) and not value.strip():
-        return "it is empty"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is no number to reckon with"
     if isinstance(value, int) and abs(value) > LARGEST:

@@ -39,8 +39,11 @@ def compare(
     report: Report = None, card: Card = False,
 ) -> None:
     """Perplexity, KL, agreement and cache of models beside their original; at length, on tasks and in words if asked."""
+    chosen = [t for given in tasks or [] for t in given.split(",") if t.strip()]
+    if tasks and not chosen:
+        raise typer.BadParameter("no task is named", param_hint="--tasks")
     measure([base, *others], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file, report, card, caches=cache or [], prompts=prompt or [],
-            samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=[t for given in tasks or [] for t in given.split(",") if t],
+            samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=chosen,
             limit=limit, task_folder=task_folder, generated_code=run_generated_code, audio=audio or [], pairs=pairs or [])
 
 
@@ -65,7 +68,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.markup import quoted
     from lrkv_convert.places import check_file, writing
     from lrkv_convert.provenance import calibrated_on
-    from lrkv_convert.report import add_evaluation
+    from lrkv_convert.report import add_evaluation, read_record
     from lrkv_convert.writer import RECORD, write_json
 
     from . import display
@@ -82,6 +85,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     for folder in cards if card else ():
         check_file(folder / "README.md", "--card")
+        read_record(folder)
     if audio or pairs:
         if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--batch-size": batch_size > 1, "--report": report, **more}.items() if value]:
             option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))

@@ -61,7 +61,7 @@ def _results(measured: dict, task: str) -> list[dict]:
 def model_card(record: dict, carried: dict, name: str, picture: bool = False) -> str:
     """README.md of a converted folder called `name`. picture: whether PICTURE lies beside it. Raises LrkvError for a record that is not one of ours."""
     try:
-        return encoder_decoder_card(record, carried, name) if "attention" in record else decoder_card(record, carried, name, picture)
+        return encoder_decoder_card(record, carried, name) if "attention" in record.keys() else decoder_card(record, carried, name, picture)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise LrkvError(f"lrkv.json of {name} is not as lrkv convert wrote it: {type(error).__name__} at {error}", "convert the model again") from error
 

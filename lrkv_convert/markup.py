@@ -20,7 +20,7 @@ def prose(text) -> str:
     """In a sentence, a heading or a cell."""
     text = " ".join(visible(text).split())
     text = MARKDOWN.sub(lambda found: "\\" + found[0], text)
-    text = re.sub(r"^(\d+(?=[.)])|(?=[-+=]))", r"\1\\", text)        # what would begin a list, or underline a heading
+    text = re.sub(r"^(\d+(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text)        # what would begin a list, or underline a heading
     return re.sub("[&<>]", lambda found: ENTITIES[found[0]], text)
 
 

@@ -46,14 +46,14 @@ def within(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def check_folder(folder: Path) -> None:
-    """Raise LrkvError where this folder is not there and cannot be made, or nothing can be written into it."""
-    with writing(folder):
+def check_folder(folder: Path, what: Path | None = None) -> None:
+    """Raise LrkvError where this folder is not there and cannot be made, or nothing can be written into it; what: that is to be written, if not the folder."""
+    with writing(what or folder):
         if folder.is_symlink() and not folder.exists():
             raise LrkvError(f"cannot write {folder}: it is a link that leads nowhere", "give another --out")
         place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not place.is_dir():
-            raise LrkvError(f"cannot write {folder}: {'it' if place == folder else place} is a file, where a folder is needed", "give another --out")
+            raise LrkvError(f"cannot write {folder}: a file is in its place{'' if place == folder else f', {place}'}", "give another --out")
         os.rmdir(tempfile.mkdtemp(prefix=".lrkv-", dir=place))      # permissions alone do not tell of systems that are read-only
 
 

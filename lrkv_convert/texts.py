@@ -16,7 +16,7 @@ from .places import expanded
 SEQ_LEN = 512
 BUILT_IN = "built-in"
 SELF = "self"       # as a calibration text: what the model itself writes
-SAMPLED_AT_ONCE = 16
+SAMPLED_AT_ONCE, SAMPLED = 16, 10**7      # documents; tokens in all, which take days
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def read_one(path: str) -> Text:
 
 
 def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -> Text:
-    """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token."""
+    """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token. Raises LrkvError."""
+    if tokens > SAMPLED:
+        raise LrkvError(f"{tokens:,} tokens are more than a model can be let write", f"give --calibration-tokens of at most {SAMPLED:,} with self")
     length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
     starts = tokenizer.eos_token_id if starts is None else starts
     rows, documents = [], tokens // length + 2          # decoding and tokenising again may lose a few tokens

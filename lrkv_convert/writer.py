@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
+from .fields import LARGEST
 from .lock import LOCK, claim
 from .places import HINT, check_folder, remove, remove_folder, special, within, writing
 from .store import FINGERPRINT, Store
@@ -42,7 +43,7 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
                 raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
         for place in places[1:]:
             check_ours(place)
-        check_folder(out.parent)
+        check_folder(out.parent, what=out)
 
 
 def check_ours(place: Path) -> None:
@@ -66,8 +67,13 @@ def blank(folder: Path) -> bool:
 
 def check_shard_size(size: int | str) -> None:
     """Raise LrkvError for a size that is neither bytes nor a number with a unit."""
-    if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(size)) or str(size).strip("0") == "":
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(size)) or not 1 <= _bytes(str(size)) < LARGEST:
         raise LrkvError(f"a shard size of {size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
+
+
+def _bytes(size: str) -> float:
+    """As huggingface_hub reckons."""
+    return float(size.rstrip("KMGTB")) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(size[-2:-1] if size.endswith("B") else "", 1)
 
 
 @contextmanager
