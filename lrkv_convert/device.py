@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()      # "meta" has no numbers
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise LrkvError(f"the device {name!r} cannot be used", "choose auto, cpu or cuda") from error
