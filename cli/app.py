@@ -1,4 +1,5 @@
-"""What all commands share: the app, one line for an error, clean exit codes, several values for one option, values that no command can use."""
+"""What all commands share: the app, one line for an error, clean exit codes, several values for one
+option, values that no command can use."""
 import errno
 import math
 import os
@@ -13,7 +14,8 @@ LARGEST = 10**15                            # nothing here is counted as far
 
 
 class Refusals(TyperGroup):
-    """Turns a refusal into one line on stderr and exit code 1, wrong usage into one and 2, Ctrl-C into 130."""
+    """Turns a refusal into one line on stderr and exit code 1, wrong usage into one and 2, Ctrl-C
+    into 130."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         try:
@@ -24,43 +26,51 @@ class Refusals(TyperGroup):
     def invoke(self, ctx: typer.Context):
         signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill cleans up as Ctrl-C does
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")           # names of files may hold bytes that are no characters
+            sys.stdout.reconfigure(errors="backslashreplace")       # names may hold odd bytes
         try:
             found = super().invoke(ctx)
             sys.stdout.flush()
             return found
         except KeyboardInterrupt as stop:
-            print(visible(str(stop)) if stop.args and isinstance(stop.args[0], str) else "interrupted; nothing was left behind", file=sys.stderr)
+            said = stop.args and isinstance(stop.args[0], str)
+            tell(str(stop) if said else "interrupted; nothing was left behind")
             ctx.exit(130)
         except UsageError as error:
             refuse_usage(ctx, error)
-        except OSError as error:        # what nobody foresaw of disks and paths; a pipe that is closed is typer's to end with
-            if error.errno == errno.EPIPE:
+        except OSError as error:        # what nobody foresaw of disks and paths
+            if error.errno == errno.EPIPE:      # nobody reads on: typer ends quietly
                 raise
             if speaks_for_all():
                 where = f": {error.filename}" if error.filename else ""
-                print(visible(f"error: {error.strerror or type(error).__name__}{where}; check paths, permissions and free space"), file=sys.stderr)
+                found = error.strerror or type(error).__name__
+                tell(f"error: {found}{where}; check paths, permissions and free space")
             drop_output()
             ctx.exit(1)
         except Exception as error:
             if type(error).__name__ == "LrkvError":     # by name: importing the class would import torch
                 if speaks_for_all():
-                    print(visible(f"error: {error.message}" + (f"; {error.hint}" if error.hint else "")), file=sys.stderr)
+                    tell(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""))
                 ctx.exit(1)
             raise
 
 
 def refuse_usage(ctx: typer.Context, error: UsageError) -> None:
-    """One line for arguments that make no sense, and exit code 2; without any, typer shows the help."""
+    """One line for arguments that make no sense, and exit code 2; without any, typer shows the
+    help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         raise error
     command = (error.ctx or ctx).command_path
-    print(visible(f"error: {error.format_message().rstrip('.')}; {command} --help says more"), file=sys.stderr)
+    tell(f"error: {error.format_message().rstrip('.')}; {command} --help says more")
     ctx.exit(error.exit_code)
 
 
+def tell(line: str) -> None:
+    print(visible(line), file=sys.stderr)
+
+
 def visible(text: str, kept: str = "") -> str:
-    """A text for the terminal: control characters but those kept, which names of files may hold, as they are written in code."""
+    """A text for the terminal: control characters but those kept, which names of files may hold, as
+    they are written in code."""
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
@@ -73,7 +83,8 @@ def drop_output() -> None:
 
 
 class Command(TyperCommand):
-    """Lets an option that may be repeated take several values at once, `--calibration a.txt b.txt`, and refuses values that mean nothing anywhere."""
+    """Lets an option that may be repeated take several values at once, `--calibration a.txt b.txt`,
+    and refuses values that mean nothing anywhere."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
@@ -111,7 +122,8 @@ app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=F
 
 
 def speaks_for_all() -> bool:
-    """Whether this is the only process on its machine, or the first of those that accelerate, torchrun or MPI started there."""
+    """Whether this is the only process on its machine, or the first of those that accelerate,
+    torchrun or MPI started there."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
 
 

@@ -1,4 +1,6 @@
-"""The fields of options, read one way wherever they come from: a recipe, --set, a flag or a keyword argument. Their types are the annotations of the dataclass."""
+"""The fields of options, read one way wherever they come from: a recipe, --set, a flag or a keyword
+argument. Their types are the annotations of the dataclass."""
+
 import math
 import reprlib
 from dataclasses import fields
@@ -7,27 +9,53 @@ from typing import get_args
 
 from .errors import LrkvError
 
-LARGEST = 10**15        # of whole numbers: nothing here is counted as far, and beyond 2^63 tensors raise errors of their own
-EXPECTED = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", list[str]: "a list of files", NoneType: "left out"}
+# of whole numbers: nothing here is counted as far; beyond 2^63 tensors raise errors of their own
+LARGEST = 10**15
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    bool: "true or false",
+    list[str]: "a list of files",
+    NoneType: "left out",
+}
 
 
 class Typed:
-    """A frozen dataclass whose fields are what their annotations say, or LrkvError. One word is a list of words."""
+    """A frozen dataclass whose fields are what their annotations say, or LrkvError. One word is a
+    list of words."""
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            object.__setattr__(self, field.name, fitted(field.name, value, get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)))
+            object.__setattr__(
+                self,
+                field.name,
+                fitted(
+                    field.name,
+                    value,
+                    get_args(field.type) if isinstance(field.type, UnionType) else (field.type,),
+                ),
+            )
 
 
 def fitted(name: str, value, kinds: tuple):
-    """`value` as one of the kinds. Raises LrkvError that names the field, the value and what is expected."""
+    """`value` as one of the kinds. Raises LrkvError that names the field, the value and what is
+    expected."""
     for kind in kinds:
         if fits(value, kind):
-            return float(value) if kind is float else list(value) if kind == list[str] and value is not None else value
+            return (
+                float(value)
+                if kind is float
+                else list(value)
+                if kind == list[str] and value is not None
+                else value
+            )
     if list[str] in kinds and fits(value, str) and value:
         return [value]
-    if isinstance(value, float) and int in kinds and value.is_integer() and fits(int(value), int):     # 1e6 tokens
+    if (
+        isinstance(value, float) and int in kinds and value.is_integer() and fits(int(value), int)
+    ):  # 1e6 tokens
         return int(value)
     expected = " or ".join(EXPECTED[kind] for kind in kinds if kind is not NoneType)
     raise LrkvError(f"{name} is {shown(value)}", f"it must be {expected}")
@@ -36,11 +64,18 @@ def fitted(name: str, value, kinds: tuple):
 def fits(value, kind) -> bool:
     """Whether a value is of this kind. True and false are no numbers, nor is NaN."""
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value) and (isinstance(value, float) or abs(value) < LARGEST)
+        return (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and not math.isnan(value)
+            and (isinstance(value, float) or abs(value) < LARGEST)
+        )
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
     if kind == list[str]:
-        return isinstance(value, list | tuple) and all(isinstance(word, str) and word for word in value)
+        return isinstance(value, list | tuple) and all(
+            isinstance(word, str) and word for word in value
+        )
     return value is None if kind is NoneType else isinstance(value, kind)
 
 

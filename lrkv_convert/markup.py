@@ -1,13 +1,18 @@
-"""Text that becomes markup. Names of folders, texts and models are anybody's words: in Markdown, in a shell's command, in a picture they stand as themselves.
+"""Text that becomes markup. Names of folders, texts and models are anybody's words: in Markdown, in
+a shell's command, in a picture they stand as themselves.
 
-Everything in a model card or a picture that this project did not write itself goes through here. (HTML: the page's template escapes; YAML: a dumper writes it.)
+Everything in a model card or a picture that this project did not write itself goes through here.
+(HTML: the page's template escapes; YAML: a dumper writes it.)
 """
+
 import re
 import shlex
 
 import yaml
 
-MARKDOWN = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")     # what may begin something; an underscore within a word does not
+MARKDOWN = re.compile(
+    r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])"
+)  # what may begin something; an underscore within a word does not
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -20,7 +25,9 @@ def prose(text) -> str:
     """In a sentence, a heading or a cell."""
     text = " ".join(visible(text).split())
     text = MARKDOWN.sub(lambda found: "\\" + found[0], text)
-    text = re.sub(r"^(\d+(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text)        # what would begin a list, or underline a heading
+    text = re.sub(
+        r"^(\d+(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text
+    )  # what would begin a list, or underline a heading
     return re.sub("[&<>]", lambda found: ENTITIES[found[0]], text)
 
 
@@ -45,13 +52,23 @@ def block(language: str, lines: str) -> str:
 
 def literal(text: str) -> str:
     """As a string in Python."""
-    text = visible(text.replace("\\", "\\\\")) if not text.isprintable() else text.replace("\\", "\\\\")
+    text = (
+        visible(text.replace("\\", "\\\\"))
+        if not text.isprintable()
+        else text.replace("\\", "\\\\")
+    )
     return '"' + text.replace('"', '\\"') + '"'
 
 
 def quoted(words: list[str]) -> str:
-    """Words of a command, so that a shell reads them as they are; those with control characters in the form that bash knows."""
-    return " ".join(shlex.quote(word) if word.isprintable() else "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'" for word in words)
+    """Words of a command, so that a shell reads them as they are; those with control characters in
+    the form that bash knows."""
+    return " ".join(
+        shlex.quote(word)
+        if word.isprintable()
+        else "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+        for word in words
+    )
 
 
 def front(fields: dict) -> str:
