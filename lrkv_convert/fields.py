@@ -28,15 +28,8 @@ class Typed:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            object.__setattr__(
-                self,
-                field.name,
-                fitted(
-                    field.name,
-                    value,
-                    get_args(field.type) if isinstance(field.type, UnionType) else (field.type,),
-                ),
-            )
+            kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+            object.__setattr__(self, field.name, fitted(field.name, value, kinds))
 
 
 def fitted(name: str, value, kinds: tuple):
@@ -44,19 +37,11 @@ def fitted(name: str, value, kinds: tuple):
     expected."""
     for kind in kinds:
         if fits(value, kind):
-            return (
-                float(value)
-                if kind is float
-                else list(value)
-                if kind == list[str] and value is not None
-                else value
-            )
+            return {float: float, list[str]: list}.get(kind, lambda same: same)(value)
     if list[str] in kinds and fits(value, str) and value:
         return [value]
-    if (
-        isinstance(value, float) and int in kinds and value.is_integer() and fits(int(value), int)
-    ):  # 1e6 tokens
-        return int(value)
+    if int in kinds and isinstance(value, float) and value.is_integer() and fits(int(value), int):
+        return int(value)       # 1e6 tokens
     expected = " or ".join(EXPECTED[kind] for kind in kinds if kind is not NoneType)
     raise LrkvError(f"{name} is {shown(value)}", f"it must be {expected}")
 

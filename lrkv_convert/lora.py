@@ -12,12 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from .adapters import ADAPTERS, ENCODER_DECODERS, Adapter
 from .errors import LrkvError
 
-USUAL = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-}  # what people write, whatever the family calls its own
+# what people write, whatever the family calls its own
+USUAL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 FACTORS = ("W_shared", "U")
 
 
@@ -26,52 +22,40 @@ def lora_targets(model: PreTrainedModel | str | Path, names: list[str] = list(US
     what LoraConfig takes as target_modules.
 
     names: as in the source model (q_proj, c_attn, query_key_value, down_proj, ...), the usual four
-    for any family, or as in this one. Raises LrkvError for a name
-    that matches nothing.
+    for any family, or as in this one. Raises LrkvError for a name that matches nothing.
     """
-    model, where = (
-        (model, model.config.model_type)
-        if isinstance(model, nn.Module)
-        else (_built(str(model)), str(model))
-    )
+    where = model.config.model_type if isinstance(model, nn.Module) else str(model)
+    model = model if isinstance(model, nn.Module) else _built(where)
     if not str(model.config.model_type).startswith("lrkv_"):
         raise LrkvError(f"{where} is no converted model", "there, PEFT takes names as they are")
-    adapters = _adapters(model.config.model_type)
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    ]
+    adapters, linear = _adapters(model.config.model_type), nn.Linear | Conv1D
+    layers = [name for name, module in model.named_modules() if isinstance(module, linear)]
     found = []
-    for name in [names] if isinstance(names, str) else names:
-        path, dot, last = str(name).rpartition(".")
+    for name in [names] if isinstance(names, str) else map(str, names):
+        path, dot, last = name.rpartition(".")
         meant = [path + dot + target for adapter in adapters for target in _meant(last, adapter)]
-        there = [
-            target
-            for target in dict.fromkeys([str(name), *meant])
-            if any(layer == target or layer.endswith("." + target) for layer in layers)
-        ]
+        there = [target for target in dict.fromkeys([name, *meant]) if _matches(target, layers)]
         if not there:
-            known = sorted(
-                {
-                    ".".join(layer.split(".")[-2:])
-                    if layer.endswith(tuple("." + f for f in FACTORS))
-                    else layer.split(".")[-1]
-                    for layer in layers
-                }
-            )
-            raise LrkvError(
-                f"no layer of {where} is called {str(name)!r}, nor was one of its source",
-                f"it has {', '.join(known)}",
-            )
+            message = f"no layer of {where} is called {name!r}, nor was one of its source"
+            raise LrkvError(message, f"it has {', '.join(sorted(set(map(_short, layers))))}")
         found += there
     return list(dict.fromkeys(found))
 
 
+def _matches(target: str, layers: list[str]) -> bool:
+    """As PEFT looks: whole names, or what comes after a point."""
+    return any(f".{layer}".endswith(f".{target}") for layer in layers if target)
+
+
+def _short(layer: str) -> str:
+    parts = layer.split(".")
+    return ".".join(parts[-2:] if parts[-1] in FACTORS else parts[-1:])
+
+
 def attention_targets(record: dict) -> list[str]:
     """The same for all of attention, as lrkv.json tells it."""
-    kinds, adapters = (
-        record.get("attention") or {None: record},
-        _adapters(record["source"]["model_type"]),
-    )
+    kinds = record.get("attention") or {None: record}
+    adapters = _adapters(record["source"]["model_type"])
     factors = [
         f"{side}.{factor}"
         for side in ("keys", "values")

@@ -10,9 +10,8 @@ import shlex
 
 import yaml
 
-MARKDOWN = re.compile(
-    r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])"
-)  # what may begin something; an underscore within a word does not
+# what may begin something; an underscore within a word does not
+MARKDOWN = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -25,9 +24,8 @@ def prose(text) -> str:
     """In a sentence, a heading or a cell."""
     text = " ".join(visible(text).split())
     text = MARKDOWN.sub(lambda found: "\\" + found[0], text)
-    text = re.sub(
-        r"^(\d+(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text
-    )  # what would begin a list, or underline a heading
+    # what would begin a list, or underline a heading
+    text = re.sub(r"^(\d+(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text)
     return re.sub("[&<>]", lambda found: ENTITIES[found[0]], text)
 
 
@@ -52,12 +50,7 @@ def block(language: str, lines: str) -> str:
 
 def literal(text: str) -> str:
     """As a string in Python."""
-    text = (
-        visible(text.replace("\\", "\\\\"))
-        if not text.isprintable()
-        else text.replace("\\", "\\\\")
-    )
-    return '"' + text.replace('"', '\\"') + '"'
+    return '"' + visible(text.replace("\\", "\\\\")).replace('"', '\\"') + '"'
 
 
 def quoted(words: list[str]) -> str:

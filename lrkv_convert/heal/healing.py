@@ -6,7 +6,6 @@
 The result has the form of a converted folder and loads the same way; its lrkv.json and its model card say how it came about.
 """
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
+from .. import report as reporting
 from ..adapters import ADAPTERS
 from ..errors import LrkvError
 from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
@@ -96,11 +96,9 @@ def read_record(model: Path) -> dict:
     if not model.is_dir():
         raise LrkvError(f"there is no folder {model}", "give the folder of a converted model; one of the hub must be downloaded first")
     try:
-        return json.loads((model / RECORD).read_text(encoding="utf-8"))
+        return reporting.read_record(model)        # the card is written anew from it, after training
     except OSError as error:
         raise LrkvError(f"{model} is not a converted model: it has no {RECORD}", "make one with lrkv convert MODEL --out DIR") from error
-    except ValueError as error:
-        raise LrkvError(f"{model / RECORD} is not JSON", "convert the model again") from error
 
 
 def choose_loss(teacher: str | None, record: dict, options: Options, notice: Callable[[str], None]) -> tuple[str | None, float]:

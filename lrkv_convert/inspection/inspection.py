@@ -44,8 +44,8 @@ def is_converted(model: str) -> bool:
     if (folder / RECORD).is_file():
         return True
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type", "").startswith("lrkv_")
-    except (OSError, ValueError):
+        return json.loads((folder / "config.json").read_text())["model_type"].startswith("lrkv_")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False        # what is wrong with it is told when it is opened
 
 
@@ -56,7 +56,7 @@ def source_of(model: str) -> str:
         path, name = source["path"], source["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LrkvError(f"{model} does not say what it was converted from", "give --original") from error
-    if Path(path).exists():
+    if isinstance(path, str) and Path(path).exists():
         return path
     raise LrkvError(f"the original of {model}, {name}, is not where it was", "give --original")
 
