@@ -14,17 +14,28 @@ except ImportError:  # not on this system
 LOCK = "lock"
 
 
-def claim(work: Path) -> TextIO | None:
-    """Keep other processes out of a run's working folder until the file that is returned is closed;
-    None where it is not there. Raises LrkvError if one is in it."""
+class Lock:
+    """What keeps others out until it is closed."""
+
+    def __init__(self, file: TextIO | None):
+        self.file = file
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def claim(work: Path) -> Lock:
+    """Keep other processes out of a run's working folder; of nothing where it is not there yet.
+    Raises LrkvError if one is in it."""
     if fcntl is None or not work.is_dir():
-        return None
-    lock = open(work / LOCK, "a")
+        return Lock(None)
+    file = open(work / LOCK, "a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.close()
+        file.close()
         raise LrkvError(
             f"another process is writing {work.parent}", "wait for it, or give another --out"
         ) from error
-    return lock
+    return Lock(file)

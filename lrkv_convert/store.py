@@ -33,6 +33,12 @@ class Store:
         """Whether the values there are those of this fingerprint."""
         return (folder / FINGERPRINT).is_file() and (folder / FINGERPRINT).read_text(encoding="utf-8") == cls._text(fingerprint)
 
+    def clear(self) -> None:
+        """Let go of the values; what is left says whose the folder is, until it is discarded."""
+        (self.folder / FINGERPRINT).write_text("", encoding="utf-8")
+        for file in self.folder.glob("*.pt"):
+            file.unlink()
+
     @staticmethod
     def discard(folder: Path) -> None:
         """Remove a store. Its fingerprint is spoilt first, so that half of one is never taken for a whole one, and goes last: it says whose this is."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
 from .fields import LARGEST
-from .lock import LOCK, claim
+from .lock import LOCK, Lock, claim
 from .places import HINT, check_folder, remove, remove_folder, special, within, writing
 from .store import FINGERPRINT, Store
 
@@ -23,7 +23,8 @@ RECORD = "lrkv.json"    # stands in every folder this project writes, and in no 
 PARTIAL, PREVIOUS = ".partial", ".previous"     # appended to the output's name: until it is whole; while it is being replaced
 WORK = "work"           # inside the partial folder: what a run in progress has worked out
 HEALING = f"{WORK}/heal.json"       # what a run of heal was asked for (heal/run.py)
-MARKS = (RECORD, f"{WORK}/{FINGERPRINT}", HEALING)      # of these, one stands in every folder of ours, finished or not
+REPLACED = ".lrkv-replaced"         # in a folder that was moved out of the way
+MARKS = (f"{WORK}/{FINGERPRINT}", HEALING, REPLACED)    # of these, one stands in every folder of ours that may be removed
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
@@ -85,36 +86,55 @@ def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
     """
     partial = out.with_name(out.name + PARTIAL)
     missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
+    lock = None
     check_ours(partial)
     if (partial / HEALING).is_file():
         raise LrkvError(f"{partial} holds a run of heal that stopped", "give another --out, or remove it")
-    lock, done = claim(partial / WORK), False
     try:
-        if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
-            discard(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        store = Store(partial / WORK, fingerprint)
-        lock = lock or claim(partial / WORK)
+        store, lock = begin(partial, fingerprint)
         yield partial, store
-        done = True
-        Store.discard(partial / WORK)
-        publish(partial, out)
     except BaseException as error:
-        if done:
-            raise _homeless(error, partial, out) from error
         if isinstance(error, KeyboardInterrupt) and any((partial / WORK).glob("*.pt")):
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {partial}, which holds what is done") from None
-        with suppress(OSError):
-            discard(partial)
+        if lock is not None or abandoned(partial):
+            with suppress(OSError):
+                discard(partial)
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
             raise LrkvError(f"cannot write {out}: {error.strerror or error}", HINT) from error
         raise
+    else:
+        try:
+            store.clear()
+            publish(partial, out)
+            Store.discard(out / WORK)
+        except BaseException as error:
+            raise _homeless(error, partial, out) from error
     finally:
         if lock is not None:
             lock.close()
+
+
+def begin(partial: Path, fingerprint: dict) -> tuple[Store, Lock]:
+    """The store of a run that was stopped there, or a new one in its place, kept for this process. Raises LrkvError where another process has it."""
+    lock = claim(partial / WORK)
+    if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
+        discard(partial)
+        lock.close()
+        partial.mkdir(parents=True)
+        lock = None
+    store = Store(partial / WORK, fingerprint)
+    return store, lock or claim(partial / WORK)
+
+
+def abandoned(partial: Path) -> bool:
+    """Whether an unfinished folder is no process's any more."""
+    with suppress(LrkvError):
+        claim(partial / WORK).close()
+        return partial.is_dir() and ours(partial)
+    return False
 
 
 def _homeless(error: BaseException, partial: Path, out: Path) -> BaseException:
@@ -125,9 +145,9 @@ def _homeless(error: BaseException, partial: Path, out: Path) -> BaseException:
 
 
 def discard(partial: Path) -> None:
-    """Remove an unfinished folder of ours, the marks that say so last."""
+    """Remove an unfinished folder of ours, the mark that says so last."""
     if partial.is_dir():
-        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == RECORD):
+        for entry in partial.iterdir():
             if entry.name != WORK:
                 remove(entry)
         Store.discard(partial / WORK)
@@ -138,16 +158,17 @@ def publish(partial: Path, out: Path) -> None:
     """Give a whole folder its name, in place of what had it. Raises LrkvError if that has become somebody else's meanwhile."""
     previous = out.with_name(out.name + PREVIOUS)
     if out.exists():
-        if not ours(out):
+        if not (out / RECORD).is_file() and any(out.iterdir()):
             raise LrkvError(f"{out} holds something other than a converted model by now", f"the result lies in {partial}: move it")
         if previous.exists() and not ours(previous):
             previous = Path(tempfile.mkdtemp(prefix=previous.name + "-", dir=out.parent))
-        remove_folder(previous, last=RECORD)
+        remove_folder(previous, last=REPLACED)
+        (out / REPLACED).touch()
         out.rename(previous)
     partial.rename(out)
-    if ours(previous):
+    if previous.is_dir() and ours(previous):
         with suppress(OSError):
-            remove_folder(previous, last=RECORD)
+            remove_folder(previous, last=REPLACED)
 
 
 def shards_whole(partial: Path, store: Store) -> bool:

@@ -139,7 +139,7 @@ def test_a_run_of_heal_is_not_a_conversions_to_remove(source, tmp_path):
 
 @pytest.mark.parametrize(
     "left",
-    ["nothing", "an empty folder", "a working folder", "a lock", "a spoilt mark", "a record"],
+    ["nothing", "an empty folder", "a working folder", "a lock", "a spoilt mark"],
 )
 def test_what_a_killed_run_leaves_is_ours(left, source, tmp_path):
     """A run may be killed between any two steps of its beginning and its end."""
@@ -153,8 +153,6 @@ def test_what_a_killed_run_leaves_is_ours(left, source, tmp_path):
     if left == "a spoilt mark":
         (partial / "work" / "run.json").touch()
         (partial / "model.safetensors").write_text("half")
-    if left == "a record":
-        (partial / "lrkv.json").write_text("{}")
     convert(str(source), tmp_path / "out", rank=7, calibration=[])
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"} and not (
         tmp_path / "out" / "work"
@@ -223,19 +221,32 @@ def test_a_name_that_was_taken_meanwhile_is_not_replaced(tmp_path):
     ).is_file()
 
 
-def test_a_previous_of_somebody_else_is_not_used(tmp_path):
-    for name, file in (
-        ("out", "lrkv.json"),
-        ("out.partial", "lrkv.json"),
-        ("out.previous", "thesis.txt"),
-    ):
+@pytest.mark.parametrize("file", ["thesis.txt", "lrkv.json"])
+def test_a_previous_of_somebody_else_is_not_used(file, tmp_path):
+    """A model that the user set aside is not one that this package did."""
+    for name, content in (("out", "lrkv.json"), ("out.partial", "lrkv.json"), ("out.previous", file)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text(name)
+        (tmp_path / name / content).write_text(name)
     publish(tmp_path / "out.partial", tmp_path / "out")
-    assert (tmp_path / "out" / "lrkv.json").read_text() == "out.partial" and (
-        tmp_path / "out.previous" / "thesis.txt"
-    ).is_file()
+    assert (tmp_path / "out" / "lrkv.json").read_text() == "out.partial"
+    assert (tmp_path / "out.previous" / file).read_text() == "out.previous"
     assert {p.name for p in tmp_path.iterdir()} == {"out", "out.previous"}
+
+
+def test_a_replacement_that_was_cut_short_is_taken_up(source, tmp_path):
+    """Killed when the old model was set aside and the new one had no name yet: the next run removes what was set aside, once it is whole itself."""
+    convert(str(source), tmp_path / "out", rank=7, calibration=[])
+    (tmp_path / "out" / ".lrkv-replaced").touch()
+    (tmp_path / "out").rename(tmp_path / "out.previous")
+    convert(str(source), tmp_path / "out", rank=6, calibration=[])
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Store, "_text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new" / "out", {}):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------- files
