@@ -1,4 +1,7 @@
-"""What all commands share: the app, one line for an error, clean exit codes, several values for one option."""
+"""What all commands share: the app, one line for an error, clean exit codes, several values for one
+option, values that no command can use."""
+import errno
+import math
 import os
 import signal
 import sys
@@ -6,33 +9,90 @@ import sys
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+LARGEST = 10**15                            # nothing here is counted as far
+[UsageError] = typer.BadParameter.__bases__     # of the click that this typer brings, or uses
+
 
 class Refusals(TyperGroup):
-    """Turns a refusal into one line on stderr and exit code 1, Ctrl-C into 130."""
+    """Turns a refusal into one line on stderr and exit code 1, wrong usage into one and 2, Ctrl-C
+    into 130."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            refuse_usage(ctx, error)
 
     def invoke(self, ctx: typer.Context):
         signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill cleans up as Ctrl-C does
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")       # names may hold odd bytes
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
         except KeyboardInterrupt as stop:
-            print(stop if stop.args and isinstance(stop.args[0], str) else "interrupted; nothing was left behind", file=sys.stderr)
+            said = stop.args and isinstance(stop.args[0], str)
+            tell(str(stop) if said else "interrupted; nothing was left behind")
             ctx.exit(130)
+        except UsageError as error:
+            refuse_usage(ctx, error)
+        except OSError as error:        # what nobody foresaw of disks and paths
+            if error.errno == errno.EPIPE:      # nobody reads on: typer ends quietly
+                raise
+            if speaks_for_all():
+                where = f": {error.filename}" if error.filename else ""
+                found = error.strerror or type(error).__name__
+                tell(f"error: {found}{where}; check paths, permissions and free space")
+            drop_output()
+            ctx.exit(1)
         except Exception as error:
             if type(error).__name__ == "LrkvError":     # by name: importing the class would import torch
-                from .display import show_error
                 if speaks_for_all():
-                    show_error(error)
+                    tell(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""))
                 ctx.exit(1)
             raise
 
 
-class Variadic(TyperCommand):
-    """Lets an option that may be repeated take several values at once: `--calibration a.txt b.txt`."""
+def refuse_usage(ctx: typer.Context, error: UsageError) -> None:
+    """One line for arguments that make no sense, and exit code 2; without any, typer shows the
+    help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise error
+    command = (error.ctx or ctx).command_path
+    tell(f"error: {error.format_message().rstrip('.')}; {command} --help says more")
+    ctx.exit(error.exit_code)
+
+
+def tell(line: str) -> None:
+    print(visible(line), file=sys.stderr)
+
+
+def visible(text: str, kept: str = "") -> str:
+    """A text for the terminal: control characters but those kept, which names of files may hold, as
+    they are written in code."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
+def drop_output() -> None:
+    """What could not be written is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Command(TyperCommand):
+    """Lets an option that may be repeated take several values at once, `--calibration a.txt b.txt`,
+    and refuses values that mean nothing anywhere."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         spread, current = [], None
         for arg in args:
+            if not arg.strip() or arg.startswith("--") and arg.endswith("="):
+                before = spread[-1] if spread and spread[-1].startswith("-") else "an argument"
+                raise UsageError(f"{arg.rstrip('=').strip() or before} is empty", ctx=ctx)
             if arg.startswith("-"):
                 current = arg if arg in several else None
                 spread.append(arg)
@@ -40,7 +100,21 @@ class Variadic(TyperCommand):
                 spread += [current, arg]
             else:
                 spread.append(arg)
-        return super().parse_args(ctx, spread)
+        left = super().parse_args(ctx, spread)
+        for parameter in self.params:
+            given = ctx.params.get(parameter.name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if reason := no_use(value):
+                    raise typer.BadParameter(reason, ctx=ctx, param=parameter)
+        return left
+
+
+def no_use(value) -> str | None:
+    """Why a value means nothing to any command."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no number to reckon with"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "the number is too large"
 
 
 app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,7 +122,8 @@ app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=F
 
 
 def speaks_for_all() -> bool:
-    """Whether this is the only process on its machine, or the first of those that accelerate, torchrun or MPI started there."""
+    """Whether this is the only process on its machine, or the first of those that accelerate,
+    torchrun or MPI started there."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
 
 

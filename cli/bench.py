@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, quiet_libraries
+from .app import LARGEST, Command, app, quiet_libraries
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     models: Annotated[list[str], typer.Argument(help="The original first, then converted folders: what the others are compared with comes first.")],
     tokens: Annotated[str, typer.Option(help="Cached tokens per row, separated by commas.")] = "1024,4096",
@@ -28,6 +28,7 @@ def bench(
     from lrkv_convert.evaluate import bench as run
     from lrkv_convert.evaluate.bench import CACHES
     from lrkv_convert.modeling.attention_lrkv import PATHS
+    from lrkv_convert.places import check_file, writing
     from lrkv_convert.writer import write_json
 
     from . import display
@@ -35,22 +36,23 @@ def bench(
     for name, given, known in (("--paths", routes, PATHS), ("--cache", [cache], CACHES)):
         if unknown := [g for g in given if g not in known]:
             raise LrkvError(f"{name} {unknown[0]!r} is unknown", f"choose from {', '.join(known)}")
-    for file in (json_file, picture):
-        if file and not file.parent.is_dir():
-            raise LrkvError(f"cannot write {file}: its folder does not exist", "make it first")
+    json_file, picture = (file and check_file(file, option) for file, option in ((json_file, "--json"), (picture, "--png")))
     if picture:
         try:
-            from lrkv_convert.plot import decoding
+            from lrkv_convert.plot import check_format, decoding
         except ImportError as error:
             raise LrkvError("--png needs matplotlib", "pip install matplotlib") from error
+        check_format(picture)
     with display.progress() as progress:
         result = run(models, tokens=_numbers("--tokens", tokens), batches=_numbers("--batch", batch), routes=routes, cache=cache, steps=steps,
                      longest=longest, device=pick_device(device), dtype=pick_dtype(dtype), progress=lambda done, total: progress("decoding", done, total))
+    display.show_bench(result)      # first of all: what comes now may fail
     if json_file:
-        write_json(json_file, result)
+        with writing(json_file):
+            write_json(json_file, result)
     if picture:
-        decoding(result, picture)
-    display.show_bench(result)
+        with writing(picture):
+            decoding(result, picture)
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -59,6 +61,6 @@ def _numbers(name: str, text: str) -> list[int]:
         found = list(dict.fromkeys(int(n) for n in text.split(",")))
     except ValueError as error:
         raise LrkvError(f"{name} {text!r} are not numbers", "separate them by commas, as in 2048,8192") from error
-    if min(found) < 1:
-        raise LrkvError(f"{name} {text!r}: {min(found)} is too small", "give numbers above zero")
+    if min(found) < 1 or max(found) > LARGEST:
+        raise LrkvError(f"{name} {text!r}: {min(found) if min(found) < 1 else 'a number'} is too {'small' if min(found) < 1 else 'large'}", "give numbers above zero that a memory can hold")
     return found

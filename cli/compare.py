@@ -1,13 +1,11 @@
 """`lrkv compare` and `lrkv eval`."""
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text files to measure on, or folders of them; several.")]
 Audio = Annotated[list[str] | None, typer.Option("--audio", help="Speech models: folders of .wav files (x.txt beside x.wav, or transcripts.tsv); several.")]
@@ -31,7 +29,7 @@ Card = Annotated[bool, typer.Option("--card", help="Also write what was measured
 Report = Annotated[Path | None, typer.Option("--report", help="Also write one HTML page with tables, pictures and commands.")]
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def compare(
     base: Annotated[str, typer.Argument(help="The original model: folder, .gguf file or hub id.")],
     others: Annotated[list[str], typer.Argument(help="Models to compare with it: converted, healed, any.")],
@@ -41,12 +39,15 @@ def compare(
     report: Report = None, card: Card = False,
 ) -> None:
     """Perplexity, KL, agreement and cache of models beside their original; at length, on tasks and in words if asked."""
+    chosen = [t for given in tasks or [] for t in given.split(",") if t.strip()]
+    if tasks and not chosen:
+        raise typer.BadParameter("no task is named", param_hint="--tasks")
     measure([base, *others], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file, report, card, caches=cache or [], prompts=prompt or [],
-            samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=[t for given in tasks or [] for t in given.split(",") if t],
+            samples=(3 if report else 0) if samples is None else samples, long_context=long_context, tasks=chosen,
             limit=limit, task_folder=task_folder, generated_code=run_generated_code, audio=audio or [], pairs=pairs or [])
 
 
-@app.command("eval", cls=Variadic)
+@app.command("eval", cls=Command)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
     text: Texts = None, dataset: Datasets = None, seq_len: SeqLen = None, max_tokens: MaxTokens = None, batch_size: BatchSize = 1, device: Device = "auto",
@@ -64,16 +65,16 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
     from lrkv_convert.evaluate.load import read_config, refuse_encoder
+    from lrkv_convert.markup import quoted
+    from lrkv_convert.places import check_file, writing
     from lrkv_convert.provenance import calibrated_on
-    from lrkv_convert.report import add_evaluation
+    from lrkv_convert.report import add_evaluation, read_record
     from lrkv_convert.writer import RECORD, write_json
 
     from . import display
-    for file in (json_file, report):
-        if file and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-            raise LrkvError(f"cannot write {file}: its folder does not exist or is not writable", "make it first")
-        if file and file.is_dir():
-            raise LrkvError(f"cannot write {file}: it is a folder", "give a file in it")
+    json_file, report = (file and check_file(file, option) for file, option in ((json_file, "--json"), (report, "--report")))
+    if json_file and json_file == report:
+        raise LrkvError(f"--json and --report are the same file, {report}", "give each its own")
     if report:
         try:
             from lrkv_convert.evaluate.page import write_page
@@ -82,6 +83,9 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
+    for folder in cards if card else ():
+        check_file(folder / "README.md", "--card")
+        read_record(folder)
     if audio or pairs:
         if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--batch-size": batch_size > 1, "--report": report, **more}.items() if value]:
             option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))
@@ -100,13 +104,16 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         display.show_comparison(result)         # first of all: what comes now may fail
     for folder in cards:
         if known := [t["name"] for t in result["texts"] if t["sha256"] in calibrated_on(folder)]:
-            print(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
+            display.say(f"{folder.name} was calibrated on {', '.join(known)}: that says little about anything else")
     if json_file:
-        write_json(json_file, result)
+        with writing(json_file):
+            write_json(json_file, result)
     if report:
-        write_page(result, report, shlex.join(["lrkv", *sys.argv[1:]]))
-    if card:
-        for folder in cards:
+        with writing(report):
+            write_page(result, report, quoted(["lrkv", *sys.argv[1:]]))
+    for folder in cards if card else ():
+        with writing(folder):
             add_evaluation(folder, result)
     if written := [*filter(None, (json_file, report)), *(folder / "README.md" for folder in cards if card)]:
-        print("\nwritten: " + ", ".join(map(str, written)))
+        print()
+        display.say("written: " + ", ".join(map(str, written)))

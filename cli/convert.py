@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of the model to convert.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -55,10 +55,6 @@ def convert(
              "dtype": dtype, "max_shard_size": max_shard_size, "force": force or None}
     options = load_recipe(recipe, "convert", set(flags)) if recipe else {}
     options |= {name: value for name, value in flags.items() if value is not None}
-    if options.get("calibration") in (["none"], "none"):
-        options["calibration"] = []
-    elif isinstance(options.get("calibration"), str):
-        options["calibration"] = [options["calibration"]]
     with display.progress() as progress:
         done = run(model, out, device=device, overwrite=overwrite, dry_run=dry_run, recipe=recipe, progress=progress, **options)
     if as_json:

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from .app import app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 PROMPTS = ("The capital of France is", "Water boils when", "My favourite book is about")
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo/smollm2-lrkv"),
     cache_ratio: Annotated[float, typer.Option(help="Share of the original cache.")] = 0.5,

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries, speaks_for_all
+from .app import Command, app, quiet_libraries, speaks_for_all
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
     data: Annotated[list[str], typer.Option(help="Text, jsonl or parquet files, folders of them, several; or datasets as org/name:config:split.")],

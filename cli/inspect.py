@@ -1,14 +1,13 @@
 """`lrkv inspect`."""
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of an original: what to expect. Or a converted folder: what was done to each head.")],
     original: Annotated[str | None, typer.Option(help="What a converted folder is compared with. Default: where its lrkv.json says it came from.")] = None,
@@ -27,16 +26,15 @@ def inspect(
     from lrkv_convert import LrkvError
     from lrkv_convert.inspection import inspect as run
     from lrkv_convert.inspection import save
+    from lrkv_convert.places import check_folder, expanded
 
     from . import display
     try:
         wanted = [int(r) for group in ranks for r in group.split(",")] if ranks else None
     except ValueError as error:
         raise LrkvError(f"ranks {' '.join(ranks)!r} are not numbers", "give some, as in --ranks 8 16 32") from error
-    if out and any(place.is_file() for place in (out, *out.parents)):
-        raise LrkvError(f"{out} cannot be made: a file is in its place", "give another --out")
-    if out and not os.access(next(place for place in (out, *out.absolute().parents) if place.exists()), os.W_OK):
-        raise LrkvError(f"{out} cannot be written to", "give another --out")
+    if out:
+        check_folder(out := expanded(out))
     with display.progress() as progress:
         result = run(model, original=original, ranks=wanted, target_kl=target_kl, calibration=[] if calibration == ["none"] else calibration, calibration_tokens=calibration_tokens,
                      ablate=ablate, text=text, max_tokens=max_tokens, device=device, progress=progress)

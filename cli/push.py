@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     folder: Annotated[Path, typer.Argument(help="Converted or healed folder.")],
     repository: Annotated[str, typer.Argument(help="Where to: org/name on the hub; made if it is not there.")],
@@ -18,4 +18,6 @@ def push(
     """Upload a converted folder, its model card in front, to the Hugging Face hub (log in with `hf auth login`)."""
     quiet_libraries()
     from lrkv_convert.hub import push as run
-    print(run(folder, repository, private=private, branch=branch, message=message))
+
+    from . import display
+    display.say(run(folder, repository, private=private, branch=branch, message=message))

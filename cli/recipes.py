@@ -3,10 +3,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import Command, app
 
 
-@app.command()
+@app.command(cls=Command)
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, as NAME or KIND/NAME.")] = None) -> None:
     """List the recipes that ship here, or print one."""
     from lrkv_convert.recipe import KINDS, find, shipped

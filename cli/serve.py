@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import Command, app, visible
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Converted folder.")],
@@ -20,7 +20,7 @@ def serve(
     refuse_encoder(model, read_config(model))
     where, _ = location(model)
     if Path(where).is_dir() and load_tokenizer(model).chat_template is None:
-        print(f"{model} has no chat template: /v1/chat/completions will fail, use /v1/completions", file=sys.stderr)
+        print(visible(f"{model} has no chat template: /v1/chat/completions will fail, use /v1/completions"), file=sys.stderr)
     name_in_transformers()
     try:
         import fastapi  # noqa: F401

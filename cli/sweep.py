@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .app import Variadic, app, quiet_libraries
+from .app import Command, app, quiet_libraries
 
 
-@app.command(cls=Variadic)
+@app.command(cls=Command)
 def sweep(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
     text: Annotated[str, typer.Option(help="Text file to measure on; not one of --calibration.")],
@@ -26,16 +26,18 @@ def sweep(
     quiet_libraries()
     from lrkv_convert import LrkvError
     from lrkv_convert.device import pick_device
+    from lrkv_convert.places import check_folder, expanded
     from lrkv_convert.sweep import DEFAULT, save
     from lrkv_convert.sweep import sweep as run
-    from lrkv_convert.texts import read_texts
+    from lrkv_convert.texts import read_one
 
     from . import display
     try:
         sizes = [int(r) for r in ranks.split(",")]
     except ValueError as error:
         raise LrkvError(f"ranks {ranks!r} are not numbers", "separate them by commas, as in 8,16,32") from error
-    [content] = read_texts([text])
+    check_folder(out := expanded(out))
+    content = read_one(text)
     with display.progress() as progress:
         result = run(model, sizes, content, methods=methods.split(",") if methods else list(DEFAULT), calibration=calibration,
                      calibration_tokens=calibration_tokens, refit=refit, seq_len=seq_len, max_tokens=max_tokens, device=pick_device(device), progress=progress,

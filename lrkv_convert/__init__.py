@@ -8,6 +8,7 @@ Importing the package registers the converted families with transformers: their 
 from . import modeling  # noqa: F401  (registers the model classes)
 from .conversion import Conversion, convert
 from .errors import LrkvError
+from .lora import lora_targets
 
-__all__ = ["Conversion", "LrkvError", "convert"]
+__all__ = ["Conversion", "LrkvError", "convert", "lora_targets"]
 __version__ = "0.1.0"

@@ -29,6 +29,7 @@ from .errors import LrkvError
 from .evaluate.load import load_model
 from .metrics import LayerMetrics
 from .options import Options
+from .places import folder_to_make
 from .plan import Plan
 from .report import conversion_record, converted_config, version, write_companions
 from .sensitivity import gradient_rows, head_moments
@@ -61,7 +62,7 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     converted exactly as asked; then nothing is left behind. Killed or interrupted, the same call goes on from the last finished layer and ends
     with the same weights.
     """
-    clock, out, options = Clock(), Path(out), Options(**options)
+    clock, out, options = Clock(), folder_to_make(out), Options(**options)
     checkpoint = open_checkpoint(model)
     if (family := family_with_encoder(checkpoint.config)) is not None:
         from .seq2seq.conversion import convert_encoder_decoder  # a story of its own, in the words of this one

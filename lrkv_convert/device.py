@@ -1,5 +1,8 @@
 """Devices, their memory, and dtypes as users name them and read them."""
 import ctypes
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -17,10 +20,22 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()      # "meta" has no numbers
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise LrkvError(f"the device {name!r} cannot be used", "choose auto, cpu or cuda") from error
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has, and that this process may have of it; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = []
+    with suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):         # "max" where a container has no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
 
 
 def pick_dtype(name: str) -> torch.dtype | str:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from .adapters import KINDS, Geometry
 from .errors import LrkvError
 from .factorise import BASES, check_shape
+from .fields import Typed
 from .metrics import METRICS
 from .plan import Plan, check_keys, uniform_plan
 from .writer import check_shard_size
@@ -13,15 +14,15 @@ TOKENS, BUILT_IN_TOKENS = 16384, 32768       # more helps most where the text is
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to convert. The defaults halve the cache.
+class Options(Typed):
+    """How to convert. The defaults halve the cache. Raises LrkvError for a value of the wrong type.
 
     cache_ratio: byte budget, as a share of the original cache, spent over layers, keys and values where the loss minds most (default: 0.5, with
     full keys 0.75); max_width_k, max_width_v: how wide its bases may be (default: one head for keys under RoPE, four otherwise).
     rank, rank_k, rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v: width of the base then (default:
     one head). keys: the form in which keys are cached (plan.KEYS). base: how the base is found (factorise.py). metric: in which norm
     (metrics.py). refit: correct W_O in closed form afterwards; needs calibration text. calibration: text files or folders, "self" for text
-    sampled from the model, [] for none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py reads.
+    sampled from the model, [] or "none" for none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py reads.
     calibration_tokens: how much of it is read (default: BUILT_IN_TOKENS of that text, TOKENS of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache
     that does not shrink. recipe: name to record. attention: "self", "cross" or "self,cross": which attention of an encoder-decoder's decoder (default:
     both; each has a cache, a budget and a plan of its own); decoder-only models have self-attention alone.
@@ -47,6 +48,11 @@ class Options:
     force: bool = False
     recipe: str | None = None
     attention: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.calibration == ["none"]:
+            object.__setattr__(self, "calibration", [])
 
     @property
     def uniform(self) -> dict:

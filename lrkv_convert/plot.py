@@ -1,13 +1,17 @@
 """Pictures. Needs the `plot` extra."""
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import font_manager, pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter  # noqa: E402
+
+from .errors import LrkvError  # noqa: E402
+from .markup import visible  # noqa: E402
 
 MARKERS = "osD^vPX*"
 TOP = 2.0       # the chart ends here: what costs more is no choice, and would flatten the rest
@@ -42,7 +46,7 @@ def frontier(result: dict, file: Path) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("KV cache, share of the original")
     axes.set_ylabel("perplexity, relative to the original (log scale)")
-    axes.set_title(f"{Path(result['model']).name} on {result['text']['name']}, {result['tokens']:,} tokens, no training")
+    axes.set_title(f"{shown(Path(result['model']).name)} on {shown(result['text']['name'])}, {result['tokens']:,} tokens, no training")
     axes.grid(True, which="major", linewidth=0.4)
     axes.legend()
     figure.savefig(file)
@@ -60,7 +64,7 @@ def decoding(result: dict, file: Path) -> None:
                 lines.setdefault((row["model"], row["path"]), []).append(row)
         for i, ((model, path), rows) in enumerate(lines.items()):
             rows = sorted(rows, key=lambda row: row["tokens"])
-            label = model if path == "original" else f"{model}, {path}"
+            label = shown(model if path == "original" else f"{model}, {path}")
             [line] = axes.plot([r["tokens"] for r in rows], [r["milliseconds"] for r in rows], marker=MARKERS[i % len(MARKERS)], label=label)
             axes.plot([r["tokens"] for r in rows], [r["limit_milliseconds"] for r in rows], linestyle=":", color=line.get_color())
         axes.set_xscale("log", base=2)
@@ -98,7 +102,7 @@ def healing(log: list[dict], entry: dict, file: Path) -> None:
     for axes in (above, below):
         axes.grid(True, linewidth=0.4)
         axes.legend()
-    above.set_title(f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens, {entry['recipe']['optimizer']}, {entry['precision'].replace('no', 'float32')}")
+    above.set_title(f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens, {shown(entry['recipe']['optimizer'])}, {shown(entry['precision'].replace('no', 'float32'))}")
     figure.savefig(file)
     pyplot.close(figure)
 
@@ -118,7 +122,7 @@ def cache(record: dict, name: str, file: Path) -> None:
     above.set_ylabel("numbers cached per token")
     above.set_ylim(0, 2 * heads * width * 1.35)         # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
-    above.set_title(f"{name}: {record['cache']['kv_ratio']:.1%} of the original's cache")
+    above.set_title(f"{shown(name)}: {record['cache']['kv_ratio']:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")
     below.set_ylabel("relative error of the fit\n(in its metric)")
     below.set_ylim(bottom=0)
@@ -173,8 +177,24 @@ def by_context(rows: list[dict], file: BinaryIO) -> None:
 
 
 def shown(name: str) -> str:
-    """A name as a label: matplotlib leaves those out that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
+    """A name in a picture: without formulas, without what the font cannot draw, and not left out, as matplotlib does with labels that begin with an underscore."""
+    known = _characters()
+    text = "".join(c if ord(c) in known else "□" for c in visible(name)).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+@lru_cache
+def _characters() -> set[int]:
+    """What the font can draw."""
+    return set(font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
+
+
+def check_format(file: Path) -> None:
+    """Raise LrkvError for a picture of a kind that matplotlib does not write."""
+    known = pyplot.figure().canvas.get_supported_filetypes()
+    pyplot.close()
+    if (kind := file.suffix.lower().removeprefix(".")) not in known:
+        raise LrkvError(f"{file} is no picture: its name ends in {kind!r}", f"let it end in one of {', '.join(sorted(known))}")
 
 
 def smooth(values: list[float]) -> list[float]:

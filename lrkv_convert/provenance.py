@@ -2,14 +2,16 @@
 import json
 import math
 import os
-import shlex
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
+from .errors import LrkvError
+from .markup import quoted
 from .options import Options
+from .plain_yaml import parse
 from .recipe import shipped
 from .writer import RECORD
 
@@ -50,7 +52,7 @@ def commands(record: dict, out: str) -> list[str]:
     folders = [f"{out}-{i}" if i < len(record["history"]) else out for i in range(len(record["history"]) + 1)]
     folders[0] = f"{out}-converted" if record["history"] else out
     healing = [_heal(entry, before, after) for entry, before, after in zip(record["history"], folders, folders[1:])]
-    return [shlex.join(words) for words in (_convert(record, folders[0]), *healing)]
+    return [quoted(list(map(str, words))) for words in (_convert(record, folders[0]), *healing)]
 
 
 def _convert(record: dict, out: str) -> list[str]:
@@ -78,4 +80,13 @@ def _heal(entry: dict, before: str, out: str) -> list[str]:
     for field in ("tokens", "loss", "optimizer", "train"):
         if field in changed:
             words += [f"--{field}", str(changed.pop(field))]
-    return words + [word for field, value in changed.items() for word in ("--set", f"{field}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]}")]
+    return words + [word for field, value in changed.items() for word in ("--set", f"{field}={_setting(value)}")]
+
+
+def _setting(value) -> str:
+    """A value as --set reads it."""
+    short = yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]
+    try:
+        return short if parse(short, "", "") == value else json.dumps(value)
+    except LrkvError:
+        return json.dumps(value)

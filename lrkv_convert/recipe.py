@@ -3,11 +3,11 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from .errors import LrkvError
+from .plain_yaml import MOST, parse
 
 KINDS = ("convert", "heal", "accelerate")       # the last are accelerate's own configuration files
+SEE = "see the shipped recipes for the form"
 
 
 def shipped(kind: str) -> dict[str, str]:
@@ -18,25 +18,34 @@ def shipped(kind: str) -> dict[str, str]:
 
 
 def load_recipe(name: str, kind: str, allowed: set[str]) -> dict:
-    """Options of a recipe. Raises LrkvError for an unknown name, broken YAML or a field outside `allowed`."""
-    path = Path(name)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name in (known := shipped(kind)):
-        text = known[name]
-    else:
-        raise LrkvError(f"no recipe {name!r}", f"shipped: {', '.join(known)}; or give the path of a YAML file")
-    try:
-        options = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise LrkvError(f"recipe {name} is not YAML: {str(error).splitlines()[0]}", "see the shipped recipes for the form") from error
-    if not isinstance(options, dict):
-        raise LrkvError(f"recipe {name} holds no fields", "see the shipped recipes for the form")
-    if unknown := sorted(map(str, set(options) - allowed)):
+    """Options of a recipe. Raises LrkvError for an unknown name, broken YAML or a field outside `allowed`.
+
+    Of which type a value must be is told by the options it becomes (fields.py).
+    """
+    known = shipped(kind)
+    text = known[name] if name in known and not Path(name).is_file() else _read(name, known)
+    options = parse(text, f"recipe {name}", SEE)
+    if not isinstance(options, dict) or not options:
+        raise LrkvError(f"recipe {name} holds no fields" if text.strip() else f"recipe {name} is empty", SEE)
+    if unknown := sorted(str(field)[:40] for field in options if field not in allowed)[:5]:
         meant = [f"{field} (did you mean {near[0]}?)" if (near := difflib.get_close_matches(field, allowed, n=1)) else field for field in unknown]
         raise LrkvError(f"recipe {name} has unknown fields: {', '.join(meant)}",
                         f"known: {', '.join(sorted(allowed))}")
     return options
+
+
+def _read(name: str, known: dict[str, str]) -> str:
+    """The text of a recipe file. Raises LrkvError."""
+    try:
+        path = Path(name).expanduser()
+        if path.is_file() and path.stat().st_size <= MOST:
+            return path.read_text(encoding="utf-8")
+        found = "is a folder" if path.is_dir() else "is too large for one" if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise LrkvError(f"recipe {name} is not UTF-8 text", "save it as UTF-8") from error
+    except (OSError, RuntimeError) as error:        # RuntimeError: the home of a user that is not there
+        found = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise LrkvError(f"recipe {name} {found}" if found else f"no recipe {name!r}", f"shipped: {', '.join(known)}; or give the path of a YAML file")
 
 
 def find(name: str) -> str:
@@ -59,8 +68,5 @@ def read_fields(settings: list[str], allowed: set[str]) -> dict:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1)
             raise LrkvError(f"there is no field {name!r}", f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(allowed))}")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise LrkvError(f"the value of {setting!r} is not YAML", "write a number, a word, true, false or a list") from error
+        fields[name] = parse(value, f"the value of {setting!r}", "write a number, a word, true, false or a list")
     return fields

@@ -145,11 +145,21 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
         return GenerationConfig.from_model_config(checkpoint.config)
 
 
+def read_record(folder: Path) -> dict:
+    """lrkv.json of a converted folder, from which its card can be written. Raises LrkvError where it cannot, as others may have edited it."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LrkvError(f"{folder / RECORD} is not JSON", "convert the model again") from error
+    model_card(record, {}, str(folder))
+    return record
+
+
 def add_evaluation(folder: Path, result: dict) -> None:
     """Write what a comparison found of the converted model in `folder`, one of its models, into its lrkv.json and its card. An earlier measurement of
     the same texts in the same windows is replaced."""
     found = next(i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]).expanduser() == folder)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = read_record(folder)
     measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
                 "tokens": result["tokens"], "seq_len": result.get("seq_len"), "dtype": result["models"][found]["dtype"],
                 "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context", "written")} for i in (0, found)]}

@@ -1,12 +1,12 @@
 """What a conversion has worked out so far, on disk: a run that was killed goes on from there, and memory holds one layer at a time."""
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from .errors import LrkvError
+from .places import remove_folder
 
 FINGERPRINT = "run.json"
 
@@ -21,7 +21,7 @@ class Store:
         self.folder = folder
         if not self.holds(folder, fingerprint):
             self.discard(folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / FINGERPRINT).write_text(self._text(fingerprint), encoding="utf-8")
 
     @staticmethod
@@ -33,11 +33,18 @@ class Store:
         """Whether the values there are those of this fingerprint."""
         return (folder / FINGERPRINT).is_file() and (folder / FINGERPRINT).read_text(encoding="utf-8") == cls._text(fingerprint)
 
+    def clear(self) -> None:
+        """Let go of the values; what is left says whose the folder is, until it is discarded."""
+        (self.folder / FINGERPRINT).write_text("", encoding="utf-8")
+        for file in self.folder.glob("*.pt"):
+            file.unlink()
+
     @staticmethod
     def discard(folder: Path) -> None:
-        """Remove a store; the fingerprint first, so that half of one is never taken for a whole one."""
-        (folder / FINGERPRINT).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        """Remove a store. Its fingerprint is spoilt first, so that half of one is never taken for a whole one, and goes last: it says whose this is."""
+        if (folder / FINGERPRINT).is_file():
+            (folder / FINGERPRINT).write_text("", encoding="utf-8")
+        remove_folder(folder, last=FINGERPRINT)
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / f"{name}.pt").is_file()

@@ -27,11 +27,13 @@ from .assemble import convert_layer, empty_target
 from .calibrate import calibrate, calibrated_layer
 from .conversion import gather_texts, open_model, plan_budget
 from .errors import LrkvError
+from .evaluate.compare import positions_exceeded
 from .evaluate.load import load_model
 from .evaluate.perplexity import Candidate, measure, text_windows
 from .factorise import group_count
 from .metrics import METRICS
 from .options import Options
+from .places import writing
 from .plan import LayerPlan, Plan
 from .report import converted_config
 from .sensitivity import gradient_rows, head_moments
@@ -79,6 +81,8 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
     ranks = sorted(set(ranks))
     if not ranks or not all(0 <= r <= geometry.head_dim for r in ranks):
         raise LrkvError(f"ranks {', '.join(map(str, ranks)) or '(none)'} are out of range", f"give some between 0 and the head width, {geometry.head_dim}")
+    if limit := positions_exceeded(checkpoint.config, seq_len):
+        raise LrkvError(f"windows of {seq_len} tokens are longer than {model} can read ({limit})", "give a smaller --seq-len")
     tokenizer = checkpoint.tokenizer()
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)[:max_tokens]
     batches = text_windows(ids, seq_len, 1)
@@ -162,16 +166,18 @@ def knee(outcomes: list[Outcome]) -> float | None:
 
 
 def save(result: dict, folder: Path) -> list[Path]:
-    """Write sweep.json, sweep.csv and, where matplotlib is installed, sweep.png; returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sweep.json", result)
-    with open(folder / "sweep.csv", "w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(result["points"][0]))
-        writer.writeheader()
-        writer.writerows(result["points"])
+    """Write sweep.json, sweep.csv and, where matplotlib is installed, sweep.png; returns what was written. Raises LrkvError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "sweep.json", result)
+        with open(folder / "sweep.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(result["points"][0]))
+            writer.writeheader()
+            writer.writerows(result["points"])
     try:
         from .plot import frontier
     except ImportError:
         return [folder / "sweep.json", folder / "sweep.csv"]
-    frontier(result, folder / "sweep.png")
+    with writing(folder):
+        frontier(result, folder / "sweep.png")
     return [folder / "sweep.json", folder / "sweep.csv", folder / "sweep.png"]

@@ -1,5 +1,7 @@
 """Texts, and the windows of tokens that are cut from them."""
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,11 +11,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import LrkvError
+from .places import expanded
 
 SEQ_LEN = 512
 BUILT_IN = "built-in"
 SELF = "self"       # as a calibration text: what the model itself writes
-SAMPLED_AT_ONCE = 16
+SAMPLED_AT_ONCE, SAMPLED = 16, 10**7      # documents; tokens in all, which take days
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,48 @@ class Text:
 def read_texts(paths: list[str]) -> list[Text]:
     """Texts from files and folders (every *.txt and *.md inside), and BUILT_IN for the text that ships with this package. Raises LrkvError."""
     texts = []
-    for path in map(Path, paths):
-        if str(path) == BUILT_IN:
+    for name in paths:
+        if not name:
+            raise LrkvError("the name of a text is empty", "give text files, or folders of them")
+        path = expanded(name)
+        if name == BUILT_IN:
             texts.append(Text(BUILT_IN, resources.files("lrkv_convert").joinpath("data/calibration.txt").read_text(encoding="utf-8")))
             continue
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
+        with reading(path):
+            files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")) if path.is_dir() else [path]
         if not files:
             raise LrkvError(f"{path} holds no .txt or .md file", "give text files, or a folder of them")
         for file in files:
             if file.suffix in (".json", ".jsonl"):
                 raise LrkvError(f"{file} is JSON, not text", "write what is to be read into a .txt file")
-            try:
+            with reading(file):
                 texts.append(Text(file.name, file.read_text(encoding="utf-8")))
-            except OSError as error:
-                raise LrkvError(f"cannot read the text {file}: {error.strerror}", "check the path") from error
-            except UnicodeDecodeError as error:
-                raise LrkvError(f"{file} is not UTF-8 text", "convert it, or give another text") from error
     return texts
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever stands against reading a text becomes a refusal."""
+    try:
+        yield
+    except OSError as error:
+        raise LrkvError(f"cannot read the text {file}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise LrkvError(f"{file} is not UTF-8 text", "convert it, or give another text") from error
+
+
+def read_one(path: str) -> Text:
+    """One text from a file, or from a folder that holds one. Raises LrkvError."""
+    texts = read_texts([path])
+    if len(texts) > 1:
+        raise LrkvError(f"{path} holds {len(texts)} texts", "give one of them")
+    return texts[0]
+
+
 def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -> Text:
-    """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token."""
+    """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token. Raises LrkvError."""
+    if tokens > SAMPLED:
+        raise LrkvError(f"{tokens:,} tokens are more than a model can be let write", f"give --calibration-tokens of at most {SAMPLED:,} with self")
     length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
     starts = tokenizer.eos_token_id if starts is None else starts
     rows, documents = [], tokens // length + 2          # decoding and tokenising again may lose a few tokens

@@ -3,7 +3,7 @@ import json
 import math
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,31 +14,67 @@ from torch import Tensor
 
 from .device import SAFETENSORS_DTYPES
 from .errors import LrkvError
-from .store import Store
+from .fields import LARGEST
+from .lock import LOCK, Lock, claim
+from .places import HINT, check_folder, remove, remove_folder, special, within, writing
+from .store import FINGERPRINT, Store
 
 RECORD = "lrkv.json"    # stands in every folder this project writes, and in no other
 PARTIAL, PREVIOUS = ".partial", ".previous"     # appended to the output's name: until it is whole; while it is being replaced
 WORK = "work"           # inside the partial folder: what a run in progress has worked out
+HEALING = f"{WORK}/heal.json"       # what a run of heal was asked for (heal/run.py)
+REPLACED = ".lrkv-replaced"         # in a folder that was moved out of the way
+MARKS = (f"{WORK}/{FINGERPRINT}", HEALING, REPLACED)    # of these, one stands in every folder of ours that may be removed
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that must not be written. Raises LrkvError."""
-    taken = [out.with_name(out.name + end).resolve() for end in ("", PARTIAL, PREVIOUS)]
-    if source is not None and any(place == source.resolve() or place in source.resolve().parents for place in taken):
-        raise LrkvError(f"the output {out} is the input, or holds it", "give another --out")
-    if out.is_file():
-        raise LrkvError(f"the output {out} is a file", "give a folder that does not exist yet")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise LrkvError(f"the output folder {out} exists", "give another --out, or --overwrite")
-        if not (out / RECORD).is_file():
-            raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
+    """Refuse an output folder (`folder_to_make`) that must not be written, or cannot. Raises LrkvError."""
+    with writing(out):
+        places = [out.with_name(out.name + end) for end in ("", PARTIAL, PREVIOUS)]
+        if source is not None and any(within(source, place) for place in places):
+            raise LrkvError(f"the output {out} is the input, or holds it", "give another --out")
+        if out.is_symlink():
+            raise LrkvError(f"the output {out} is a link", "give the folder itself, or another --out")
+        if out.exists() and not out.is_dir():
+            raise LrkvError(f"the output {out} is {'a file' if out.is_file() else 'no folder'}", "give a folder that does not exist yet")
+        if out.exists() and any(out.iterdir()):
+            if not overwrite:
+                raise LrkvError(f"the output folder {out} exists", "give another --out, or --overwrite")
+            if not (out / RECORD).is_file():
+                raise LrkvError(f"{out} holds something other than a converted model", "--overwrite replaces only folders with an lrkv.json")
+        for place in places[1:]:
+            check_ours(place)
+        check_folder(out.parent, what=out)
+
+
+def check_ours(place: Path) -> None:
+    """Raise LrkvError for something at a place we write to and remove that is not known to be ours."""
+    if place.is_symlink() or place.exists() and not ours(place):
+        raise LrkvError(f"{place} is in the way: it holds something other than an unfinished or a replaced model", "give another --out, or move it")
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder is one that we made, or holds nothing at all."""
+    if not folder.is_dir():
+        return False
+    return any((folder / mark).is_file() for mark in MARKS) or blank(folder)
+
+
+def blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed as it began."""
+    begun = folder / WORK
+    return {entry.name for entry in folder.iterdir()} <= {WORK} and (not begun.is_dir() or {entry.name for entry in begun.iterdir()} <= {LOCK, "heal.json.tmp"})
 
 
 def check_shard_size(size: int | str) -> None:
     """Raise LrkvError for a size that is neither bytes nor a number with a unit."""
-    if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(size)) or str(size).strip("0") == "":
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?[KMGT]B", str(size)) or not 1 <= _bytes(str(size)) < LARGEST:
         raise LrkvError(f"a shard size of {size!r} is not understood", "give bytes, or a number with a unit as in 5GB or 500MB")
+
+
+def _bytes(size: str) -> float:
+    """As huggingface_hub reckons."""
+    return float(size.rstrip("KMGTB")) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(size[-2:-1] if size.endswith("B") else "", 1)
 
 
 @contextmanager
@@ -50,35 +86,89 @@ def new_folder(out: Path, fingerprint: dict) -> Iterator[tuple[Path, Store]]:
     """
     partial = out.with_name(out.name + PARTIAL)
     missing = [folder for folder in out.parents if not folder.exists()]     # deepest first
+    lock = None
+    check_ours(partial)
+    if (partial / HEALING).is_file():
+        raise LrkvError(f"{partial} holds a run of heal that stopped", "give another --out, or remove it")
     try:
-        if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
-            Store.discard(partial / WORK)
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        store = Store(partial / WORK, fingerprint)
+        store, lock = begin(partial, fingerprint)
         yield partial, store
-        Store.discard(partial / WORK)
-        publish(partial, out)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and any((partial / WORK).glob("*.pt")):
             raise KeyboardInterrupt(f"interrupted; the same command goes on from {partial}, which holds what is done") from None
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None or abandoned(partial):
+            with suppress(OSError):
+                discard(partial)
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise LrkvError(f"cannot write {out}: {error.strerror or error}", "check permissions and free space") from error
+            raise LrkvError(f"cannot write {out}: {error.strerror or error}", HINT) from error
         raise
+    else:
+        try:
+            store.clear()
+            publish(partial, out)
+            Store.discard(out / WORK)
+        except BaseException as error:
+            raise _homeless(error, partial, out) from error
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def begin(partial: Path, fingerprint: dict) -> tuple[Store, Lock]:
+    """The store of a run that was stopped there, or a new one in its place, kept for this process. Raises LrkvError where another process has it."""
+    lock = claim(partial / WORK)
+    if not (Store.holds(partial / WORK, fingerprint) and shards_whole(partial, Store(partial / WORK, fingerprint))):
+        discard(partial)
+        lock.close()
+        partial.mkdir(parents=True)
+        lock = None
+    store = Store(partial / WORK, fingerprint)
+    return store, lock or claim(partial / WORK)
+
+
+def abandoned(partial: Path) -> bool:
+    """Whether an unfinished folder is no process's any more."""
+    with suppress(LrkvError):
+        claim(partial / WORK).close()
+        return partial.is_dir() and ours(partial)
+    return False
+
+
+def _homeless(error: BaseException, partial: Path, out: Path) -> BaseException:
+    """What is said where a result is whole and cannot have its name."""
+    if isinstance(error, OSError):
+        return LrkvError(f"cannot write {out}: {error.strerror or error}", f"the result lies in {partial}: move it")
+    return KeyboardInterrupt(f"interrupted; the result lies in {partial}") if isinstance(error, KeyboardInterrupt) else error
+
+
+def discard(partial: Path) -> None:
+    """Remove an unfinished folder of ours, the mark that says so last."""
+    if partial.is_dir():
+        for entry in partial.iterdir():
+            if entry.name != WORK:
+                remove(entry)
+        Store.discard(partial / WORK)
+        partial.rmdir()
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give a whole folder its name, in place of what had it."""
+    """Give a whole folder its name, in place of what had it. Raises LrkvError if that has become somebody else's meanwhile."""
     previous = out.with_name(out.name + PREVIOUS)
     if out.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        if not (out / RECORD).is_file() and any(out.iterdir()):
+            raise LrkvError(f"{out} holds something other than a converted model by now", f"the result lies in {partial}: move it")
+        if previous.exists() and not ours(previous):
+            previous = Path(tempfile.mkdtemp(prefix=previous.name + "-", dir=out.parent))
+        remove_folder(previous, last=REPLACED)
+        (out / REPLACED).touch()
         out.rename(previous)
     partial.rename(out)
-    shutil.rmtree(previous, ignore_errors=True)
+    if previous.is_dir() and ours(previous):
+        with suppress(OSError):
+            remove_folder(previous, last=REPLACED)
 
 
 def shards_whole(partial: Path, store: Store) -> bool:
@@ -153,7 +243,16 @@ def write_json(path: Path, content) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Text to a file, through a temporary name, so that it is never half there."""
+    """Text to a file, through a temporary name, so that it is never half there; pipes and devices are written into."""
+    data = content.encode("utf-8", "backslashreplace")      # names of files may hold bytes that are no characters; in JSON these are their escapes
+    if special(path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

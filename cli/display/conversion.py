@@ -1,13 +1,13 @@
 """Conversions, planned and done."""
-import shlex
 from pathlib import Path
 
 from rich.console import Console
 
 from lrkv_convert.adapters import ENCODER_DECODERS
 from lrkv_convert.device import in_units
+from lrkv_convert.markup import quoted
 
-from .parts import console_for, table_of
+from .parts import console_for, say, table_of
 
 
 def _ranks(side: dict) -> str:
@@ -62,8 +62,8 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
     out.print(f"{record['seconds']:.0f} s, {in_units(record['peak_memory_bytes'])} of memory")
     if layers:
         measured_on = "--text FILE" if "attention" not in record else "--audio FOLDER" if ENCODER_DECODERS[record["source"]["model_type"]].speech else "--pairs FILE"
-        print(f"next: lrkv compare {shlex.quote(model)} {shlex.quote(str(folder))} {measured_on}")
+        say(f"next: lrkv compare {quoted([model, str(folder)])} {measured_on}")
 
 
 def show_location(folder: Path) -> None:
-    print(f"the converted model lies in {folder}")
+    say(f"the converted model lies in {folder}")

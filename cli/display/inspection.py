@@ -1,8 +1,9 @@
 """What `lrkv inspect` shows, head by head."""
-import shlex
 from pathlib import Path
 
-from .parts import console_for, short, table_of
+from lrkv_convert.markup import quoted
+
+from .parts import console_for, say, short, table_of
 
 
 def _narrow(*columns: str):
@@ -70,7 +71,7 @@ def _show_recommendation(out, result: dict) -> None:
     else:
         out.print(f"Plan: --cache-ratio {found['cache_ratio']:g} is the smallest within it (predicted {found['cache_ratio_kl']:.3f}), usually the better choice: layers, keys "
                   "and values each get what they need.")
-        print(f"next: lrkv convert {shlex.quote(result['model'])} --out DIR --cache-ratio {found['cache_ratio']:g}")
+        say(f"next: lrkv convert {quoted([result['model']])} --out DIR --cache-ratio {found['cache_ratio']:g}")
 
 
 def _show_ablation(out, ablation: dict) -> None:
@@ -114,4 +115,4 @@ def show_fidelity(result: dict) -> None:
 
 
 def show_files(files: list[Path]) -> None:
-    print("written: " + ", ".join(map(str, files)) + ("" if any(f.suffix == ".png" for f in files) else " (pip install matplotlib for pictures)"))
+    say("written: " + ", ".join(map(str, files)) + ("" if any(f.suffix == ".png" for f in files) else " (pip install matplotlib for pictures)"))

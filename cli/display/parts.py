@@ -8,17 +8,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..app import visible
+
 WIDTH = 100     # when the output is no terminal, and at most
+
+
+class Plain(Console):
+    """A console that shows texts as they are: names of files are no markup, and turn no colour on."""
+
+    def render_str(self, text: str, **how):
+        return super().render_str(visible(text, kept="\n"), **how)
 
 
 def console_for(stderr: bool = False) -> Console:
     probe = Console(stderr=stderr)
-    return Console(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    return Plain(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
-def show_error(error: Exception) -> None:
-    """One line: what was found, and the hint."""
-    print(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)
+def say(line: str) -> None:
+    """One line on stdout that is not folded, so that it can be copied."""
+    print(visible(line))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Time per token, and the frontier of many conversions."""
 from pathlib import Path
 
-from .parts import console_for, short, table_of
+from .parts import console_for, say, short, table_of
 
 
 def show_bench(result: dict) -> None:
@@ -40,4 +40,4 @@ def show_sweep(result: dict, files: list[Path]) -> None:
     knee = f"; knee of the first row at {result['knee']:.0%}" if result["knee"] is not None else ""
     out.print(f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of {result['seq_len']}, original perplexity "
               f"{result['base_perplexity']:.3f}{knee}")
-    print("written: " + ", ".join(map(str, files)) + ("" if any(f.suffix == ".png" for f in files) else " (pip install matplotlib for the picture)"))
+    say("written: " + ", ".join(map(str, files)) + ("" if any(f.suffix == ".png" for f in files) else " (pip install matplotlib for the picture)"))

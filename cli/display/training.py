@@ -1,6 +1,5 @@
 """Training: what is seen while it runs, and what came of it."""
 import math
-import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrkv_convert.device import in_units
+from lrkv_convert.markup import quoted
 
-from .parts import console_for, table_of
+from ..app import visible
+from .parts import console_for, say, table_of
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def healing(shown: bool = True):
 
     def line_of(text: str) -> None:
         if shown:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def stage(name: str) -> None:
         bar.update(task, description=name.partition(":")[0])
@@ -65,7 +66,8 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
               f"{entry['validation']['tokens']:,} tokens held out")
     if not entry["picture"]:
         print("pip install matplotlib for a picture of the curve")
-    print(f"written: {folder}\nnext: lrkv compare {shlex.quote(entry['teacher'] or model)} {shlex.quote(model)} {shlex.quote(str(folder))} --text FILE")
+    say(f"written: {folder}")
+    say(f"next: lrkv compare {quoted([entry['teacher'] or model, model, str(folder)])} --text FILE")
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:

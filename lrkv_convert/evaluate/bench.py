@@ -13,13 +13,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from ..device import give_back_memory
+from ..device import give_back_memory, in_units, memory_of
 from ..errors import LrkvError, first_line
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
 from ..modeling.contract_lrkv import CACHE
 from .load import load_model
-from .memory import cache_bytes
+from .memory import cache_bytes, formula_bytes
 from .step import bandwidth, random, seconds
 
 CACHES = ("static", "dynamic")
@@ -141,7 +141,11 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
         for c in found:
             limit = getattr(c.model.config, "max_position_embeddings", None)
             if limit is not None and length + room > limit:
-                raise LrkvError(f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that are decoded", f"give --tokens of at most {limit - room}")
+                raise LrkvError(f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that are decoded", f"give --tokens of at most {limit - room}" if limit > room else "give fewer --steps")
+    for c in found:         # a CPU's memory overflows without an error: the system ends the process
+        needed, there = (formula_bytes(c.model.config, c.model.dtype.itemsize) or 0) * max(batches) * (max(tokens) + room), memory_of(device)
+        if there is not None and needed > there:
+            raise LrkvError(f"no memory for {max(batches)} x {max(tokens)} tokens of {c.name}: {in_units(needed)} of {in_units(there)}", "give smaller --tokens or --batch")
     rate, rows = bandwidth(device), []
     for i, batch in enumerate(batches):
         for j, length in enumerate(tokens):

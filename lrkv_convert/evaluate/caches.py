@@ -27,8 +27,7 @@ def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
     """An empty cache for `model`: transformers' own dynamic one, or one of CACHES. Raises LrkvError where it cannot be made."""
     if kind is None:
         return DynamicCache(config=model.config)
-    if kind not in CACHES:
-        raise LrkvError(f"unknown cache {kind!r}", f"choose from {', '.join(CACHES)}")
+    check_caches([kind])
     try:
         cache = QuantizedCache(config=model.config, **CACHES[kind])
     except ImportError as error:
@@ -39,6 +38,12 @@ def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
         if hasattr(layer, "q_group_size"):
             layer.q_group_size = math.gcd(GROUP, head_width(model.config))
     return cache
+
+
+def check_caches(kinds: list[str]) -> None:
+    """Raise LrkvError for a name that is none of CACHES."""
+    if unknown := [kind for kind in kinds if kind not in CACHES]:
+        raise LrkvError(f"unknown cache {unknown[0]!r}", f"choose from {', '.join(CACHES)}")
 
 
 def head_width(config) -> int:

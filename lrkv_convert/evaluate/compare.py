@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LrkvError
 from ..texts import Text
-from .caches import PIECE
+from .caches import PIECE, check_caches
 from .load import load_model, load_tokenizer
 from .longcontext import passkeys, shortest
 from .memory import allocated_bytes, cache_bytes, formula_bytes
@@ -32,6 +32,7 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
     long_context: tokens (0: as many as the models can read) for the passkey task at a quarter, half and all of them and for the loss by position;
     tasks: of lm-eval, with its limit, a folder of one's own, and whether tasks may run generated code.
     """
+    check_caches(caches := list(dict.fromkeys(caches)))
     if caches and seq_len <= PIECE:
         raise LrkvError(f"in windows of {seq_len} tokens nothing is read back from a quantised cache", f"give --seq-len of more than {PIECE}")
     manager = task_manager(tasks, task_folder) if tasks else None
@@ -42,6 +43,8 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
         check_model(path, models[-1], models[0], seq_len)
     length = check_long_context(long_context, models, ids, tokenizer)
     check_prompts(prompts, tokenizer, models)
+    if samples > len(ids[0]):
+        raise LrkvError(f"{samples:,} passages are more than the {len(ids[0]):,} tokens of {texts[0].name} have", "give fewer --samples")
     short, candidates = short_names(paths), [Candidate(model, kind) for model in models for kind in (None, *caches)]
     names = [{"name": name + (f" + {kind}" if kind else ""), "path": path, "cache": kind} for name, path in zip(short, paths) for kind in (None, *caches)]
     for candidate in candidates:
@@ -86,11 +89,16 @@ def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | 
 
 def check_model(path: str, model: PreTrainedModel, base: PreTrainedModel, seq_len: int) -> None:
     """Raise LrkvError for a model that cannot read such windows, or not what the base reads."""
-    limit = positions(model)
-    if limit is not None and seq_len > limit:
+    if limit := positions_exceeded(model.config, seq_len):
         raise LrkvError(f"windows of {seq_len} tokens are longer than {path} can read ({limit})", "give a smaller --seq-len")
     if model.config.vocab_size != base.config.vocab_size:
         raise LrkvError(f"{path} has another vocabulary than the first model", "compare a converted model with its own original")
+
+
+def positions_exceeded(config, seq_len: int) -> int | None:
+    """How many tokens a model with this config can read, where these are more."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if limit is not None and seq_len > limit else None
 
 
 def positions(model: PreTrainedModel) -> int | None:

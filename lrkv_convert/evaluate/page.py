@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -49,7 +50,8 @@ def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
     for path in dict.fromkeys(row["path"] for row in rows):
         if (record := Path(path) / RECORD).is_file():
             name = os.path.basename(os.path.abspath(path))
-            found.append((name, commands(json.loads(record.read_text(encoding="utf-8")), name)))
+            with suppress(ValueError, KeyError, TypeError, AttributeError):         # others may have edited it: the page does without
+                found.append((name, commands(json.loads(record.read_text(encoding="utf-8")), name)))
     return found
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import hub
 from ..errors import LrkvError, first_line
+from ..places import expanded
 from ..writer import write_json
 
 PIECE = 1 << 16             # bytes of a text file read at once
@@ -36,7 +37,9 @@ def sources(data: list[str], seed: int) -> list[Path | str]:
     """Files (folders are searched for SUFFIXES, in an order drawn from the seed) and ids of datasets. Raises LrkvError for what is neither."""
     found = []
     for name in data:
-        path = Path(name).expanduser()
+        if not name:
+            raise LrkvError("the name of a file is empty", "give text, jsonl or parquet files, a folder of them, or a dataset such as org/name:config:split")
+        path = expanded(name)
         if path.is_dir():
             files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file() and not f.name.startswith("."))
             if not files:
@@ -46,7 +49,7 @@ def sources(data: list[str], seed: int) -> list[Path | str]:
             if path.suffix not in SUFFIXES:
                 raise LrkvError(f"{name} is of no known kind", f"known: {', '.join(SUFFIXES)}")
             found.append(path)
-        elif name.startswith((".", "/", "~")) or path.suffix in SUFFIXES or name.count("/") > 1 or not name:
+        elif name.startswith((".", "/", "~")) or path.suffix in SUFFIXES or name.count("/") > 1:
             raise LrkvError(f"no such file: {name}", "give text, jsonl or parquet files, a folder of them, or a dataset such as org/name:config:split")
         else:
             found.append(name)

@@ -6,7 +6,6 @@
 The result has the form of a converted folder and loads the same way; its lrkv.json and its model card say how it came about.
 """
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -17,9 +16,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
+from .. import report as reporting
 from ..adapters import ADAPTERS
 from ..errors import LrkvError
 from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
+from ..places import folder_to_make
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
@@ -54,8 +55,7 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
     step; stage: called with what is being done; notice: with what the user should know. Raises LrkvError for anything that cannot be done as
     asked; checkpoints are kept then. After Ctrl-C or SIGTERM a checkpoint is saved and KeyboardInterrupt raised.
     """
-    model, out, options = Path(model).expanduser(), Path(out).expanduser(), Options(**options)
-    out = out if out.name else out.resolve()        # "."
+    model, out, options = Path(model).expanduser(), folder_to_make(out), Options(**options)
     options.check()
     check_shard_size(max_shard_size)
     record = read_record(model)
@@ -96,11 +96,9 @@ def read_record(model: Path) -> dict:
     if not model.is_dir():
         raise LrkvError(f"there is no folder {model}", "give the folder of a converted model; one of the hub must be downloaded first")
     try:
-        return json.loads((model / RECORD).read_text(encoding="utf-8"))
+        return reporting.read_record(model)        # the card is written anew from it, after training
     except OSError as error:
         raise LrkvError(f"{model} is not a converted model: it has no {RECORD}", "make one with lrkv convert MODEL --out DIR") from error
-    except ValueError as error:
-        raise LrkvError(f"{model / RECORD} is not JSON", "convert the model again") from error
 
 
 def choose_loss(teacher: str | None, record: dict, options: Options, notice: Callable[[str], None]) -> tuple[str | None, float]:

@@ -1,9 +1,9 @@
 """What a user may ask of healing: the fields of a recipe (recipes/heal/*.yaml), one by one. Checked before anything is loaded."""
 import math
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..errors import LrkvError
+from ..fields import Typed
 
 CHOICES = {
     "loss": ("auto", "kl", "ce", "mix"),
@@ -16,8 +16,8 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to heal. The defaults are the recipe `short`.
+class Options(Typed):
+    """How to heal. The defaults are the recipe `short`. Raises LrkvError for a value of the wrong type.
 
     What is read. tokens: to train on, in all; seq_len: tokens per window; batch_size: windows per optimiser step, over all processes;
     micro_batch_size: windows per forward pass of one process (what does not fit in one pass is accumulated); seed: of the order of the windows;
@@ -67,25 +67,12 @@ class Options:
     keep: int = 2
     tracker: str = "auto"
 
-    def __post_init__(self):
-        """One file is a list of files, and YAML's 1e-3, which it reads as text, a number."""
-        if isinstance(self.validation, str):
-            object.__setattr__(self, "validation", [self.validation])
-        for field in fields(self):
-            if field.type is float and isinstance(value := getattr(self, field.name), str):
-                with suppress(ValueError):
-                    object.__setattr__(self, field.name, float(value))
-
     @property
     def steps(self) -> int:
         return self.tokens // (self.seq_len * self.batch_size)
 
     def check(self) -> None:
-        """Raise LrkvError for a value of the wrong type or out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                raise LrkvError(f"{field.name} is {value!r}", f"it must be {_kind(field.type)}")
+        """Raise LrkvError for a value out of range."""
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise LrkvError(f"unknown {name} {getattr(self, name)!r}", f"choose from {', '.join(known)}")
@@ -117,17 +104,3 @@ class Options:
             raise LrkvError(f"a batch of {self.batch_size} windows does not divide among {processes} processes in passes of {self.micro_batch_size}",
                             "let processes times micro_batch_size divide batch_size")
         return passes
-
-
-def _fits(value, kind) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (str, bool):
-        return isinstance(value, kind)
-    return value is None or isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _kind(kind) -> str:
-    return {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}.get(kind, "a list of files")

@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 
 from ..assemble import tensor_shapes
+from ..card import CURVE as PICTURE
 from ..card import source_metadata
 from ..checkpoint import INDEX, check_finite
 from ..errors import LrkvError
@@ -20,8 +21,6 @@ from ..travelling import write_modeling
 from ..writer import RECORD, WORK, ShardWriter, publish, write_json
 from .loop import Trainer
 from .run import LOG, Run
-
-PICTURE = "heal.png"
 
 
 def history_entry(run: Run, trainer: Trainer, baseline: dict[str, float], teacher: str | None, recipe: str | None, data: list[str]) -> dict:

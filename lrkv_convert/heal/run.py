@@ -16,15 +16,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..errors import LrkvError, first_line
+from ..lock import claim
 from ..store import FINGERPRINT
-from ..writer import PARTIAL, WORK, write_json
+from ..writer import HEALING, PARTIAL, WORK, blank, write_json
 
-try:
-    import fcntl
-except ImportError:         # not on this system
-    fcntl = None
-
-LOG, RUN, STATE, LOCK, UNFINISHED = "heal.jsonl", "heal.json", "state.json", "lock", ".tmp"
+LOG, RUN, STATE, UNFINISHED = "heal.jsonl", Path(HEALING).name, "state.json", ".tmp"
 
 
 class Run:
@@ -49,7 +45,7 @@ class Run:
             self.compare(before)
         elif there is not None and not overwrite:
             raise LrkvError(f"{self.folder} holds a run that stopped after step {step_of(there)}", "--resume goes on from there, --overwrite begins anew")
-        elif before is None and self.folder.exists() and any(self.folder.iterdir()) and not (overwrite and (self.work / FINGERPRINT).is_file()):
+        elif before is None and self.folder.exists() and not blank(self.folder) and not (overwrite and (self.work / FINGERPRINT).is_file()):
             raise LrkvError(f"{self.folder} is in the way: it holds something other than a run of heal", "give another --out, or remove it")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -69,14 +65,9 @@ class Run:
 
     def claim(self) -> None:
         """Keep other processes out of the folder, if it is there, for as long as this one lives."""
-        if fcntl is not None and self.work.is_dir():
-            if self.lock is not None:
-                self.lock.close()
-            self.lock = open(self.work / LOCK, "a")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LrkvError(f"another process is writing {self.folder}", "wait for it, or give another --out") from error
+        if self.lock is not None:
+            self.lock.close()
+        self.lock = claim(self.work)
 
     def compare(self, before: dict | None) -> None:
         """Raise LrkvError where the run was begun with other arguments."""

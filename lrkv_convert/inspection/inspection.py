@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LrkvError
-from ..texts import Text, read_texts
+from ..places import writing
+from ..texts import read_one
 from ..writer import RECORD, write_json
 from .ahead import TARGET_KL, ahead
 from .beside import beside
@@ -37,22 +38,14 @@ def inspect(model: str, *, original: str | None = None, ranks: list[int] | None 
     return ahead(model, ranks, target_kl, calibration, calibration_tokens, content, max_tokens, device, progress)
 
 
-def read_one(path: str) -> Text:
-    """One text from a file, or from a folder that holds one. Raises LrkvError."""
-    texts = read_texts([path])
-    if len(texts) > 1:
-        raise LrkvError(f"{path} holds {len(texts)} texts", "give one of them")
-    return texts[0]
-
-
 def is_converted(model: str) -> bool:
     """Whether `model` is a folder that this project wrote."""
     folder = Path(model).expanduser()
     if (folder / RECORD).is_file():
         return True
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type", "").startswith("lrkv_")
-    except (OSError, ValueError):
+        return json.loads((folder / "config.json").read_text())["model_type"].startswith("lrkv_")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False        # what is wrong with it is told when it is opened
 
 
@@ -63,16 +56,17 @@ def source_of(model: str) -> str:
         path, name = source["path"], source["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LrkvError(f"{model} does not say what it was converted from", "give --original") from error
-    if Path(path).exists():
+    if isinstance(path, str) and Path(path).exists():
         return path
     raise LrkvError(f"the original of {model}, {name}, is not where it was", "give --original")
 
 
 def save(result: dict, folder: Path) -> list[Path]:
-    """Write inspect.json and, where matplotlib is installed, heads.png and, of an ablation, ablation.png; returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write inspect.json and, where matplotlib is installed, heads.png and, of an ablation, ablation.png; returns what was written. Raises LrkvError."""
     files = [folder / "inspect.json"]
-    write_json(files[0], result)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(files[0], result)
     try:
         from . import plots
     except ImportError:
@@ -80,6 +74,7 @@ def save(result: dict, folder: Path) -> list[Path]:
     draw = {"heads.png": plots.spectra_map if result["kind"] == "original" else plots.fidelity_map}
     if "ablation" in result:
         draw["ablation.png"] = plots.ablation_curves
-    for name, picture in draw.items():
-        picture(result, folder / name)
+    with writing(folder):
+        for name, picture in draw.items():
+            picture(result, folder / name)
     return [*files, *(folder / name for name in draw)]

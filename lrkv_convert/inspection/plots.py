@@ -9,7 +9,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.colors import LogNorm, Normalize  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-MARKERS = "osD^vPX*"
+from ..plot import MARKERS, shown  # noqa: E402
 
 
 def spectra_map(result: dict, file: Path) -> None:
@@ -23,7 +23,7 @@ def spectra_map(result: dict, file: Path) -> None:
         _heat(figure, axes, outside[side], f"{side}: energy outside\nthe shared base", "% of the head's energy", Normalize(0, max(outside[side].max(), 1e-9)))
     for axes, side in zip(panels[2:], ("keys", "values")):
         _heat(figure, axes, wide[side], f"{side}: dimensions for\n{share} of the energy", f"dimensions of {d}", Normalize(0, d))
-    _finish(figure, panels, "KV head", f"{Path(result['model']).name}: heads in the attention metric", file)
+    _finish(figure, panels, "KV head", f"{shown(Path(result['model']).name)}: heads in the attention metric", file)
 
 
 def fidelity_map(result: dict, file: Path) -> None:
@@ -37,7 +37,7 @@ def fidelity_map(result: dict, file: Path) -> None:
     _heat(figure, panels[1], grid("logit_error") * 100, "logit error", "% of the centred logits", Normalize(0, max(grid("logit_error").max() * 100, 1e-9)))
     low, high = max(kl.min(), kl.max() * 1e-4), kl.max()
     _heat(figure, panels[2], kl, "attention KL", "nats per query (log scale)", LogNorm(low, max(high, low * 1.01)))
-    _finish(figure, panels, "query head", f"{Path(result['model']).name} beside its original, {result['tokens']:,} tokens of {result['text']['name']}", file)
+    _finish(figure, panels, "query head", f"{shown(Path(result['model']).name)} beside its original, {result['tokens']:,} tokens of {shown(result['text']['name'])}", file)
 
 
 def ablation_curves(result: dict, file: Path) -> None:
@@ -63,7 +63,7 @@ def ablation_curves(result: dict, file: Path) -> None:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panels[0].set_ylabel("loss added, nats per token (linear below 0.1, then log)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(f"{Path(result['model']).name} without heads, {ablation['tokens']:,} tokens of {ablation['text']['name']}")
+    figure.suptitle(f"{shown(Path(result['model']).name)} without heads, {ablation['tokens']:,} tokens of {shown(ablation['text']['name'])}")
     figure.savefig(file)
     pyplot.close(figure)
 

@@ -1,0 +1,280 @@
+"""Options, wherever they come from, are read one way: a value is of the type its field says, or one
+line names the field, the value and what is expected."""
+
+from dataclasses import fields
+
+import pytest
+from conftest import refused, run
+
+from lrkv_convert import LrkvError, convert
+from lrkv_convert import options as conversion
+from lrkv_convert.fields import LARGEST
+from lrkv_convert.heal import options as healing
+from lrkv_convert.plain_yaml import parse
+from lrkv_convert.provenance import _setting
+from lrkv_convert.recipe import load_recipe, read_fields
+
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list[str]: "a list of files",
+}
+WRONG = {
+    int: [True, "7", 4.5, float("nan"), float("inf"), LARGEST, [7], {}],
+    float: [True, "0.5", float("nan"), [0.5]],
+    bool: [1, "nein", 0.0],
+    str: [3, ["joint"], True],
+    list[str]: [3, [1], [""], "", {"a": 1}],
+}
+
+
+def kinds(field) -> tuple:
+    return getattr(field.type, "__args__", (field.type,))
+
+
+@pytest.mark.parametrize("options", [conversion.Options, healing.Options])
+def test_every_field_refuses_values_of_every_other_type(options):
+    for field in fields(options):
+        wanted = [kind for kind in kinds(field) if kind is not type(None)]
+        for value in WRONG[wanted[0]] if len(wanted) == 1 else [True, 1.5, [1]]:
+            with pytest.raises(LrkvError) as refusal:
+                options(**{field.name: value})
+            assert refusal.value.message.startswith(f"{field.name} is ") and all(
+                EXPECTED[kind] in refusal.value.hint for kind in wanted
+            ), (field.name, value)
+            assert len(str(refusal.value)) < 200
+        if type(None) not in kinds(field):
+            with pytest.raises(LrkvError, match=f"{field.name} is None"):
+                options(**{field.name: None})
+
+
+def test_numbers_are_what_they_count():
+    assert (
+        conversion.Options(calibration_tokens=1e4).calibration_tokens == 10000
+        and conversion.Options(cache_ratio=1).cache_ratio == 1.0
+    )
+    assert (
+        conversion.Options(calibration="a.txt").calibration == ["a.txt"]
+        and conversion.Options(calibration="none").calibration
+        == conversion.Options(calibration=["none"]).calibration
+        == []
+    )
+    assert healing.Options(validation=("a", "b")).validation == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"rank": 4.5}, "rank is 4.5"),
+        ({"refit": "nein"}, "refit is 'nein'"),
+        ({"keys": ["joint"]}, "keys is"),
+    ],
+)
+def test_the_library_refuses_in_the_same_words(options, says, tiny, tmp_path):
+    with pytest.raises(LrkvError, match=says):
+        convert(str(tiny()), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ YAML
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-3", 1e-3),
+        ("1E6", 1e6),
+        ("-2.5e+1", -25.0),
+        ("5e-4", 5e-4),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("7", 7),
+        ("1_000", 1000),
+        ("-3", -3),
+        ("yes", True),
+        ("off", False),
+        ("~", None),
+        ("", None),
+        ("010", "010"),
+        ("0x10", "0x10"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e", "1e"),
+        ("1.2.3", "1.2.3"),
+        ("'1e-3'", "1e-3"),
+        ("[a, 1e2]", ["a", 100.0]),
+        (".inf", float("inf")),
+        ("=", "="),
+    ],
+)
+def test_plain_values_mean_what_they_look_like(text, value):
+    assert parse(text, "it", "") == value and type(parse(text, "it", "")) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1e-5,
+        0.0005,
+        "1e5",
+        "010",
+        "no",
+        "a b",
+        ["x", "1e3"],
+        "a: b",
+        3,
+        True,
+        None,
+        "\x1b",
+        "é",
+        "[",
+        "*a",
+    ],
+)
+def test_the_commands_of_a_card_set_what_was_set(value):
+    assert read_fields([f"a={_setting(value)}"], {"a"}) == {"a": value}
+
+
+SPOILT = {
+    "not UTF-8": b"rank: \xff",
+    "UTF-16": "rank: 7".encode("utf-16"),
+    "empty": b"",
+    "a comment": b"# rank: 7",
+    "a list": b"- rank",
+    "a word": b"rank",
+    "null": b"null",
+    "no fields": b"{}",
+    "twice": b"rank: 3\nrank: 4",
+    "a tag": b"rank: !!int '3'",
+    "code": b"rank: !!python/object/apply:os.system ['touch harm']",
+    "an alias": b"rank: &a [1]\nkeys: *a",
+    "itself": b"&a rank: [*a]",
+    "laughs": b"a: &a [x]\nb: &b [*a,*a]",
+    "deep": b"rank: " + b"[" * 20000,
+    "digits": b"rank: " + b"9" * 5000,
+    "two": b"rank: 1\n---\nrank: 2",
+    "NUL": b"rank: 7\0",
+    "a list as name": b"? [a]\n: 1",
+    "large": b"rank: 7\n#" + b"x" * 100000,
+    "a number as name": b"1: 2",
+    "a merge": b"<<: {rank: 7}",
+    "not closed": b"rank: [",
+    "tabs": b"rank:\t7\n\tx",
+}
+
+
+@pytest.mark.parametrize("content", SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_recipe_is_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(content)
+    for kind, allowed in (("convert", {"rank", "keys"}), ("heal", {"tokens"})):
+        with pytest.raises(LrkvError, match="r.yaml") as refusal:
+            load_recipe("r.yaml", kind, allowed)
+        assert len(str(refusal.value)) < 600
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (".", "is a folder"),
+        ("nowhere.yaml", "no recipe"),
+        ("x" * 300, "too long"),
+        ("~nobody-here/r.yaml", "cannot be read"),
+        ("/dev/zero", "no recipe"),
+        ("\x1b[31m", r"no recipe '\\x1b"),
+    ],
+)
+def test_a_name_that_is_no_recipe_is_one_line(name, says, tmp_path):
+    with pytest.raises(LrkvError, match=says):
+        load_recipe(name, "convert", {"rank"})
+
+
+def test_a_recipe_of_the_wrong_type_is_refused_by_the_command(source, tmp_path):
+    (tmp_path / "r.yaml").write_text("cache_ratio: '0.5'\n")
+    assert "it must be a number" in refused(
+        source, tmp_path / "out", "--recipe", str(tmp_path / "r.yaml"), says="cache_ratio is '0.5'"
+    )
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "M", "--out", "o", "--rank", "9" * 30],
+        ["convert", "M", "--out", "o", "--rank", "4.5"],
+        ["convert", "M", "--out", ""],
+        ["convert", "M", "--out="],
+        ["convert", "", "--out", "o"],
+        ["convert", "M", "--out", "o", "--cache-ratio", "nan"],
+        ["convert", "M", "--out", "o", "--calibration", " "],
+        ["inspect", "M", "--target-kl", "inf"],
+        ["inspect", "M", "--out", ""],
+        ["compare", "M", "M", "--text", "t", "--cache", ""],
+        ["compare", "M", "M", "--text", "t", "--seq-len", "9" * 30],
+        ["compare", "M", "M", "--text", "t", "--batch-size", "0"],
+        ["compare", "M", "M", "--tasks", ","],
+        ["sweep", "M", "--text", "t", "--out", "o", "--max-tokens", "9" * 30],
+        ["bench", "M", "--steps", "9" * 20],
+        ["heal", "M", "--data", "", "--out", "o"],
+        ["demo", "--cache-ratio", "inf"],
+        ["serve", ""],
+        ["recipes", ""],
+        ["push", "M", ""],
+        ["eval", "M", "--foo"],
+        ["--foo"],
+        ["cnvert"],
+        ["convert"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_mean_nothing_are_one_line(arguments):
+    lines = run(*arguments, code=2).stderr.strip().splitlines()
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("error: ")
+        and "--help says more" in lines[0]
+        and "Traceback" not in lines[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["compare", "M", "M", "--text", "T", "--cache", "int3"], "choose from fp8, int8, int4"),
+        (
+            ["sweep", "M", "--text", "T", "--out", "O", "--ranks", "7", "--seq-len", "90000"],
+            "longer than",
+        ),
+        (["compare", "M", "M", "--text", "T", "--samples", "1000000000"], "more than the"),
+        (["bench", "M", "--tokens", "64", "--batch", "1000000000"], "no memory"),
+        (["bench", "M", "--tokens", "9" * 30], "too large"),
+        (["bench", "M", "--tokens", "64", "--steps", "10000000"], "fewer --steps"),
+        (
+            [
+                "convert",
+                "M",
+                "--out",
+                "O",
+                "--calibration",
+                "self",
+                "--calibration-tokens",
+                "99999999999",
+            ],
+            "more than a model can",
+        ),
+        (["convert", "M", "--out", "O", "--max-shard-size", "0GB"], "0GB"),
+        (["convert", "M", "--out", "O", "--device", "meta"], "'meta' cannot be used"),
+        (["sweep", "M", "--text", "x" * 300, "--out", "O"], "too long"),
+        (["compare", "M", "M", "--text", "~nobody-here/t"], "a user who is not there"),
+        (["heal", "M", "--data", "x" * 300, "--out", "O"], "error: "),
+    ],
+)
+def test_what_no_model_can_do_is_one_line(arguments, says, tiny, sheep, tmp_path):
+    places = {"M": tiny(), "T": sheep, "O": tmp_path / "out"}
+    lines = run(*(places.get(word, word) for word in arguments), code=1).stderr.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0] and not list(tmp_path.iterdir())
