@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .adapters import Adapter
 from .card import PICTURE, model_card, source_metadata
-from .checkpoint import Checkpoint
+from .source import Checkpoint
 from .errors import LrkvError
 from .modeling import CLASSES, auto_map
 from .plan import Plan
@@ -74,6 +73,7 @@ def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
     return {
         "format": FORMAT,
         "source": {"name": public_name(checkpoint.source), "path": str(source.resolve()), "sha256": sha256, "model_type": checkpoint.config.model_type},
+        "notices": checkpoint.notices,
         "recipe": options,
         "versions": {"lrkv_convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -111,7 +111,7 @@ def version(package: str) -> str:
 def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, name: str) -> None:
     """Everything but the weights."""
     config.save_pretrained(folder)
-    generation_config(checkpoint).save_pretrained(folder)
+    checkpoint.generation_config().save_pretrained(folder)
     try:
         checkpoint.tokenizer().save_pretrained(folder)
     except LrkvError:
@@ -137,14 +137,6 @@ def draw_cache(record: dict, name: str, file: Path) -> None:
         plot.cache(record, name, file)
     except Exception:       # a broken installation, a name that it cannot set: the card does without
         file.unlink(missing_ok=True)
-
-
-def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    """The source's own, or what its config says."""
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError):
-        return GenerationConfig.from_model_config(checkpoint.config)
 
 
 def add_evaluation(folder: Path, result: dict) -> None:

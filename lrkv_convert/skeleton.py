@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .adapters import Adapter
-from .checkpoint import Checkpoint
+from .source import Checkpoint
 from .device import give_back_memory
 
 

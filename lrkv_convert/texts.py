@@ -72,6 +72,12 @@ def window_length(config) -> int:
     return min(SEQ_LEN, getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or SEQ_LEN)
 
 
+def check_ids(ids: Tensor, rows: int, model: str) -> None:
+    """Raise LrkvError for token ids that an embedding of so many rows does not have."""
+    if ids.numel() and (largest := int(ids.max())) >= rows:
+        raise LrkvError(f"the tokenizer of {model} gives the id {largest:,}, its embedding has {rows:,} rows", "tokenizer and weights do not belong together")
+
+
 def windows(texts: list[Text], tokenizer, seq_len: int, max_tokens: int) -> Tensor:
     """Token windows (n, T), an equal share of each text, spread evenly over it. Raises LrkvError if no text fills one window."""
     cut = []

@@ -21,6 +21,12 @@ def show_error(error: Exception) -> None:
     print(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)
 
 
+def show_notices(notices: list[str]) -> None:
+    """What was found on the way and does no harm, a line each."""
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+
+
 @contextmanager
 def progress():
     """A callback (stage, done, total) that draws one bar per stage on stderr while it runs, if stderr is a terminal."""

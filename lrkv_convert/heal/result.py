@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ..assemble import tensor_shapes
 from ..card import source_metadata
-from ..checkpoint import INDEX, check_finite
+from ..source import INDEX, check_finite
 from ..errors import LrkvError
 from ..report import version, write_card
 from ..writer import RECORD, WORK, ShardWriter, publish, write_json
