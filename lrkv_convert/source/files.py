@@ -111,4 +111,4 @@ def adapter_beside(path: Path, source: str) -> list[str]:
     if (path / "adapter_config.json").is_file() and is_peft_available():
         raise LrkvError(f"a PEFT adapter lies beside the weights of {source}, and transformers applies it where peft is installed",
                         "merge it (merge_and_unload, save_pretrained), or remove adapter_config.json to convert the model without it")
-    return [f"{source} holds a PEFT adapter beside its weights ({', '.join(files)}): it is left out; to convert with it, merge it first"]
+    return [f"a PEFT adapter lies beside the weights ({', '.join(files)}): it is left out; to convert with it, merge it first"]

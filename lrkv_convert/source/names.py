@@ -104,8 +104,8 @@ def _tie(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
     for target, source in model.all_tied_weights_keys.items():
         if target in tensors and source in tensors and not _equal(checkpoint, tensors[target], tensors[source]):
             checkpoint.config.tie_word_embeddings = False
-            checkpoint.notices = [*checkpoint.notices, f"{checkpoint.source}: {target} differs from {source}, so that they are not tied, though "
-                                  "the config says so: as transformers has it"]
+            checkpoint.notices = [*checkpoint.notices, f"{target} differs from {source}: they are not tied, though the config says so, "
+                                  "as transformers has it"]
             continue
         if target in tensors and source not in tensors:
             tensors[source] = tensors[target]
@@ -130,7 +130,7 @@ def unplaced(left_over: dict[str, str], shapes: dict[str, tuple[int, ...]], mode
     if not strange:
         return []
     one, more = next(iter(strange)), f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-    return [f"{source} holds {one}{more}, for which the model has no place: left out, as transformers does"]
+    return [f"the checkpoint holds {one}{more}, for which the model has no place: left out, as transformers does"]
 
 
 def _inside(name: str, modules: dict[str, nn.Module], base: str, outer: bool = True) -> bool:

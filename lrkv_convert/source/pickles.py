@@ -25,7 +25,7 @@ def _state_dict(found, what: str) -> dict[str, torch.Tensor]:
     if not isinstance(found, dict):
         raise LrkvError(f"{what} holds no dictionary of tensors but a {type(found).__name__}", "save the model's state_dict()")
     for name, value in found.items():
-        if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+        if isinstance(value, dict) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
             raise LrkvError(f"{what} is a trainer's checkpoint: weights stand inside it under {name!r}, where transformers does not look",
                             f"take them out: torch.save(torch.load(FILE)[{name!r}], FILE)")
     for name, value in found.items():
