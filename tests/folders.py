@@ -120,9 +120,9 @@ def make(source: Path, folder: Path, family: str, *, layout: str = "safetensors"
     return folder
 
 
-def convert_fully(folder: Path, out: Path, *options: str):
+def convert_fully(folder: Path, out: Path, *options: str, rank: int = 20):
     """`lrkv convert` at full rank; a refusal is one line and leaves nothing behind."""
-    result = CliRunner().invoke(app, ["convert", str(folder), "--out", str(out), "--rank", "20", "--force", "--calibration", "none", "--dtype", "float32", *options])
+    result = CliRunner().invoke(app, ["convert", str(folder), "--out", str(out), "--rank", str(rank), "--force", "--calibration", "none", "--dtype", "float32", *options])
     if result.exit_code:
         assert isinstance(result.exception, SystemExit), repr(result.exception)
         lines = result.stderr.strip().splitlines()

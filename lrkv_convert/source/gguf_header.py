@@ -51,7 +51,7 @@ class Header:
         """A float32 tensor (n,). Raises LrkvError for another type."""
         tensor = self.tensors[name]
         if tensor.ggml_type != F32:
-            raise LrkvError(f"{self.file}: {name} is not float32", "write the file again with llama.cpp's converter")
+            raise LrkvError(f"{self.file}: its scaling of RoPE stands in {name}, which is not float32", "write the file again with llama.cpp's converter")
         return torch.from_numpy(np.fromfile(self.file, "<f4", tensor.numel, offset=tensor.start)).flatten()
 
 
