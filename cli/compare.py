@@ -65,6 +65,7 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.evaluate.corpora import gather
     from lrkv_convert.evaluate.load import read_config, refuse_encoder
     from lrkv_convert.provenance import calibrated_on
+    from lrkv_convert.record import read_record
     from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import RECORD, write_json
 
@@ -80,6 +81,8 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         except ImportError as error:
             raise LrkvError("the report has pictures, for which matplotlib is needed", "pip install 'lrkv-convert[plot]'") from error
     cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
+    for folder in cards:
+        read_record(folder)         # what is wrong with it is told before hours of measuring
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     if audio or pairs:

@@ -85,6 +85,8 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens) if texts else None
     if tokens is not None:
         check_ids(tokens, checkpoint.config.vocab_size, model)
+    elif not dry_run:
+        checkpoint.notices = [*checkpoint.notices, *checkpoint.lost_tokenizer()]
     if tokens is None and options.metric == "fisher":
         # no text, no gradient: the record says what was used. Where keys are normalised, queries say nothing of how keys should be fitted
         options = replace(options, metric="plain" if geometry.key_norm else "attention")

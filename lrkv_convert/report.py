@@ -1,7 +1,6 @@
 """What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, and the model card (card.py)."""
 import datetime
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from .errors import LrkvError
 from .modeling import CLASSES, auto_map
 from .plan import Plan
 from .provenance import public_name
+from .record import read_record
 from .texts import Text
 from .writer import RECORD, write_json, write_text
 
@@ -143,7 +143,7 @@ def add_evaluation(folder: Path, result: dict) -> None:
     """Write what a comparison found of the converted model in `folder`, one of its models, into its lrkv.json and its card. An earlier measurement of
     the same texts in the same windows is replaced."""
     found = next(i for i, row in enumerate(result["models"]) if i and row["cache"] is None and Path(row["path"]).expanduser() == folder)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = read_record(folder)
     measured = {"date": datetime.date.today().isoformat(), "texts": [t["name"] for t in result["texts"]], "sha256": [t["sha256"] for t in result["texts"]],
                 "tokens": result["tokens"], "seq_len": result.get("seq_len"), "dtype": result["models"][found]["dtype"],
                 "rows": [{key: value for key, value in result["models"][i].items() if key not in ("path", "cache", "context", "written")} for i in (0, found)]}

@@ -55,6 +55,8 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
     """About `tokens` tokens sampled from the model at temperature 1, in documents of one window, each begun anew from the BOS token."""
     length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
     starts = tokenizer.eos_token_id if starts is None else starts
+    known = model.get_input_embeddings().weight.shape[0]
+    check_ids(torch.tensor(len(tokenizer) - 1 if starts is None else starts), known, model.name_or_path)
     rows, documents = [], tokens // length + 2          # decoding and tokenising again may lose a few tokens
     model.generation_config = GenerationConfig()        # its own may bend the distribution
     with torch.random.fork_rng(), torch.no_grad():

@@ -65,6 +65,8 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
             progress("checking", done, total)
     with clock("calibrate"):
         examples = read(corpora, checkpoint, family, options, skeleton.device, lambda done, total: progress("writing", done, total)) if corpora else None
+    if examples is None and not dry_run:
+        checkpoint.notices = [*checkpoint.notices, *checkpoint.lost_tokenizer()]
     if examples is None and options.metric == "fisher":
         options = replace(options, metric="attention")      # no examples, no gradient: the record says what was used
     if dry_run:

@@ -16,6 +16,7 @@ from ..device import DTYPES, SAFETENSORS_DTYPES
 from ..errors import LrkvError, first_line
 
 INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 FLOATS = frozenset(DTYPES.values())     # what weights may be: anything else is quantised, or no weight
 
 
@@ -93,6 +94,16 @@ class Checkpoint:
         except Exception as error:      # tokenizers raises bare Exceptions of its own
             raise LrkvError(f"{self.source} has no tokenizer that loads: {first_line(error)}",
                             "calibration and comparison need one; put tokenizer.json beside the weights") from error
+
+    def lost_tokenizer(self) -> list[str]:
+        """A notice for a tokenizer that is there and does not load, so that what is written has none."""
+        if self.gguf or not any((self.path / name).is_file() for name in TOKENIZERS):
+            return []
+        try:
+            self.tokenizer()
+            return []
+        except LrkvError as error:
+            return [f"no tokenizer is written: {error.message}"]
 
     def generation_config(self) -> GenerationConfig:
         """The source's own, or what its config says. Raises LrkvError for one that is there and cannot be read."""

@@ -69,7 +69,7 @@ def placed(checkpoint: Checkpoint, model: PreTrainedModel, stored: Callable[[dic
             raise LrkvError(what, "transformers does not load it so either: save the inner model with save_pretrained, or take the prefix off the names")
         result.check(expected)
     notice = unplaced(left_over, {name: tuple(held.shape) for name, held in tensors.items()}, model, checkpoint.source)
-    return replace(result, notices=[*checkpoint.notices, *notice])
+    return replace(result, notices=[*result.notices, *notice])
 
 
 def _renamed(model: PreTrainedModel, names) -> dict[str, str]:
