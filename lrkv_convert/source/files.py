@@ -87,8 +87,11 @@ def _refuse_index(path: Path, source: str) -> None:
 
 
 def _found_instead(path: Path) -> str:
+    for name in ("model.safetensors", "pytorch_model.bin", *INDICES):
+        if (path / name).is_symlink() and not (path / name).exists():
+            return f" that can be read: {name} is a link that leads nowhere"
     for pattern, whose in ELSEWHERE.items():
-        if found := sorted(path.glob(pattern)):
+        if found := sorted(file for file in path.glob(pattern) if file.is_file()):
             return f" that can be read: {found[0].name} is {whose}"
     return ""
 

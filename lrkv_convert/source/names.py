@@ -65,7 +65,8 @@ def placed(checkpoint: Checkpoint, model: PreTrainedModel, stored: Callable[[dic
     tied = {} if checkpoint.config.is_encoder_decoder else _tie(result, model)      # seq2seq.skeleton sees to those
     if not checkpoint.config.is_encoder_decoder:
         expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
-        if any(name not in found for name in expected) and (what := _wrapped(checkpoint.tensors, checkpoint.source)):
+        missing = next((name for name in expected if name not in found), None)
+        if missing and (what := _wrapped(checkpoint.tensors, missing, checkpoint.source)):
             raise LrkvError(what, "transformers does not load it so either: save the inner model with save_pretrained, or take the prefix off the names")
         result.check(expected)
     notice = unplaced(left_over, {name: tuple(held.shape) for name, held in tensors.items()}, model, checkpoint.source)
@@ -147,9 +148,11 @@ def _numbered(names) -> int:
     return 1 + max((int(part) for name in names for part in name.split(".") if part.isdecimal() and len(part) < 10), default=-1)
 
 
-def _wrapped(names, source: str) -> str | None:
-    """What a library put around the model whose names these are, in words."""
+def _wrapped(names, missing: str, source: str) -> str | None:
+    """What was put around the model whose names these are, in words; missing: the name of a tensor that was not found."""
     for wrapper, whose in WRAPPERS.items():
         if inner := next((name for name in names if name.startswith(wrapper) or f".{wrapper}" in name), None):
             return f"{source} was saved from inside a wrapper of {whose}: its names hold {wrapper!r}, as in {inner}"
+    if inner := next((name for name in names if name.endswith(f".{missing}")), None):
+        return f"{source} is part of something else: its names begin with {inner.removesuffix(missing)!r}, as in {inner}"
     return None
