@@ -1,6 +1,7 @@
 """What a folder means: for each that transformers loads the same logits at full rank, or a refusal in one line; never other weights."""
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -185,3 +186,14 @@ def test_huge_weights_are_one_line(name, source, tmp_path):
     save_safe(tensors, source / "model.safetensors")
     result = run("convert", source, "--out", tmp_path / "out", "--rank", 7, "--calibration-tokens", 1024, code=1)
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family, part", [("mixtral", "block_sparse_moe.experts.2.w1"), ("qwen2_moe", "mlp.experts.3.down_proj")])
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.int8), lambda t: t.to(torch.float8_e4m3fn), lambda t: t[:-1].contiguous(), lambda t: t.half(), lambda t: t.flatten()])
+def test_every_expert_is_looked_at(family, part, change, tiny, tmp_path):
+    folder = shutil.copytree(tiny(family), tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    [name] = [name for name in tensors if f"layers.1.{part}" in name]
+    tensors[name] = change(tensors[name])
+    save_safe(tensors, folder / "model.safetensors")
+    assert judged(folder, tmp_path / "out") == ("same" if tensors[name].dtype == torch.float16 else "refused")

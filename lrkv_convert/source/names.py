@@ -24,6 +24,7 @@ HARMLESS = re.compile(r"(rotary_emb|rope|rotary)\.(inv_freq|original_inv_freq|co
                       r"|(^|\.)position_ids$|(^|\.)causal_mask$|(^|\.)decoder\.version$|(^|\.)embed_positions\._float_tensor$"
                       r"|(^|\.)attn\.embed_positions$")
 MASK = re.compile(r"(attn|attention|self_attention)\.bias$")        # of GPT-2 and its kin: a matrix; a bias would be a vector
+AT_ONCE = 4096      # rows compared at once
 LAYERS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")     # as configs call their number
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "_checkpoint_wrapped_module.": "activation checkpointing",
             "base_model.model.": "PEFT", "_forward_module.": "Lightning Fabric", "module.": "DataParallel, DDP or DeepSpeed"}
@@ -62,9 +63,12 @@ def placed(checkpoint: Checkpoint, model: PreTrainedModel, stored: Callable[[dic
         else:
             found[target], first[target] = tensors[name], name
     result = replace(checkpoint, tensors=found, config=copy.deepcopy(checkpoint.config))
-    tied = {} if checkpoint.config.is_encoder_decoder else _tie(result, model)      # seq2seq.skeleton sees to those
-    if not checkpoint.config.is_encoder_decoder:
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if checkpoint.config.is_encoder_decoder:        # what is tied there, and what may be missing, seq2seq.skeleton sees to
+        result.check({name: shape for name, shape in parameters.items() if name in found})
+    else:
+        tied = _tie(result, model)
+        expected = {name: shape for name, shape in parameters.items() if name not in tied}
         missing = next((name for name in expected if name not in found), None)
         if missing and (what := _wrapped(checkpoint.tensors, missing, checkpoint.source)):
             raise LrkvError(what, "transformers does not load it so either: save the inner model with save_pretrained, or take the prefix off the names")
@@ -94,8 +98,12 @@ def _renamed(model: PreTrainedModel, names) -> dict[str, str]:
 
 
 def _equal(checkpoint: Checkpoint, a, b) -> bool:
-    read = lambda held: replace(checkpoint, tensors={"one": held}).tensor("one")
-    return tuple(a.shape) == tuple(b.shape) and torch.equal(read(a).to(torch.float64), read(b).to(torch.float64))
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    a, b = (replace(checkpoint, tensors={"one": held}).tensor("one") for held in (a, b))
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
+    return all(torch.equal(x.to(torch.float64), y.to(torch.float64)) for x, y in zip(a.split(AT_ONCE), b.split(AT_ONCE)))
 
 
 def _tie(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
