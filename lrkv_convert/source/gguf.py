@@ -55,7 +55,7 @@ def open_gguf(file: Path) -> Checkpoint:
 def check_sizes(config: PreTrainedConfig, header: Header) -> None:
     """Raise LrkvError unless the file holds as many weights as the model has: transformers makes up what is missing, and leaves out what has no place."""
     weights = {name: tensor.numel for name, tensor in header.tensors.items() if not name.endswith(TABLES)}
-    outline = Checkpoint(header.file.parent, config, dict.fromkeys(weights), [], source=str(header.file))
+    outline = Checkpoint(header.file.parent, config, {name: header.tensors[name] for name in weights}, [], source=str(header.file))
     model = describe(outline)
     tied = model.all_tied_weights_keys
     wanted = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied)

@@ -24,6 +24,7 @@ HARMLESS = re.compile(r"(rotary_emb|rope|rotary)\.(inv_freq|original_inv_freq|co
                       r"|(^|\.)position_ids$|(^|\.)causal_mask$|(^|\.)decoder\.version$|(^|\.)embed_positions\._float_tensor$"
                       r"|(^|\.)attn\.embed_positions$")
 MASK = re.compile(r"(attn|attention|self_attention)\.bias$")        # of GPT-2 and its kin: a matrix; a bias would be a vector
+COUNTS = re.compile(r"^(num|n)_.*(head|expert)|_heads$")
 AT_ONCE = 4096      # rows compared at once
 LAYERS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")     # as configs call their number
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "_checkpoint_wrapped_module.": "activation checkpointing",
@@ -41,6 +42,10 @@ def describe(checkpoint: Checkpoint, auto: type = AutoModelForCausalLM) -> PreTr
         if layers > there:          # before they are built: a million take all memory
             raise LrkvError(f"{source} holds {there} layers, its config.json asks for {layers:,}",
                             "a shard may be missing; download the checkpoint again")
+    largest = max((size for held in checkpoint.tensors.values() for size in held.shape), default=0)
+    for field, count in config.to_dict().items():       # of modules that come in lists: heads may have a norm each
+        if COUNTS.search(field) and isinstance(count, int) and count > max(largest, there):
+            raise LrkvError(f"the config of {source} asks for {count:,} in {field}, more than any of its tensors is wide", "is config.json that of these weights?")
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))
