@@ -58,12 +58,18 @@ def test_config_fields_of_the_wrong_kind(changes, source, text, tmp_path):
     refused_everywhere(source, text, tmp_path)
 
 
-@pytest.mark.parametrize("family, changes", [("gpt2", {"n_positions": 10**9}), ("gpt2", {"n_layer": 10**6}), ("gpt2", {"n_embd": 10**12}), ("gpt2", {"n_head": 0}), ("qwen2", {"layer_types": ["a"]}),
+@pytest.mark.parametrize("family, changes", [("gpt2", {"n_positions": 10**9}), ("gpt2", {"n_layer": 10**6}), ("gpt2", {"n_embd": 10**12}), ("gpt2", {"n_embd": 0}), ("gpt2", {"n_head": 0}), ("falcon", {"num_kv_heads": 0}), ("stablelm-norm", {"num_key_value_heads": 10**12}), ("codegen", {"n_positions": 10**12}), ("qwen2", {"layer_types": ["a"]}),
                                              ("qwen2", {"max_window_layers": "x"})], ids=str)
 def test_config_fields_of_other_families(family, changes, tiny, text, tmp_path):
     source = shutil.copytree(tiny(family), tmp_path / "source")
     edit(source / "config.json", **changes)
     refused_everywhere(source, text, tmp_path)
+
+
+def test_windows_that_see_nothing_are_not_converted(tiny, tmp_path):
+    source = shutil.copytree(tiny("gpt_neo"), tmp_path / "source")
+    edit(source / "config.json", window_size=0)
+    assert "window_size" in convert_fully(source, tmp_path / "out").stderr
 
 
 def test_several_ends_are_kept(source, tmp_path):

@@ -8,6 +8,7 @@ refused, saying what it is.
 """
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,10 +45,13 @@ def describe(checkpoint: Checkpoint, auto: type = AutoModelForCausalLM) -> PreTr
                             "a shard may be missing; download the checkpoint again")
     largest = max((size for held in checkpoint.tensors.values() for size in held.shape), default=0)
     for field, count in config.to_dict().items():       # of modules that come in lists: heads may have a norm each
+        if COUNTS.search(field) and isinstance(count, int) and "head" in field and count < 1:
+            raise LrkvError(f"the config of {source} asks for {count} in {field}", "is config.json that of these weights?")
         if COUNTS.search(field) and isinstance(count, int) and count > max(largest, there):
             raise LrkvError(f"the config of {source} asks for {count:,} in {field}, more than any of its tensors is wide", "is config.json that of these weights?")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of sizes that are zero: what is wrong with them is told later
             return auto.from_config(copy.deepcopy(config))
     except Exception as error:      # of sizes and kinds that no model has: each its own
         raise LrkvError(f"no model can be built from the config of {source}: {type(error).__name__}: {first_line(error)}",
