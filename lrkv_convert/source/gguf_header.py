@@ -1,7 +1,10 @@
-"""The header of a .gguf file, read within the bounds of the file: what it says of itself, before any library believes it.
+"""The header of a .gguf file, read within the bounds of the file: what it says of itself, before
+any library believes it.
 
-    "GGUF", version, tensor count, key count; keys: name, type, value; tensors: name, dimensions, type, offset; padding; data
+"GGUF", version, tensor count, key count; keys: name, type, value; tensors: name, dimensions,
+type, offset; padding; data
 """
+
 import math
 import struct
 from dataclasses import dataclass
@@ -12,14 +15,27 @@ import torch
 
 from ..errors import LrkvError
 
-NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}     # type -> its form
+NUMBERS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}  # type -> its form
 TEXT, ARRAY, F32 = 8, 9, 0
-KEPT = 64           # values of an array that are kept: of vocabularies nobody here asks
+KEPT = 64  # values of an array that are kept: of vocabularies nobody here asks
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: its shape as torch has it, ggml's number of its type, and the bytes from `start` on."""
+    """Where a tensor lies: its shape as torch has it, ggml's number of its type, and the bytes
+    from `start` on."""
 
     shape: tuple[int, ...]
     ggml_type: int
@@ -51,8 +67,13 @@ class Header:
         """A float32 tensor (n,). Raises LrkvError for another type."""
         tensor = self.tensors[name]
         if tensor.ggml_type != F32:
-            raise LrkvError(f"{self.file}: its scaling of RoPE stands in {name}, which is not float32", "write the file again with llama.cpp's converter")
-        return torch.from_numpy(np.fromfile(self.file, "<f4", tensor.numel, offset=tensor.start)).flatten()
+            raise LrkvError(
+                f"{self.file}: its scaling of RoPE stands in {name}, which is not float32",
+                "write the file again with llama.cpp's converter",
+            )
+        return torch.from_numpy(
+            np.fromfile(self.file, "<f4", tensor.numel, offset=tensor.start)
+        ).flatten()
 
 
 class Cut(Exception):
@@ -63,13 +84,17 @@ def read_header(file: Path) -> Header:
     """Raises LrkvError for a file that is no GGUF, is cut off, or counts more than it holds."""
     try:
         data = np.memmap(file, mode="r", dtype=np.uint8)
-    except (OSError, ValueError) as error:      # an empty file cannot be mapped
-        raise LrkvError(f"{file} cannot be read: it is empty, or may not be read", "is the file whole?") from error
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise LrkvError(
+            f"{file} cannot be read: it is empty, or may not be read", "is the file whole?"
+        ) from error
     try:
         return _Reader(data).header(file)
     except (Cut, struct.error, UnicodeDecodeError, OverflowError) as error:
         what = str(error) if isinstance(error, Cut) else "it ends before its header does"
-        raise LrkvError(f"{file} cannot be read: {what}", "is the file whole? download it again") from error
+        raise LrkvError(
+            f"{file} cannot be read: {what}", "is the file whole? download it again"
+        ) from error
 
 
 class _Reader:
@@ -82,13 +107,14 @@ class _Reader:
         if count > len(self.data) - self.at:
             raise Cut("it ends before its header does")
         self.at += count
-        return memoryview(self.data[self.at - count:self.at])
+        return memoryview(self.data[self.at - count : self.at])
 
     def number(self, form: str):
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int) -> int:
-        """A count of things that take at least so many bytes each, which must fit into what is left."""
+        """A count of things that take at least so many bytes each, which must fit into what is
+        left."""
         count = self.number("<Q")
         if count * least > len(self.data) - self.at:
             raise Cut(f"it counts {count:,} things where there is no room for them")
@@ -108,7 +134,10 @@ class _Reader:
         if kind in NUMBERS:
             size, count = struct.calcsize(NUMBERS[kind]), self.count(struct.calcsize(NUMBERS[kind]))
             values = self.take(count * size)
-            return [struct.unpack(NUMBERS[kind], values[i * size:(i + 1) * size])[0] for i in range(min(count, KEPT))]
+            return [
+                struct.unpack(NUMBERS[kind], values[i * size : (i + 1) * size])[0]
+                for i in range(min(count, KEPT))
+            ]
         if kind != TEXT:
             raise Cut(f"its header has a list of the unknown type {kind}")
         for _ in range(self.count(8)):
@@ -117,11 +146,17 @@ class _Reader:
 
     def header(self, file: Path) -> Header:
         from gguf import GGML_QUANT_SIZES
+
         if bytes(self.take(4)) != b"GGUF":
             raise Cut("it does not begin as a GGUF file does")
         if (version := self.number("<I")) not in (2, 3):
             raise Cut(f"it is of GGUF version {version}, 2 and 3 are known")
-        tensors, keys, listed, sizes = self.count(24), {}, [], {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        tensors, keys, listed, sizes = (
+            self.count(24),
+            {},
+            [],
+            {int(kind): size for kind, size in GGML_QUANT_SIZES.items()},
+        )
         for _ in range(self.count(13)):
             name = self.text()
             keys[name] = self.value(self.number("<I"))
