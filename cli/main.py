@@ -1,5 +1,5 @@
 """`lrkv`: importing a command's module adds it to the app."""
-from . import bench, compare, convert, demo, heal, inspect, push, recipes, serve, sweep  # noqa: F401
+from . import bench, compare, convert, demo, heal, inspect, push, recipes, refresh, serve, sweep  # noqa: F401
 from .app import app
 
 __all__ = ["app"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .adapters import Adapter
 from .card import PICTURE, model_card, source_metadata
@@ -21,6 +20,7 @@ from .plan import Plan
 from .provenance import public_name
 from .record import read_record
 from .texts import Text
+from .travelling import write_modeling
 from .writer import RECORD, write_json, write_text
 
 FORMAT = 1
@@ -116,9 +116,7 @@ def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, con
         checkpoint.tokenizer().save_pretrained(folder)
     except LrkvError:
         pass        # a model without a tokenizer converts too, uncalibrated
-    modeling = Path(importlib.import_module(f"lrkv_convert.modeling.{adapter.modeling}").__file__)
-    for file in [modeling, *map(Path, get_relative_import_files(modeling))]:
-        shutil.copy(file, folder / file.name)
+    write_modeling(folder, adapter.model_type)
     if not checkpoint.gguf:
         for file in (*checkpoint.path.glob("LICENSE*"), *(checkpoint.path.glob("*processor_config.json") if "attention" in record else ())):    # how speech is read
             shutil.copy(file, folder / file.name)

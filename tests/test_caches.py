@@ -120,6 +120,10 @@ class Away(DynamicCache):
         if id(layer) in self.away:
             layer.keys, layer.values = self.away.pop(id(layer))
 
+    def get_seq_length(self, layer_idx=0):
+        keys, _ = self.away.get(id(self.layers[layer_idx]), (None, None))
+        return super().get_seq_length(layer_idx) if keys is None else keys.shape[-2]      # as transformers' own knows, on whatever device they are
+
     def update(self, keys, values, layer_idx, *args, **kwargs):
         self.layers[(layer_idx + 1) % len(self.layers)].prefetch()
         layer = self.layers[layer_idx]
@@ -199,12 +203,14 @@ def test_a_static_cache_compiles_without_graph_breaks(family, tiny, converted):
 @pytest.mark.parametrize("path, requests", [("auto", 2), ("split", 1)])
 def test_continuous_batching_generates_the_same_and_says_what_it_costs(path, requests, converted, caplog):
     from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
     from transformers.utils import logging
     model, ids = load(converted(), lrkv_path=path), [prompt(12 + 8 * n, seed=n)[0].tolist() for n in range(requests)]
     expected = [model.generate(torch.tensor([row]), **GREEDY)[0, len(row):].tolist() for row in ids]
     logging.enable_propagation()
     try:
-        out = model.generate_batch(ids, generation_config=GenerationConfig(**{**GREEDY, "eos_token_id": -1}))
+        out = model.generate_batch(ids, generation_config=GenerationConfig(**{**GREEDY, "eos_token_id": -1}),
+                                   continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64))
     finally:
         logging.disable_propagation()
     assert sorted(o.generated_tokens for o in out.values()) == sorted(expected)

@@ -54,7 +54,6 @@ class Adapter(ABC):
     """Locations and layouts of one family. Subclasses fill in the fields and the two directions `split` and `join`."""
 
     model_type: str             # of the original, e.g. "llama"
-    modeling: str               # module in lrkv_convert.modeling that travels with the output
     prefix: str                 # of the base model's tensors in the checkpoint, e.g. "model."
     layer_path: str             # path of the decoder layers in the model, e.g. "model.layers"
     attention: str              # name of the attention module in a layer, e.g. "self_attn"

@@ -72,7 +72,7 @@ class DecoderAdapter(Adapter):
                  refuses: tuple[Refusal, ...] = (), stored: Callable[[dict], dict] | None = None,
                  arguments: Callable[[dict], dict] | None = None, legacy: bool = False, kernel: bool = True, models: str = "", positions: str = "RoPE",
                  norms: str = "none"):
-        self.model_type, self.modeling, self.prefix, self.layer_path = model_type, f"modeling_lrkv_{model_type}", prefix, layers
+        self.model_type, self.prefix, self.layer_path = model_type, prefix, layers
         self.attention, self.output, self.projections, self.layout, self.query = attention, output, projections, layout, query
         self.key_projection = projections[min(1, len(projections) - 1)]
         self.transposed, self.biased, self.rotary, self.interleaved, self.key_norm = transposed, biased, rotary, interleaved, key_norm

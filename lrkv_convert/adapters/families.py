@@ -1,4 +1,6 @@
 """The table of decoder families. An entry says what is particular; what is not said is as in Llama."""
+from transformers import GPTJModel
+
 from .decoder import DecoderAdapter, Refusal, by_head, by_kind, in_quarters
 from .experts import stacked
 
@@ -30,7 +32,8 @@ ROPE = dict(rotary=whole, refuses=(PARTIAL,))
 WINDOW = dict(ROPE, positions="RoPE, sliding window")
 QK_NORM = dict(key_norm=always, norms="RMSNorm per head")
 TRANSFORMER = dict(prefix="transformer.", layers="transformer.h")
-NEIGHBOURS = dict(TRANSFORMER, attention="attn", output="out_proj", rotary=lambda c, d: c.rotary_dim, interleaved=True, legacy=True, kernel=False,
+NEIGHBOURS = dict(TRANSFORMER, attention="attn", output="out_proj", rotary=lambda c, d: c.rotary_dim, interleaved=True, kernel=False,
+                  legacy=not getattr(GPTJModel, "_supports_attention_backend", False),      # until transformers 5.24
                   positions="RoPE on neighbouring channels, of a part of each head")
 ALIBI = dict(legacy=True, kernel=False, positions="ALiBi")
 

@@ -17,6 +17,7 @@ from ..device import give_back_memory
 from ..errors import LrkvError, first_line
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
+from ..modeling.contract_lrkv import CACHE
 from .load import load_model
 from .memory import cache_bytes
 from .step import bandwidth, random, seconds
@@ -52,7 +53,7 @@ class Contender:
         if self.path is not None:
             self.model.config.lrkv_path = self.path
         ids = torch.zeros(self.batch, 1, dtype=torch.long, device=self.model.device)
-        self.model(ids, past_key_values=self.cache, use_cache=True)
+        self.model(ids, **{CACHE: self.cache}, use_cache=True)
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
     """A cache of `kind` that holds `tokens` random tokens for each of `batch` rows, and has room for more. Any model whose cache layers are
     transformers' static or dynamic ones, sliding or not."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + room) if kind == "static" else DynamicCache(config=model.config)
-    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), **{CACHE: cache}, use_cache=True)
     for layer in cache.layers:
         if layer.keys is None:          # nothing is kept there
             continue

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..adapters import ADAPTERS, ENCODER_DECODERS, Geometry
+from ..modeling.contract_lrkv import CACHE
 
 
 HELD = ("keys", "values", "_quantized_keys", "_quantized_values")       # where transformers' cache layers keep what they hold
@@ -49,4 +50,4 @@ def _numbers(g: Geometry, spec: dict | None) -> int:
 def allocated_bytes(model: PreTrainedModel, tokens: int = 16) -> float:
     """Bytes per token that a forward pass over `tokens` tokens leaves in the cache."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    return cache_bytes(model(ids, use_cache=True, logits_to_keep=1).past_key_values) / tokens
+    return cache_bytes(model(ids, use_cache=True, logits_to_keep=1)[CACHE]) / tokens

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import LrkvError
+from ..modeling.contract_lrkv import CACHE
 from .caches import PIECE, new_cache
 
 LONGEST = 1024      # tokens per forward pass: longer windows go through the model's cache piece by piece, so that logits stay small
@@ -34,7 +35,7 @@ class Candidate:
     def read(self, ids: Tensor, cache: Cache | None, **kwargs) -> Tensor:
         """Logits (N, C, vocabulary) of ids (N, C), which follow what the cache holds; on the model's device."""
         parts = ids.to(self.model.device).split(PIECE if self.cache else max(1, ids.shape[1]), dim=1)
-        logits = [self.model(part, past_key_values=cache, use_cache=cache is not None, **kwargs).logits for part in parts]
+        logits = [self.model(part, **{CACHE: cache}, use_cache=cache is not None, **kwargs).logits for part in parts]
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.contract_lrkv import CACHE
 from .perplexity import Candidate
 
 PROMPT, WRITTEN = 32, 32        # tokens
@@ -14,7 +15,7 @@ def continuation(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, promp
     model, written = candidate.model, tokenizer(prompt)["input_ids"]
     inputs = torch.tensor([written[:-1] if len(written) > 1 and written[-1] == tokenizer.eos_token_id else written], device=model.device)
     ids = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                         **({"past_key_values": candidate.empty(0)} if candidate.cache else {}))
+                         **({CACHE: candidate.empty(0)} if candidate.cache else {}))
     return tokenizer.decode(ids[0, inputs.shape[1]:], skip_special_tokens=True)
 
 

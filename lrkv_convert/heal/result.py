@@ -16,6 +16,7 @@ from ..card import source_metadata
 from ..source import INDEX, check_finite
 from ..errors import LrkvError
 from ..report import version, write_card
+from ..travelling import write_modeling
 from ..writer import RECORD, WORK, ShardWriter, publish, write_json
 from .loop import Trainer
 from .run import LOG, Run
@@ -79,6 +80,7 @@ def write(run: Run, trainer: Trainer, state: dict[str, torch.Tensor], model: Pat
     for file in model.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
             shutil.copy(file, run.folder / file.name)
+    write_modeling(run.folder, record["source"]["model_type"])      # the model may have been converted by an older release
     write_json(run.folder / RECORD, record)
     if record["history"][-1]["picture"]:
         from .. import plot         # needs matplotlib

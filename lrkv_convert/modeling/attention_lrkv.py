@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .cache_lrkv import update_cache
+from .contract_lrkv import PAGED_IN_ATTENTION, check_interface, check_mask, check_output, check_tables, note_written, take_cache
 from .factors_lrkv import low_rank_heads, rotate
 from .kernel_lrkv import decode
 from .kernel_lrkv import missing as missing_for_kernel
@@ -93,6 +95,7 @@ class LrkvAttention:
 
     eager_attention = staticmethod(eager_attention)
     float32_scores = False      # whether the family multiplies queries and keys in float32, whatever its dtype: they may be large
+    tables_checked = False      # whether the position embeddings that this module is handed have been looked at
 
     def take_over(self, config, layer_idx: int, *projections: str, name: str = "lrkv", queries: str = "q_proj", **shape) -> None:
         """Put factored keys and values in the place of the projections called so: of keys and of values, or one that holds queries too, which then
@@ -128,35 +131,61 @@ class LrkvAttention:
         """(N, T, H G d) -> (N, H G, T, d)"""
         return query.view(*query.shape[:-1], -1, self.keys.head_dim).transpose(1, 2)
 
-    def factored_attention(self, query, hidden_states, attention_mask, past_key_values, rotations=None, dropout=0.0, **kwargs):
+    def looked_at(self, position_embeddings, tokens: int, interleaved: bool = False) -> tuple:
+        """(cos, sin) of these tokens as the model handed them on, their layout checked at the first call. Raises BrokenContract."""
+        if position_embeddings is None or not (self.tables_checked or torch.compiler.is_compiling()):
+            check_tables(position_embeddings, tokens, self.keys.head_dim, interleaved)
+            self.tables_checked = True
+        return position_embeddings
+
+    def factored_attention(self, query, hidden_states, attention_mask, cache, rotations=None, dropout=0.0, **kwargs):
         """Attention of query (N, H G, T, d), before norm and rotation, to hidden_states (N, T, D) and what is cached.
 
-        rotations: (cos, sin) of the queries and of all cached keys, or None. Returns ((N, T, H G d), weights or None).
+        rotations: (cos, sin) of the queries and of all cached keys, or None. cache: a `Cache`, the paged one of continuous batching, or None. Returns
+        ((N, T, H G d), weights or None).
         """
         of_queries, of_keys = rotations or (None, None)
         keys, values, query = self.encode_keys(hidden_states, of_queries), self.values.encode(hidden_states), self.normalised(query)
-        if past_key_values is not None:
-            keys, values = update_cache(past_key_values, self.layer_idx, self.config.num_hidden_layers, keys, values)
         query = query if rotations is None else rotate(query, of_queries)
-        return self.attend(query, keys, values, attention_mask, of_keys, past_key_values is not None, dropout, **kwargs)
+        if cache is not None and not isinstance(cache, Cache):
+            return self.attend_pages(query, keys, values, attention_mask, of_keys, cache, dropout, **kwargs)
+        if cache is not None:
+            keys, values = update_cache(cache, self.layer_idx, self.config.num_hidden_layers, keys, values)
+            note_written(cache, attention_mask)
+        return self.attend(query, keys, values, attention_mask, of_keys, cache is not None, dropout, **kwargs)
 
     def attend(self, query, keys, values, attention_mask, rotation, cached: bool, dropout=0.0, **kwargs):
         """Attention of queries (N, H G, T, d), ready to meet keys, to keys and values as `LowRankHeads.encode` gives them. rotation: (cos, sin) of all
         of them, or None. Returns ((N, T, H G d), weights or None)."""
         implementation, T, window, norm = self.config._attn_implementation, query.shape[2], kwargs.get("sliding_window"), self.key_norm()
-        paged = kwargs.get("cache") is not None         # continuous batching: the attention function keeps the cache, of whole keys and values
-        path = "rebuild" if paged else choose_path(
+        check_mask(attention_mask, query.shape[0], T, keys[0].shape[2])
+        path = choose_path(
             self.config.lrkv_path, queries=T * query.shape[1] // self.keys.num_heads, tokens=T, implementation=implementation, mask=attention_mask,
             training=self.training, cached=cached, device=query.device, dtype=keys[0].dtype,
             outside_window=bool(window) and keys[0].shape[2] > window, differentiable=self.wants_gradients(query, *keys, *values),
             kernel=kwargs.get("softcap") is None and not self.float32_scores and (norm is None or self.kernel_norm() is not None))
         if path == "rebuild":
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
-            output, weights = attend(self, query, self.keys.rebuild(*keys, rotation, norm), self.values.rebuild(*values), attention_mask,
-                                     dropout=dropout if self.training else 0.0, scaling=self.scaling, **kwargs)
-        else:
-            output, weights = self.read_in_place(path, query, keys, values, attention_mask, rotation, kwargs.get("softcap"), implementation == "eager")
+            return self.attend_whole(query, self.keys.rebuild(*keys, rotation, norm), self.values.rebuild(*values), attention_mask, dropout, **kwargs)
+        output, weights = self.read_in_place(path, query, keys, values, attention_mask, rotation, kwargs.get("softcap"), implementation == "eager")
         return output.reshape(query.shape[0], T, -1).contiguous(), weights
+
+    def attend_whole(self, query, keys, values, attention_mask, dropout=0.0, **kwargs):
+        """The attention function of the config on queries (N, H G, T, d), keys and values (N, H, S, d): ((N, T, H G d), weights or None)."""
+        function, (N, heads, T, _) = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention), query.shape
+        if not torch.compiler.is_compiling():
+            check_interface(function)
+        output, weights = function(self, query, keys, values, attention_mask, dropout=dropout if self.training else 0.0, scaling=self.scaling, **kwargs)
+        check_output(output, N, T, heads)
+        return output.reshape(N, T, -1).contiguous(), weights
+
+    def attend_pages(self, query, keys, values, attention_mask, rotation, pages, dropout=0.0, **kwargs):
+        """Continuous batching: the pages keep whole keys and values."""
+        keys, values = self.keys.rebuild(*keys, rotation, self.key_norm()), self.values.rebuild(*values)
+        if PAGED_IN_ATTENTION:
+            keys, values = pages.update(key_states=keys, value_states=values, layer_idx=self.layer_idx, kwargs=kwargs)
+        else:
+            kwargs["cache"] = pages
+        return self.attend_whole(query, keys, values, attention_mask, dropout, **kwargs)
 
     def wants_gradients(self, *tensors) -> bool:
         """Whether anything that decoding reads, or the maps it reads it with, is being differentiated."""
@@ -209,6 +238,12 @@ def as_halves(rotation: tuple, interleaved: bool) -> tuple:
     return tuple(torch.cat((t[..., ::2], t[..., ::2]), dim=-1) for t in rotation) if interleaved else rotation
 
 
+def halves_of(angles: tuple) -> tuple:
+    """(sin, cos) (1 or N, T, n/2), each angle once, as GPT-J and CodeGen have them -> (cos, sin) (1 or N, T, n) in the half-split layout."""
+    sin, cos = angles
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
 class LrkvRotaryAttention(LrkvAttention):
     """Forward for Llama-shaped attention (q_proj, o_proj, RoPE). Differs from the parent: no k_proj and v_proj, keys cached before RoPE."""
 
@@ -224,23 +259,23 @@ class LrkvRotaryAttention(LrkvAttention):
         """Extra arguments of the family's attention call: its sliding window, its soft cap."""
         return {}
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, lrkv_rotations=None, layer_past=None, **kwargs):
-        past_key_values = layer_past if past_key_values is None else past_key_values
-        # keys that lie rotated in the cache keep the positions they were given
-        given = None if position_embeddings is None else as_halves(position_embeddings, self.interleaved)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, lrkv_rotations=None, **kwargs):
+        cache = take_cache(kwargs)
         kind = layer_kinds(self.config)[self.layer_idx]
-        rotations = rotations_in(past_key_values, kind, hidden_states.device) if lrkv_rotations is None else lrkv_rotations[kind]
-        rotations = rotations or (given, given)
+        rotations = rotations_in(cache, kind, hidden_states.device) if lrkv_rotations is None else lrkv_rotations[kind]
+        if rotations is None:       # keys that lie rotated in the cache keep the positions they were given
+            given = as_halves(self.looked_at(position_embeddings, hidden_states.shape[1], self.interleaved), self.interleaved)
+            rotations = (given, given)
         dropout = self.attention_dropout.p if isinstance(self.attention_dropout, nn.Module) else self.attention_dropout
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, past_key_values, rotations, dropout, **self.extra_arguments(), **kwargs)
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache, rotations, dropout, **self.extra_arguments(), **kwargs)
         return getattr(self, self.output)(output), weights
 
 
 class LrkvNeighbourAttention(LrkvAttention):
-    """Forward for attention as in GPT-J and CodeGen: RoPE on a part of each head out of a table of the module's own, and on neighbouring channels, which
-    were reordered when the model was converted; scores in float32."""
+    """Forward for attention as in GPT-J and CodeGen: RoPE on a part of each head, and on neighbouring channels, which were reordered when the model was
+    converted; scores in float32. The table of angles is the module's own; since transformers 5.24 it is the model's, and what it says is handed on."""
 
-    float32_scores, interleaved = True, False       # `rotation` gives its tables for halves
+    float32_scores, interleaved = True, False       # `halves_of` gives its tables for halves
     projections: tuple[str, ...]
 
     def __init__(self, config, layer_idx: int):
@@ -250,11 +285,13 @@ class LrkvNeighbourAttention(LrkvAttention):
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) (N, T, rotary_dim) of positions (N, T)."""
-        sin, cos = self.embed_positions.to(positions.device)[positions].chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return halves_of(self.embed_positions.to(positions.device)[positions].chunk(2, dim=-1))
 
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
-        rotations = rotations_in(layer_past, "full_attention", hidden_states.device)
-        rotations = rotations or (self.rotation(position_ids),) * 2
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past, rotations, self.attn_dropout.p)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, position_ids=None, **kwargs):
+        cache = take_cache(kwargs)
+        rotations = rotations_in(cache, "full_attention", hidden_states.device)
+        if rotations is None:
+            given = self.rotation(position_ids) if position_embeddings is None else halves_of(position_embeddings)
+            rotations = (self.looked_at(given, hidden_states.shape[1]),) * 2
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache, rotations, self.config.attn_pdrop)
         return self.resid_dropout(self.out_proj(output)), weights

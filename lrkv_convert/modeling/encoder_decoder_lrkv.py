@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from .attention_lrkv import LrkvAttention
 from .cache_lrkv import read_cache, two_per_layer, update_cache
+from .contract_lrkv import Written, cache_argument, note_written, parameters, require_arguments, take_cache
 from .models_lrkv import LrkvPreTrained
 
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}        # kind of attention -> field of the config with its widths and ranks
@@ -24,20 +25,22 @@ class LrkvDecoderAttention(LrkvAttention):
 
     num_layers: int     # of the decoder; a config's num_hidden_layers may be the encoder's
 
-    def cached(self, hidden_states, key_value_states, past_key_values) -> tuple[tuple, tuple]:
+    def cached(self, hidden_states, key_value_states, given, mask) -> tuple[tuple, tuple]:
         """(base, residual) of keys and of values that are attended to: (N, 1, S, m) and (N, H, S, r). In cross-attention they are made of
-        key_value_states (N, S, D) and, once written, only read."""
-        cross, cache = key_value_states is not None, past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
-            if cross and past_key_values.is_updated.get(self.layer_idx):
+        key_value_states (N, S, D) and, once written, only read. given: the cache, of both kinds of attention or of this one, or None."""
+        cross, cache = key_value_states is not None, given
+        if isinstance(given, EncoderDecoderCache):
+            cache = given.cross_attention_cache if cross else given.self_attention_cache
+            if cross and given.is_updated.get(self.layer_idx):
+                note_written(cache, mask)
                 return read_cache(cache, self.layer_idx, self.num_layers, self.keys, self.values)
         states = key_value_states if cross else hidden_states
         keys, values = self.keys.encode(states), self.values.encode(states)
         if cache is not None:
             keys, values = update_cache(cache, self.layer_idx, self.num_layers, keys, values)
-            if cross and isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.is_updated[self.layer_idx] = True
+            note_written(cache, mask)
+            if cross and isinstance(given, EncoderDecoderCache):
+                given.is_updated[self.layer_idx] = True
         return keys, values
 
     def read_in_place(self, path, query, keys, values, attention_mask, *more):
@@ -59,9 +62,10 @@ class LrkvBartAttention(LrkvDecoderAttention):
         """(N, T, D) -> (N, H, T, d)."""
         return self.heads_of(self.q_proj(hidden_states))
 
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
-        keys, values = self.cached(hidden_states, key_value_states, past_key_values)
-        output, weights = self.attend(self.queries(hidden_states), keys, values, attention_mask, None, past_key_values is not None, self.dropout, **kwargs)
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, **kwargs):
+        cache = take_cache(kwargs)
+        keys, values = self.cached(hidden_states, key_value_states, cache, attention_mask)
+        output, weights = self.attend(self.queries(hidden_states), keys, values, attention_mask, None, cache is not None, self.dropout, **kwargs)
         return self.out_proj(output), weights
 
 
@@ -78,25 +82,38 @@ class LrkvDecoder(LrkvPreTrained):
                 if getattr(config, FIELDS[kind]) is not None:
                     parent, _, name = place.rpartition(".")
                     setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx, kind))
+        require_arguments(self.attention_class, rotary=False)
+        self.given_as, self.arguments = cache_argument(super().forward), parameters(super().forward)
         self.post_init()
 
     def decoder_layers(self) -> nn.ModuleList:
         return self.layers
 
-    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+    def forward(self, *given, use_cache=None, **kwargs):
+        kwargs.update(zip(self.arguments, given))       # as the family's own forward takes them
+        both, input_ids, checkpointed = take_cache(kwargs), kwargs.pop("input_ids", None), self.training and self.gradient_checkpointing
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        if isinstance(past_key_values, EncoderDecoderCache):
-            for cache, field in ((past_key_values.self_attention_cache, "lrkv"), (past_key_values.cross_attention_cache, "lrkv_cross")):
+        if use_cache and both is None and not checkpointed:
+            both = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        written = []
+        if isinstance(both, EncoderDecoderCache):
+            states, embeds, implementation = kwargs.get("encoder_hidden_states"), kwargs.get("inputs_embeds"), self.config._attn_implementation
+            seen = 0 if states is None or both.is_updated.get(0) else states.shape[1]
+            tokens = (input_ids if embeds is None else embeds).shape[1]
+            for cache, field, added, mask in ((both.self_attention_cache, "lrkv", tokens, kwargs.get("attention_mask")), (both.cross_attention_cache, "lrkv_cross", seen, None)):
                 L, spec = len(self.decoder_layers()), getattr(self.config, field)
                 if len(cache.layers) not in (L, 2 * L) and cache.layer_class_to_replicate is None:
                     fit_layers(cache, L)
                 if spec is not None:
                     two_per_layer(cache, spec, L)
-        elif past_key_values is not None:
-            raise ValueError(f"{type(self).__name__} needs an EncoderDecoderCache, not a {type(past_key_values).__name__}")
-        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+                    if not checkpointed and (field == "lrkv" or states is not None):
+                        written.append(Written(cache, L, added, mask, implementation if field == "lrkv" else ""))
+        elif both is not None:
+            raise ValueError(f"{type(self).__name__} needs an EncoderDecoderCache, not a {type(both).__name__}")
+        output = super().forward(input_ids, **{self.given_as: both}, use_cache=use_cache, **kwargs)
+        for one in written:
+            one.check()
+        return output
 
 
 def fit_layers(cache, L: int) -> None:

@@ -87,8 +87,9 @@ if triton is not None:
             if r > 0:
                 for i in range(HB):
                     h = b * HB + i
+                    held = o_t < tl.where(h < H, S, 0)          # none of a head beyond the last
                     b_own = tl.load(own + n * own_n + h.to(tl.int64) * own_h + o_t[:, None].to(tl.int64) * r + o_r[None, :],
-                                    inside[:, None] & (o_r[None, :] < r) & (h < H), 0.0)                                                    # (TOKENS, RP)
+                                    held[:, None] & (o_r[None, :] < r), 0.0)                                                    # (TOKENS, RP)
                     b_s = _dot(tl.where(head[:, None] == i, b_qr, 0.0).to(b_own.dtype), tl.trans(b_own), b_s, PRECISION)
             b_s *= scale
             if MASKED:
@@ -220,8 +221,9 @@ if triton is not None:
                 b_p = tl.exp(tl.load(p_s + o_t[None, :], there[:, None] & inside[None, :], float("-inf")) - top[:, None])
                 for i in range(HB):
                     h = b * HB + i
+                    held = o_t < tl.where(h < H, S, 0)          # none of a head beyond the last
                     b_own = tl.load(own + n * own_n + h.to(tl.int64) * own_h + o_t[:, None].to(tl.int64) * r + o_r[None, :],
-                                    inside[:, None] & (o_r[None, :] < r) & (h < H), 0.0)                                                    # (TOKENS, RP)
+                                    held[:, None] & (o_r[None, :] < r), 0.0)                                                    # (TOKENS, RP)
                     b_r = _dot(tl.where(head[:, None] == i, b_p, 0.0).to(b_own.dtype), b_own, b_r, PRECISION)
             tl.store(p_out + m + o_r[None, :], b_r, there[:, None] & (o_r[None, :] < r))
 

@@ -3,6 +3,7 @@ from transformers import BloomConfig, BloomForCausalLM, BloomModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 
 from .attention_lrkv import LrkvAttention
+from .contract_lrkv import take_cache
 from .models_lrkv import LrkvCausal, LrkvModel
 
 
@@ -23,10 +24,10 @@ class LrkvBloomAttention(LrkvAttention, BloomAttention):
         self.config, self.scaling = config, self.inv_norm_factor
         self.take_over(config, layer_idx, "query_key_value")
 
-    def forward(self, hidden_states, residual=None, alibi=None, attention_mask=None, layer_past=None, **kwargs):
+    def forward(self, hidden_states, residual=None, alibi=None, attention_mask=None, **kwargs):
         alibi = alibi.view(-1, self.num_heads, 1, alibi.shape[-1])              # (N, H, 1, S)
         mask = alibi if attention_mask is None else alibi + attention_mask
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, mask, layer_past,
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, mask, take_cache(kwargs),
                                                   dropout=self.attention_dropout.p)
         output = self.dense(output)
         return output if residual is None else dropout_add(output, residual, self.hidden_dropout, self.training), weights

@@ -3,6 +3,7 @@ from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from .attention_lrkv import LrkvAttention, rotations_in
+from .contract_lrkv import take_cache
 from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
@@ -25,10 +26,14 @@ class LrkvFalconAttention(LrkvAttention, FalconAttention):
         self.scaling, self.num_key_value_groups = self.inv_norm_factor, self.num_heads // self.num_kv_heads
         self.take_over(config, layer_idx, "query_key_value", heads=self.num_kv_heads)
 
-    def forward(self, hidden_states, alibi=None, attention_mask=None, position_ids=None, layer_past=None, position_embeddings=None, **kwargs):
-        rotations = rotations_in(layer_past, "full_attention", hidden_states.device) or (position_embeddings, position_embeddings)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past,
-                                                  None if self.config.alibi else rotations, self.attention_dropout.p if self.config.alibi else 0.0)
+    def forward(self, hidden_states, alibi=None, attention_mask=None, position_ids=None, position_embeddings=None, **kwargs):
+        cache, rotations = take_cache(kwargs), None
+        if not self.config.alibi:
+            rotations = rotations_in(cache, "full_attention", hidden_states.device)
+            if rotations is None:
+                rotations = (self.looked_at(position_embeddings, hidden_states.shape[1]),) * 2
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache, rotations,
+                                                  self.attention_dropout.p if self.config.alibi else 0.0)
         return self.dense(output), weights
 
 

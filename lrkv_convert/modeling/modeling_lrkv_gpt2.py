@@ -4,6 +4,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from .attention_lrkv import LrkvAttention
+from .contract_lrkv import take_cache
 from .factors_lrkv import low_rank_heads
 from .models_lrkv import LrkvCausal, LrkvModel
 
@@ -27,8 +28,9 @@ class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
         self.keys = low_rank_heads(config, layer_idx, "keys", bias=True)
         self.values = low_rank_heads(config, layer_idx, "values", bias=True)
 
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
-        output, weights = self.factored_attention(self.heads_of(self.q_attn(hidden_states)), hidden_states, attention_mask, past_key_values,
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        cache = take_cache(kwargs)
+        output, weights = self.factored_attention(self.heads_of(self.q_attn(hidden_states)), hidden_states, attention_mask, cache,
                                                   dropout=self.attn_dropout.p, **kwargs)
         return self.resid_dropout(self.c_proj(output)), weights
 

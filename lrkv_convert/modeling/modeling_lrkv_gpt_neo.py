@@ -4,6 +4,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from .attention_lrkv import LrkvAttention
+from .contract_lrkv import take_cache
 from .models_lrkv import LrkvCausal, LrkvModel
 
 
@@ -26,10 +27,11 @@ class LrkvGPTNeoAttention(LrkvAttention, GPTNeoSelfAttention):
         self.layer_idx = layer_idx
         self.take_over(config, layer_idx, "k_proj", "v_proj")
 
-    def forward(self, hidden_states, attention_mask=None, layer_past=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        cache = take_cache(kwargs)
         if self.attention_type == "local":
-            attention_mask = self.local(attention_mask, hidden_states.shape[1], layer_past)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, layer_past,
+            attention_mask = self.local(attention_mask, hidden_states.shape[1], cache)
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache,
                                                   dropout=self.attn_dropout.p)
         return self.resid_dropout(self.out_proj(output)), weights
 

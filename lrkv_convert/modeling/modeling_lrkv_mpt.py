@@ -4,6 +4,7 @@ from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 from .attention_lrkv import LrkvAttention
+from .contract_lrkv import take_cache
 from .models_lrkv import LrkvCausal, LrkvModel
 
 
@@ -24,9 +25,9 @@ class LrkvMptAttention(LrkvAttention, MptAttention):
         self.config, self.scaling = config, self.softmax_scale
         self.take_over(config, layer_idx, "Wqkv")
 
-    def forward(self, hidden_states, position_bias=None, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(self, hidden_states, position_bias=None, attention_mask=None, **kwargs):
         mask = self.biased_mask(position_bias, attention_mask)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, mask, past_key_values, dropout=self.attn_dropout_p)
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, mask, take_cache(kwargs), dropout=self.attn_dropout_p)
         return self.out_proj(output), weights
 
     def biased_mask(self, alibi: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

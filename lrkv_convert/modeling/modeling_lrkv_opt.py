@@ -3,6 +3,7 @@ from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoder
 
 from .attention_lrkv import LrkvAttention
+from .contract_lrkv import take_cache
 from .models_lrkv import LrkvCausal, LrkvModel, LrkvPreTrained
 
 
@@ -20,8 +21,9 @@ class LrkvOPTAttention(LrkvAttention, OPTAttention):
         super().__init__(config, layer_idx)
         self.take_over(config, layer_idx, "k_proj", "v_proj")
 
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, past_key_values,
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        cache = take_cache(kwargs)
+        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache,
                                                   dropout=self.dropout, **kwargs)
         return self.out_proj(output), weights
 

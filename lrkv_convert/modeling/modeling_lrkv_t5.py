@@ -6,6 +6,7 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
 from .attention_lrkv import added_mask
+from .contract_lrkv import take_cache
 from .encoder_decoder_lrkv import FIELDS, LrkvDecoder, LrkvDecoderAttention
 from .models_lrkv import LrkvPreTrained
 
@@ -27,18 +28,18 @@ class LrkvT5DecoderAttention(LrkvDecoderAttention, T5Attention):
         self.num_layers, self.head_dim = config.num_layers, self.key_value_proj_dim
         self.take_over(config, layer_idx, "k", "v", name=FIELDS[kind], width=config.d_model, heads=self.n_heads, head_dim=self.head_dim)
 
-    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs):
-        query = self.heads_of(self.q(hidden_states))
-        before = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, **kwargs):
+        query, cache = self.heads_of(self.q(hidden_states)), take_cache(kwargs)
+        before = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         before = before.clone() if isinstance(before, torch.Tensor) else before         # a static cache counts on in place
-        keys, values = self.cached(hidden_states, key_value_states, past_key_values)
+        keys, values = self.cached(hidden_states, key_value_states, cache, mask)
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = self.compute_bias(query.shape[2], keys[0].shape[2], device=query.device, past_seen_tokens=before)
         if position_bias is not None and mask is not None and not isinstance(mask, torch.Tensor):       # flex attention has masks of its own
             kwargs["position_bias"] = position_bias
         elif position_bias is not None:
             mask = with_bias(mask, position_bias, query)
-        output, weights = self.attend(query, keys, values, mask, None, past_key_values is not None, self.dropout, **kwargs)
+        output, weights = self.attend(query, keys, values, mask, None, cache is not None, self.dropout, **kwargs)
         return self.o(output), position_bias, weights
 
 

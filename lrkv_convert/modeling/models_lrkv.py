@@ -3,12 +3,13 @@
 This file may import torch, transformers and its siblings only.
 """
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .attention_lrkv import as_halves, layer_kinds
+from .attention_lrkv import as_halves, halves_of, layer_kinds
 from .cache_lrkv import with_residual_layers
+from .contract_lrkv import Written, cache_argument, parameters, require_arguments, take_cache
 from .factors_lrkv import LowRankHeads
 
 logger = logging.get_logger(__name__)
@@ -52,24 +53,36 @@ class LrkvModel(LrkvPreTrained):
         for layer_idx, layer in enumerate(self.decoder_layers()):
             parent, _, name = self.attention_name.rpartition(".")
             setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx))
+        require_arguments(self.attention_class, isinstance(self, LrkvRotaryModel))
+        self.given_as, self.arguments = cache_argument(super().forward), parameters(super().forward)
         self.post_init()
 
     def decoder_layers(self):
         return self.layers
 
-    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
-        if use_cache is None and past_key_values is None:
+    def forward(self, *given, use_cache=None, **kwargs):
+        kwargs.update(zip(self.arguments, given))       # as the family's own forward takes them
+        cache, input_ids, inputs_embeds = take_cache(kwargs), kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
+        if use_cache is None and cache is None:
             use_cache = self.config.use_cache
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = DynamicCache(config=self.config)
-        past_key_values = with_residual_layers(past_key_values, self.config)
-        if past_key_values is not None:
-            arguments = self.cache_arguments(input_ids, kwargs.get("inputs_embeds"), past_key_values)
+        checkpointed = self.training and self.gradient_checkpointing        # transformers drops the cache then, and says so
+        if use_cache and cache is None and not checkpointed:
+            cache = DynamicCache(config=self.config)
+        written = None
+        if isinstance(cache, Cache):
+            with_residual_layers(cache, self.config)
+            arguments = self.cache_arguments(input_ids, inputs_embeds, cache)
             if self.hands_on:
                 kwargs.update(arguments)
             else:
-                past_key_values.lrkv_rotations = arguments.get("lrkv_rotations")
-        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+                cache.lrkv_rotations = arguments.get("lrkv_rotations")
+            if not checkpointed:
+                tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+                written = Written(cache, self.config.num_hidden_layers, tokens, kwargs.get("attention_mask"), self.config._attn_implementation)
+        output = super().forward(input_ids, **{self.given_as: cache}, use_cache=use_cache, **kwargs)
+        if written is not None:
+            written.check()
+        return output
 
     def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
         """What the attention modules must know of the cache, as keyword arguments."""
@@ -115,4 +128,6 @@ class LrkvNeighbourModel(LrkvRotaryModel):
         return self.h
 
     def rotation(self, x, positions, kind):
+        if hasattr(self, "rotary_emb"):             # transformers 5.24
+            return halves_of(self.rotary_emb(x, positions))
         return self.h[0].attn.rotation(positions)

@@ -14,6 +14,7 @@ from ..evaluate.memory import cache_bytes, formula_bytes_by_kind
 from ..evaluate.perplexity import Scores, divergence, prediction
 from ..evaluate.statistics import summary
 from ..modeling import auto_class
+from ..modeling.contract_lrkv import CACHE
 from .data import read_pairs, read_speech
 from .examples import Tensors, prepare
 from .reader import Reader
@@ -128,6 +129,6 @@ def words_of(base: list[str], own: list[str], references: list[str | None]) -> d
 def cached(model: PreTrainedModel, state: Tensor, sequence: Tensor) -> dict[str, float]:
     """Bytes of self-attention per decoded token and of cross-attention per encoder position: by the formula, and counted on a live cache."""
     ids, formula = sequence[:-1].unsqueeze(0).to(model.device), formula_bytes_by_kind(model.config, model.dtype.itemsize)
-    caches = model(**heard([state]), decoder_input_ids=ids, use_cache=True).past_key_values
+    caches = model(**heard([state]), decoder_input_ids=ids, use_cache=True)[CACHE]
     counts = {"self": (caches.self_attention_cache, ids.shape[1]), "cross": (caches.cross_attention_cache, state.shape[1])}
     return {f"{kind}_bytes": formula[kind] for kind in formula} | {f"{kind}_bytes_allocated": cache_bytes(cache) / n for kind, (cache, n) in counts.items()}

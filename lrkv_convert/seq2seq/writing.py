@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..modeling.contract_lrkv import CACHE
 from .reader import Reader
 
 TEXT, SPEECH = 128, 224     # most tokens written; the latter is half of what Whisper's decoder holds, as in its own code
@@ -33,7 +34,7 @@ def write(model: PreTrainedModel, reader: Reader, states: list[Tensor], prompts:
         rows = order[begin:begin + AT_ONCE]
         given = torch.tensor([prompts[n] for n in rows], device=model.device)
         result = GenerationMixin.generate(model, **heard([states[n] for n in rows]), decoder_input_ids=given, max_new_tokens=limit, min_length=0, do_sample=False,
-                                          num_beams=1, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))     # of as many layers as it takes
+                                          num_beams=1, **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())})     # of as many layers as it takes
         for n, row in zip(rows, result.cpu()):
             ends = torch.isin(row[given.shape[1]:], torch.tensor(reader.ends)).nonzero()
             found[n] = row[:given.shape[1] + int(ends[0]) + 1] if len(ends) else row

@@ -1,0 +1,106 @@
+"""LRKV in the decoders of encoder-decoder models: self-attention, whose cache grows by a token a step, and cross-attention, whose cache is written once
+per input, from the encoder's states, and read at every step. Travels with every converted checkpoint of such a family.
+
+Either kind may be converted alone: `config.lrkv` is the shape of self-attention, `config.lrkv_cross` that of cross-attention, None where it is left as
+it was. None of these families rotates its keys, so what is cached is read in place (attention_lrkv.py, the split path).
+
+Shapes: N batch, T decoder tokens, S cached tokens or encoder positions, H heads, D model width, d head width.
+This file may import torch, transformers and its siblings only.
+"""
+import copy
+
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+from .attention_lrkv import LrkvAttention
+from .cache_lrkv import read_cache, two_per_layer, update_cache
+from .models_lrkv import LrkvPreTrained
+
+FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}        # kind of attention -> field of the config with its widths and ranks
+
+
+class LrkvDecoderAttention(LrkvAttention):
+    """Mixin over a family's attention class, of either kind: cross-attention is the one that is handed `key_value_states`."""
+
+    num_layers: int     # of the decoder; a config's num_hidden_layers may be the encoder's
+
+    def cached(self, hidden_states, key_value_states, past_key_values) -> tuple[tuple, tuple]:
+        """(base, residual) of keys and of values that are attended to: (N, 1, S, m) and (N, H, S, r). In cross-attention they are made of
+        key_value_states (N, S, D) and, once written, only read."""
+        cross, cache = key_value_states is not None, past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
+            if cross and past_key_values.is_updated.get(self.layer_idx):
+                return read_cache(cache, self.layer_idx, self.num_layers, self.keys, self.values)
+        states = key_value_states if cross else hidden_states
+        keys, values = self.keys.encode(states), self.values.encode(states)
+        if cache is not None:
+            keys, values = update_cache(cache, self.layer_idx, self.num_layers, keys, values)
+            if cross and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+        return keys, values
+
+    def read_in_place(self, path, query, keys, values, attention_mask, *more):
+        if attention_mask is None and not self.is_causal and query.shape[2] > 1:        # every encoder position is seen, not only the first T
+            attention_mask = query.new_zeros(1, 1, 1, keys[0].shape[2])
+        return super().read_in_place(path, query, keys, values, attention_mask, *more)
+
+
+class LrkvBartAttention(LrkvDecoderAttention):
+    """Mixin over attention as BART has it: q_proj and out_proj. Differs from the parent: no k_proj and v_proj."""
+
+    def __init__(self, config, layer_idx: int, kind: str):
+        super().__init__(config.d_model, config.decoder_attention_heads, dropout=config.attention_dropout, is_decoder=True, is_causal=kind == "self",
+                         layer_idx=layer_idx, config=config)
+        self.num_layers = config.decoder_layers
+        self.take_over(config, layer_idx, "k_proj", "v_proj", name=FIELDS[kind], width=config.d_model, heads=self.num_heads, head_dim=self.head_dim)
+
+    def queries(self, hidden_states):
+        """(N, T, D) -> (N, H, T, d)."""
+        return self.heads_of(self.q_proj(hidden_states))
+
+    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+        keys, values = self.cached(hidden_states, key_value_states, past_key_values)
+        output, weights = self.attend(self.queries(hidden_states), keys, values, attention_mask, None, past_key_values is not None, self.dropout, **kwargs)
+        return self.out_proj(output), weights
+
+
+class LrkvDecoder(LrkvPreTrained):
+    """Mixin over a family's decoder: swaps in the attention modules of the kinds that are converted, and prepares any cache it is given."""
+
+    attention_class: type
+    attention_names = {"self": "self_attn", "cross": "encoder_attn"}       # where they are in a layer
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.decoder_layers()):
+            for kind, place in self.attention_names.items():
+                if getattr(config, FIELDS[kind]) is not None:
+                    parent, _, name = place.rpartition(".")
+                    setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx, kind))
+        self.post_init()
+
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.layers
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if isinstance(past_key_values, EncoderDecoderCache):
+            for cache, field in ((past_key_values.self_attention_cache, "lrkv"), (past_key_values.cross_attention_cache, "lrkv_cross")):
+                L, spec = len(self.decoder_layers()), getattr(self.config, field)
+                if len(cache.layers) not in (L, 2 * L) and cache.layer_class_to_replicate is None:
+                    fit_layers(cache, L)
+                if spec is not None:
+                    two_per_layer(cache, spec, L)
+        elif past_key_values is not None:
+            raise ValueError(f"{type(self).__name__} needs an EncoderDecoderCache, not a {type(past_key_values).__name__}")
+        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+
+def fit_layers(cache, L: int) -> None:
+    """As many layers as the decoder has: `generate` takes the encoder's number where a config knows no other."""
+    if any(layer.is_initialized for layer in cache.layers):
+        raise ValueError(f"this cache has {len(cache.layers)} layers and is filled, but the decoder has {L}")
+    cache.layers[:] = [copy.deepcopy(cache.layers[0]) for _ in range(L)]

@@ -1,0 +1,118 @@
+"""Mixins over the families' own models, which put the attention of attention_lrkv.py into them. Travels with every converted checkpoint.
+
+This file may import torch, transformers and its siblings only.
+"""
+import torch
+from transformers import DynamicCache
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from .attention_lrkv import as_halves, layer_kinds
+from .cache_lrkv import with_residual_layers
+from .factors_lrkv import LowRankHeads
+
+logger = logging.get_logger(__name__)
+
+
+class LrkvPreTrained:
+    """Mixin over a family's PreTrainedModel: how the factors start when a model is built from its config alone, and what batching costs."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        logger.warning_once("continuous batching keeps whole keys and values in its pages: an LRKV model generates the same there, but its cache is as large "
+                            "as the original's (`generate` and a server without continuous batching have the small one)")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LowRankHeads):
+            module.reset_parameters()
+
+
+class LrkvCausal(LrkvPreTrained):
+    """Mixin over a family's causal LM: its base model is the one with LRKV attention, `base_class`."""
+
+    base_class: type
+
+    def __init__(self, config):
+        with no_init_weights():         # of the family's own base model, which goes again
+            super().__init__(config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
+        self.post_init()
+
+
+class LrkvModel(LrkvPreTrained):
+    """Mixin over a family's decoder: swaps the attention modules in, and prepares any cache it is given."""
+
+    attention_class: type
+    attention_name = "self_attn"
+    hands_on = True             # whether keyword arguments reach the attention modules; where they do not, the cache carries them
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.decoder_layers()):
+            parent, _, name = self.attention_name.rpartition(".")
+            setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx))
+        self.post_init()
+
+    def decoder_layers(self):
+        return self.layers
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        if use_cache is None and past_key_values is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = DynamicCache(config=self.config)
+        past_key_values = with_residual_layers(past_key_values, self.config)
+        if past_key_values is not None:
+            arguments = self.cache_arguments(input_ids, kwargs.get("inputs_embeds"), past_key_values)
+            if self.hands_on:
+                kwargs.update(arguments)
+            else:
+                past_key_values.lrkv_rotations = arguments.get("lrkv_rotations")
+        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+    def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
+        """What the attention modules must know of the cache, as keyword arguments."""
+        return {}
+
+
+class LrkvRotaryModel(LrkvModel):
+    """Keys lie in the cache unrotated, so each step rotates all of them, by their index in the cache.
+
+    RoPE scores depend on differences of positions only, and the tokens of a row are consecutive, so the index serves as the position
+    even under left padding, as long as the queries are rotated by their index too. While the cache is empty, the positions given hold, unless
+    the cache is to keep a rotated base, to which residuals rotated by their index will be added.
+    """
+
+    def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
+        form = self.config.lrkv["keys"].get("form")
+        if form == "full":
+            return {}
+        x = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings().weight
+        T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+        kinds = layer_kinds(self.config)
+        sizes = {kind: cache.get_mask_sizes(T, kinds.index(kind)) for kind in dict.fromkeys(kinds)}         # kind: (length, offset)
+        if form != "rotary" and all(length == T and offset == 0 for length, offset in sizes.values()):
+            return {}
+        held = cache.get_seq_length()
+        # what a static cache has not filled yet is masked, and must not seem to be a longer text: some RoPE variants change with the length
+        positions = lambda start, length: (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0)
+        rotation = lambda kind, start, length: as_halves(self.rotation(x, positions(start, length), kind), self.attention_class.interleaved)
+        return {"lrkv_rotations": {kind: (rotation(kind, held, T), rotation(kind, offset, length)) for kind, (length, offset) in sizes.items()}}
+
+    def rotation(self, x, positions, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of positions (1, T), in the dtype and on the device of x, for layers of a kind."""
+        return self.rotary_emb(x, positions)
+
+
+class LrkvNeighbourModel(LrkvRotaryModel):
+    """The decoder of such attention modules."""
+
+    attention_name = "attn"
+    hands_on = False
+
+    def decoder_layers(self):
+        return self.h
+
+    def rotation(self, x, positions, kind):
+        return self.h[0].attn.rotation(positions)
