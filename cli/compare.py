@@ -68,7 +68,8 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
     from lrkv_convert.markup import quoted
     from lrkv_convert.places import check_file, writing
     from lrkv_convert.provenance import calibrated_on
-    from lrkv_convert.report import add_evaluation, read_record
+    from lrkv_convert.record import read_record
+    from lrkv_convert.report import add_evaluation
     from lrkv_convert.writer import RECORD, write_json
 
     from . import display
@@ -81,11 +82,12 @@ def measure(models: list[str], text: list[str] | None, dataset: list[str] | None
         except ImportError as error:
             raise LrkvError("the report has pictures, for which matplotlib is needed", "pip install 'lrkv-convert[plot]'") from error
     cards = [folder for folder in (Path(model).expanduser() for model in models[1:]) if (folder / RECORD).is_file()]
+    for folder in cards:
+        read_record(folder)         # what is wrong with it is told before hours of measuring
     if card and not cards:
         raise LrkvError("none of these is a converted folder, whose model card --card writes", "give one that lrkv convert or lrkv heal wrote")
     for folder in cards if card else ():
         check_file(folder / "README.md", "--card")
-        read_record(folder)
     if audio or pairs:
         if asked := [name for name, value in {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--batch-size": batch_size > 1, "--report": report, **more}.items() if value]:
             option = asked[0] if asked[0].startswith("--") else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))

@@ -57,6 +57,7 @@ def convert(
     options |= {name: value for name, value in flags.items() if value is not None}
     with display.progress() as progress:
         done = run(model, out, device=device, overwrite=overwrite, dry_run=dry_run, recipe=recipe, progress=progress, **options)
+    display.show_notices(done.notices)
     if as_json:
         print(json.dumps(done.record or ({kind: plan.as_dict() for kind, plan in done.plans.items()} if done.plans else done.plan.as_dict()), indent=2))
     elif dry_run:

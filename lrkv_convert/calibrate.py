@@ -4,18 +4,29 @@ Memory holds one layer (skeleton.py), the hidden states of the calibration windo
 Attention runs eagerly, because the metrics need its weights.
 """
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .adapters import AttentionWeights, Geometry
+from .errors import LrkvError, first_line
 from .metrics import HeadMoments, LayerMetrics, MetricSums
 from .skeleton import Skeleton, first_of
 from .store import Store
 
 AT_ONCE = 4         # windows given to the refit
 KEPT_AS = torch.bfloat16    # activations that wait on disk for the refit: they are the bulk of what a conversion stores
+
+
+@contextmanager
+def solvable() -> Iterator[None]:
+    """Raise LrkvError for a system of equations that has no solution: where numbers became too large to square."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise LrkvError(f"the fit has no solution: {first_line(error)}", "are weights too large to be squared in float32? --calibration none fits them alone") from error
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,8 @@ def calibrate(skeleton: Skeleton, geometry: Geometry, tokens: Tensor, wanted: Co
                 hidden[n:n + 1] = first_of(layer(hidden[n:n + 1], *calls[i].args, **calls[i].kwargs))
             for hook in hooks:
                 hook.remove()
+        if not torch.isfinite(hidden).all():
+            raise LrkvError(f"layer {i} gives NaN or Inf on the calibration text", "are its weights too large, or damaged? --calibration none fits them alone")
         if entering is not None:
             store.save(f"entering-{i}", entering)
         store.save(f"layer-{i}", {"sums": sums.state(), "inputs": inputs, "heads": heads, "arguments": arguments})

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from .adapters import Adapter, AttentionWeights, Geometry, adapter_for, family_with_encoder
 from .allocate import allocate, check_floor
 from .assemble import convert_layer, empty_target, tensor_shapes
-from .calibrate import calibrate, calibrated_layer
-from .checkpoint import Checkpoint, check_finite, open_checkpoint
+from .calibrate import calibrate, calibrated_layer, solvable
 from .device import give_back_memory, pick_device, pick_dtype
 from .errors import LrkvError
 from .evaluate.load import load_model
@@ -34,9 +33,11 @@ from .plan import Plan
 from .report import conversion_record, converted_config, version, write_companions
 from .sensitivity import gradient_rows, head_moments
 from .skeleton import Skeleton
+from .source import Checkpoint, check_finite, open_checkpoint
+from .source.names import describe, placed
 from .store import Store
 from .survey import survey, width_caps
-from .texts import BUILT_IN, SELF, Text, read_texts, sample_text, window_length, windows
+from .texts import BUILT_IN, SELF, Text, check_ids, read_texts, sample_text, window_length, windows
 from .writer import ShardWriter, check_output, new_folder
 
 Progress = Callable[[str, int, int], None]      # (stage, done, total)
@@ -46,14 +47,16 @@ STORE_FORMAT = 2        # of what calibration leaves for the fit: one more when 
 @dataclass(frozen=True)
 class Conversion:
     """What `convert` did, or would do in a dry run: the plan, and the record that stands in lrkv.json (None in a dry run). plans: of an encoder-decoder those
-    of all kinds of attention that are converted, of which `plan` is the first."""
+    of all kinds of attention that are converted, of which `plan` is the first; notices: what was found in the source and does no harm, a line each."""
 
     plan: Plan
     out: Path
     record: dict | None
     plans: dict[str, Plan] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
+@solvable()
 def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: bool = False, dry_run: bool = False,
             progress: Progress = lambda *_: None, **options) -> Conversion:
     """Convert `model` (folder, .gguf file or hub id) to LRKV and write the folder `out`; `options` are the fields of `Options`.
@@ -66,8 +69,7 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     checkpoint = open_checkpoint(model)
     if (family := family_with_encoder(checkpoint.config)) is not None:
         from .seq2seq.conversion import convert_encoder_decoder  # a story of its own, in the words of this one
-        return convert_encoder_decoder(unquantised(checkpoint).with_prefix(family.any.prefix), family, options, out, device=device, overwrite=overwrite,
-                                       dry_run=dry_run, progress=progress)
+        return convert_encoder_decoder(unquantised(checkpoint), family, options, out, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress)
     options.kinds(encoder_decoder=False)
     checkpoint, adapter = with_adapter(checkpoint)
     geometry, stored = adapter.geometry(checkpoint.config), stored_dtype(checkpoint, adapter, options.dtype)
@@ -78,22 +80,25 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
     if not dry_run:
         check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
-    checkpoint.check(skeleton.expected())
     if dry_run and plan:
-        return Conversion(plan, out, None)
+        return Conversion(plan, out, None, notices=checkpoint.notices)
     texts = gather_texts(options.calibration, options.tokens, model, skeleton)
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens) if texts else None
+    if tokens is not None:
+        check_ids(tokens, checkpoint.config.vocab_size, model)
+    elif not dry_run:
+        checkpoint.notices = [*checkpoint.notices, *checkpoint.lost_tokenizer()]
     if tokens is None and options.metric == "fisher":
         # no text, no gradient: the record says what was used. Where keys are normalised, queries say nothing of how keys should be fitted
         options = replace(options, metric="plain" if geometry.key_norm else "attention")
     with clock("load"):
-        for done, total in checkpoint.finite(skeleton.expected()):
+        for done, total in checkpoint.finite(skeleton.expected(), stored):
             progress("checking", done, total)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
             store = Store(Path(folder), {})
             observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=False)
-            return Conversion(plan_budget(skeleton, geometry, options, stored, store, progress), out, None)
+            return Conversion(plan_budget(skeleton, geometry, options, stored, store, progress), out, None, notices=checkpoint.notices)
     with new_folder(out, fingerprint(checkpoint, options, tokens, stored)) as (folder, store):
         with clock("calibrate"):
             observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=options.refit)
@@ -105,7 +110,7 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
         record = conversion_record(checkpoint, plan, errors, options.record(), texts, tokens, sha256, clock.total, clock.seconds,
                                    peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         write_companions(folder, checkpoint, adapter, converted_config(checkpoint, adapter, plan, stored, options.base), record, out.name)
-    return Conversion(plan, out, record)
+    return Conversion(plan, out, record, notices=checkpoint.notices)
 
 
 class Clock:
@@ -167,7 +172,7 @@ def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: St
     with clock("write"):
         for tensor in writer.shapes:
             if not tensor.startswith(adapter.layer_path + "."):
-                writer.add(tensor, checkpoint.tensor(tensor))
+                writer.add(tensor, check_finite(tensor, checkpoint.tensor(tensor), stored))
     for i in range(geometry.layers):
         if f"fitted-{i}" not in store:
             write_layer(skeleton, plan, stored, store, options, target, writer, i, clock)
@@ -191,10 +196,10 @@ def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Stor
         errors, attention = convert_layer(layer, layer.metrics(plan.geometry, options.metric), plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
     with clock("write"):
         for name, value in attention.items():
-            writer.add(prefix + name, check_finite(prefix + name, value.to(stored)))
+            writer.add(prefix + name, check_finite(prefix + name, value, stored))
         for name in writer.shapes:
             if name.startswith(f"{adapter.layer_path}.{i}.") and name.removeprefix(prefix) not in attention:
-                writer.add(name, skeleton.checkpoint.tensor(name))
+                writer.add(name, check_finite(name, skeleton.checkpoint.tensor(name), stored))
         if "shards" not in store:
             store.save("shards", writer.sizes)
         store.save(f"fitted-{i}", errors)
@@ -216,8 +221,8 @@ def open_model(model: str) -> tuple[Checkpoint, Adapter]:
 
 def with_adapter(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
     adapter = adapter_for(checkpoint.config)
-    checkpoint = unquantised(checkpoint).with_prefix(adapter.prefix)
-    return replace(checkpoint, tensors=adapter.stored(checkpoint.tensors)), adapter
+    checkpoint = unquantised(checkpoint)
+    return placed(checkpoint, describe(checkpoint), adapter.stored), adapter
 
 
 def unquantised(checkpoint: Checkpoint) -> Checkpoint:

@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from .card import PICTURE, model_card, source_metadata
 from .errors import LrkvError, first_line
 from .provenance import published
+from .record import read_record
 from .writer import RECORD
 
 
@@ -39,6 +40,7 @@ def push(folder: Path, repository: str, *, private: bool = False, branch: str | 
     """
     if not (folder / RECORD).is_file() or not any(folder.glob("*.safetensors")):
         raise LrkvError(f"{folder} is no converted folder", "give one that lrkv convert or lrkv heal wrote")
+    record = read_record(folder)
     if get_token() is None:
         raise LrkvError("nobody is logged in to the hub", "hf auth login, or set HF_TOKEN")
     try:
@@ -46,7 +48,6 @@ def push(folder: Path, repository: str, *, private: bool = False, branch: str | 
         made = api.create_repo(repository, private=private, exist_ok=True)
         if branch:
             api.create_branch(made.repo_id, branch=branch, exist_ok=True)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         card = model_card(record, source_metadata(folder), made.repo_id, picture=(folder / PICTURE).is_file())
         rewritten = {RECORD: json.dumps(published(record), indent=2, ensure_ascii=False), "README.md": card}
         files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in (".tmp", ".jsonl")]

@@ -1,7 +1,6 @@
 """What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, and the model card (card.py)."""
 import datetime
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -11,15 +10,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig
 
 from .adapters import Adapter
 from .card import PICTURE, model_card, source_metadata
-from .checkpoint import Checkpoint
+from .source import Checkpoint
 from .errors import LrkvError
 from .modeling import CLASSES, auto_map
 from .plan import Plan
 from .provenance import public_name
+from .record import read_record
 from .texts import Text
 from .travelling import write_modeling
 from .writer import RECORD, write_json, write_text
@@ -74,6 +73,7 @@ def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
     return {
         "format": FORMAT,
         "source": {"name": public_name(checkpoint.source), "path": str(source.resolve()), "sha256": sha256, "model_type": checkpoint.config.model_type},
+        "notices": checkpoint.notices,
         "recipe": options,
         "versions": {"lrkv_convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -111,7 +111,7 @@ def version(package: str) -> str:
 def write_companions(folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, name: str) -> None:
     """Everything but the weights."""
     config.save_pretrained(folder)
-    generation_config(checkpoint).save_pretrained(folder)
+    checkpoint.generation_config().save_pretrained(folder)
     try:
         checkpoint.tokenizer().save_pretrained(folder)
     except LrkvError:
@@ -135,24 +135,6 @@ def draw_cache(record: dict, name: str, file: Path) -> None:
         plot.cache(record, name, file)
     except Exception:       # a broken installation, a name that it cannot set: the card does without
         file.unlink(missing_ok=True)
-
-
-def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    """The source's own, or what its config says."""
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError):
-        return GenerationConfig.from_model_config(checkpoint.config)
-
-
-def read_record(folder: Path) -> dict:
-    """lrkv.json of a converted folder, from which its card can be written. Raises LrkvError where it cannot, as others may have edited it."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LrkvError(f"{folder / RECORD} is not JSON", "convert the model again") from error
-    model_card(record, {}, str(folder))
-    return record
 
 
 def add_evaluation(folder: Path, result: dict) -> None:

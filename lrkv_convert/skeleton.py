@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .adapters import Adapter
-from .checkpoint import Checkpoint
+from .source import Checkpoint
 from .device import give_back_memory
+from .errors import LrkvError, first_line
 
 
 class Skeleton:
@@ -17,8 +18,11 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, device: torch.device):
         self.checkpoint, self.adapter, self.device = checkpoint, adapter, device
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="eager", dtype=torch.float32)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="eager", dtype=torch.float32)
+        except (RuntimeError, MemoryError) as error:        # tables of as many positions as the config says
+            raise LrkvError(f"no model can be built from the config of {checkpoint.source}: {first_line(error)}", "is config.json that of these weights?") from error
         self.model.eval().requires_grad_(False)
         self.layers = self.model.get_submodule(adapter.layer_path)
 

@@ -39,7 +39,7 @@ from .report import converted_config
 from .sensitivity import gradient_rows, head_moments
 from .skeleton import Skeleton
 from .store import Store
-from .texts import Text, window_length, windows
+from .texts import Text, check_ids, window_length, windows
 from .writer import write_json
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)
@@ -89,9 +89,9 @@ def sweep(model: str, ranks: list[int], text: Text, *, methods: list[str] = list
     if not batches:
         raise LrkvError(f"the text {text.name} is empty or too short", "perplexity needs at least two tokens")
     skeleton = Skeleton(checkpoint, adapter, device)
-    checkpoint.check(skeleton.expected())
     wanted = Options(calibration=calibration, calibration_tokens=calibration_tokens).tokens         # as many as a conversion reads
     tokens = windows(gather_texts(calibration, wanted, model, skeleton), tokenizer, window_length(checkpoint.config), wanted)
+    check_ids(torch.cat((ids, tokens.flatten())), checkpoint.config.vocab_size, model)
     original, rows = load_model(model, device, torch.float32), gradient_rows(tokens)
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:

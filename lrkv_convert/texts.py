@@ -79,6 +79,8 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
         raise LrkvError(f"{tokens:,} tokens are more than a model can be let write", f"give --calibration-tokens of at most {SAMPLED:,} with self")
     length, starts = window_length(model.config), getattr(model.generation_config, "bos_token_id", None)
     starts = tokenizer.eos_token_id if starts is None else starts
+    known = model.get_input_embeddings().weight.shape[0]
+    check_ids(torch.tensor(len(tokenizer) - 1 if starts is None else starts), known, model.name_or_path)
     rows, documents = [], tokens // length + 2          # decoding and tokenising again may lose a few tokens
     model.generation_config = GenerationConfig()        # its own may bend the distribution
     with torch.random.fork_rng(), torch.no_grad():
@@ -94,6 +96,12 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
 def window_length(config) -> int:
     """Tokens per calibration window: SEQ_LEN, or what the model can read."""
     return min(SEQ_LEN, getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or SEQ_LEN)
+
+
+def check_ids(ids: Tensor, rows: int, model: str) -> None:
+    """Raise LrkvError for token ids that an embedding of so many rows does not have."""
+    if ids.numel() and (largest := int(ids.max())) >= rows:
+        raise LrkvError(f"the tokenizer of {model} gives the id {largest:,}, its embedding has {rows:,} rows", "tokenizer and weights do not belong together")
 
 
 def windows(texts: list[Text], tokenizer, seq_len: int, max_tokens: int) -> Tensor:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")          # as the command line has it, which is too late where tqdm is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Triton: kernels run on the CPU, interpreted
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):     # as many processes as cores: a thread each, and no common folder of modelling files
     os.environ.setdefault("OMP_NUM_THREADS", "1")

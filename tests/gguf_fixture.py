@@ -3,7 +3,8 @@ import torch
 from tokenizers import pre_tokenizers
 
 
-def write_gguf(gguf, model, path) -> None:
+def write_gguf(gguf, model, path, keys=lambda writer: None, tensors: dict = {}, left_out: tuple = ()) -> None:
+    """keys: adds more metadata; tensors: more of them, by their names in the file; left_out: those of the model that are not written."""
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -23,6 +24,7 @@ def write_gguf(gguf, model, path) -> None:
     writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
+    keys(writer)
 
     def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
         return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
@@ -40,7 +42,10 @@ def write_gguf(gguf, model, path) -> None:
             name = f"blk.{i}.{place}.weight"
         else:
             name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}[name]
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        if name not in left_out:
+            writer.add_tensor(name, tensor.contiguous().numpy())
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lrkv_convert import convert
 from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
-from lrkv_convert.checkpoint import open_checkpoint
+from lrkv_convert.source import open_checkpoint
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
 from lrkv_convert.sensitivity import SEED, draw
 from lrkv_convert.seq2seq import conversion as story

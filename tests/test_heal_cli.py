@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said_before_training(converted, sheep, tmp_path):
 
 def test_broken_folders_are_refused(folder, sheep, tmp_path):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    refused(folder, "--data", sheep, "--set", *SETTINGS, says="cannot load", out=tmp_path / "out")
+    refused(folder, "--data", sheep, "--set", *SETTINGS, says="truncated or corrupt", out=tmp_path / "out")
     (folder / "lrkv.json").write_text("{")
     refused(folder, "--data", sheep, says="not JSON", out=tmp_path / "out")
 

@@ -30,6 +30,12 @@ def say(line: str) -> None:
     print(visible(line))
 
 
+def show_notices(notices: list[str]) -> None:
+    """What was found on the way and does no harm, a line each."""
+    for notice in notices:
+        print(visible(f"note: {notice}"), file=sys.stderr)
+
+
 @contextmanager
 def progress():
     """A callback (stage, done, total) that draws one bar per stage on stderr while it runs, if stderr is a terminal."""

@@ -1,5 +1,7 @@
 """The families: the only place that knows tensor names and layouts. `adapter_for` looks a config's model_type up in the dict below."""
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import LrkvError
 from .base import Adapter, AttentionWeights, Geometry
@@ -19,8 +21,9 @@ def adapter_for(config) -> Adapter:
     if adapter is None:
         near = difflib.get_close_matches(config.model_type, [*ADAPTERS, *ENCODER_DECODERS], n=1, cutoff=0.0)[0]
         raise LrkvError(f"the family {config.model_type!r} is not supported", f"nearest supported: {near}; all: {', '.join(sorted([*ADAPTERS, *ENCODER_DECODERS]))}")
-    adapter.refuse(config)
-    geometry = adapter.geometry(config)
+    with _sensible(config):
+        adapter.refuse(config)
+        geometry = adapter.geometry(config)
     if geometry.kv_heads == 1:
         raise LrkvError("this model has one KV head (multi-query attention)", "there is nothing to share; LRKV needs at least two KV heads")
     return adapter
@@ -30,5 +33,15 @@ def family_with_encoder(config) -> EncoderDecoder | None:
     """The family of a model that has an encoder, None for decoder-only ones. Raises LrkvError for variants."""
     family = ENCODER_DECODERS.get(config.model_type.removeprefix("lrkv_"))
     if family is not None:
-        family.refuse(config)
+        with _sensible(config):
+            family.refuse(config)
     return family
+
+
+@contextmanager
+def _sensible(config) -> Iterator[None]:
+    """Raise LrkvError for fields of a config of which no shapes can be made: no heads, a text for a number."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+        raise LrkvError(f"the config of this {config.model_type} gives no shapes of attention: {type(error).__name__}: {error}", "is config.json whole?") from error

@@ -17,11 +17,18 @@ class Stacked:
     @property
     def shape(self) -> tuple[int, ...]:
         first = self.parts[0]
+        for expert in self.parts:
+            for part, wanted in zip(expert, first):
+                if tuple(part.shape) != tuple(wanted.shape) or len(wanted.shape) != 2:
+                    return tuple(part.shape)        # which no model asks for: the check of shapes says so
         return (len(self.parts), sum(p.shape[0] for p in first), first[0].shape[1])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0][0].dtype
+    def dtype(self) -> torch.dtype | str:
+        """The widest of all parts; that of one which is no weight (float8, integers) before, for the check of types to refuse."""
+        kinds = {part.dtype for expert in self.parts for part in expert}
+        strange = [kind for kind in kinds if not (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1)]
+        return min(strange, key=str) if strange else max(kinds, key=lambda kind: kind.itemsize)
 
     def read(self) -> torch.Tensor:
         return torch.stack([torch.cat([p if isinstance(p, torch.Tensor) else p.read() for p in expert]) for expert in self.parts])

@@ -65,7 +65,8 @@ FAMILIES = (
                    biased=always, positions="learned", refuses=(
         Refusal("cross-attention", lambda c: c.add_cross_attention, "decoder-only GPT-2 is"),
         Refusal("reorder_and_upcast_attn", lambda c: c.reorder_and_upcast_attn, "set it to false in config.json; it changes rounding only"))),
-    DecoderAdapter("gpt_neo", models="GPT-Neo", **TRANSFORMER, attention="attn.attention", output="out_proj", legacy=True, kernel=False, positions="learned, local layers"),
+    DecoderAdapter("gpt_neo", models="GPT-Neo", **TRANSFORMER, attention="attn.attention", output="out_proj", legacy=True, kernel=False, positions="learned, local layers",
+                   refuses=(Refusal("window_size below 1", lambda c: c.window_size < 1, "a local layer reads at least the token it stands on"),)),
     DecoderAdapter("opt", models="OPT", layers="model.decoder.layers", output="out_proj", biased=lambda c: c.enable_bias, positions="learned"),
     DecoderAdapter("bloom", models="BLOOM", **TRANSFORMER, **ALIBI, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head, biased=always,
                    refuses=(Refusal("slow_but_exact", lambda c: c.pretraining_tp > 1 and c.slow_but_exact, "set it to false in config.json; it leaves the output's bias out"),)),

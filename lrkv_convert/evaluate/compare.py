@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LrkvError
-from ..texts import Text
+from ..texts import Text, check_ids
 from .caches import PIECE, check_caches
 from .load import load_model, load_tokenizer
 from .longcontext import passkeys, shortest
@@ -41,6 +41,7 @@ def compare(paths: list[str], texts: list[Text], *, caches: list[str] = [], seq_
     for path in paths:
         models.append(load_model(path, device, dtype))
         check_model(path, models[-1], models[0], seq_len)
+    check_ids(torch.cat(ids), rows_of(models[0]), paths[0])
     length = check_long_context(long_context, models, ids, tokenizer)
     check_prompts(prompts, tokenizer, models)
     if samples > len(ids[0]):
@@ -106,6 +107,11 @@ def positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def rows_of(model: PreTrainedModel) -> int:
+    """How many tokens a model knows."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def check_long_context(asked: int | None, models: list[PreTrainedModel], ids: list[Tensor], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens of the long-context check, None without one. Raises LrkvError for more than the models can read."""
     limits = [limit for limit in map(positions, models) if limit is not None]
@@ -127,9 +133,10 @@ def check_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, models
     """Raise LrkvError for a beginning that is none, or that leaves no room to go on."""
     limit = min((limit for limit in map(positions, models) if limit is not None), default=None)
     for prompt in prompts:
-        length = len(tokenizer(prompt)["input_ids"])
-        if not length:
+        given = tokenizer(prompt)["input_ids"]
+        if not (length := len(given)):
             raise LrkvError("an empty --prompt is no beginning", "write a word or two")
+        check_ids(torch.tensor(given), rows_of(models[0]), models[0].name_or_path)
         if limit is not None and length + WRITTEN > limit:
             raise LrkvError(f"a --prompt of {length} tokens leaves no room for {WRITTEN} more in the {limit} the models read", "give a shorter one")
 

@@ -1,10 +1,8 @@
 """A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands that give it again. Needs the `plot` extra."""
 import base64
 import datetime
-import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from .. import plot
 from ..device import in_units
 from ..provenance import commands
+from ..record import read_record
 from ..report import version
 from ..writer import RECORD, write_text
 
@@ -48,10 +47,9 @@ def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
     """(name, commands) of every converted folder among the models."""
     found = []
     for path in dict.fromkeys(row["path"] for row in rows):
-        if (record := Path(path) / RECORD).is_file():
+        if (Path(path) / RECORD).is_file():
             name = os.path.basename(os.path.abspath(path))
-            with suppress(ValueError, KeyError, TypeError, AttributeError):         # others may have edited it: the page does without
-                found.append((name, commands(json.loads(record.read_text(encoding="utf-8")), name)))
+            found.append((name, commands(read_record(Path(path)), name)))
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..errors import LrkvError
 from ..modeling.contract_lrkv import CACHE
 from .caches import PIECE, new_cache
 
@@ -87,6 +88,8 @@ def _pieces(candidates: list[Candidate], ids: Tensor) -> Iterator[list[tuple[Ten
             parts = [candidate.read(rows, cache) for rows, cache in zip(ids[:, start:start + LONGEST].tensor_split(len(held)), held)]
             logits = (parts[0] if len(parts) == 1 else torch.cat(parts))[:, :targets.shape[1]].flatten(0, 1)        # (N C, vocabulary)
             nll, mass, top = prediction(logits, targets.flatten().to(logits.device))
+            if nll.isnan().any():
+                raise LrkvError(f"{candidate.model.name_or_path or 'the model'} gives NaN on this text", "its weights are damaged, or too large for this dtype: try --dtype float32")
             base = base or (logits, mass, top)
             kl = torch.zeros_like(nll) if base[0] is logits else divergence(*base[:2], logits, mass)
             found.append(tuple(t.view(targets.shape) for t in (nll, kl, (top == base[2].to(top.device)).float())))

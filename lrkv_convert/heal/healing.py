@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
-from .. import report as reporting
 from ..adapters import ADAPTERS
 from ..errors import LrkvError
 from ..evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
 from ..places import folder_to_make
+from ..record import read_record
 from ..writer import RECORD, check_output, check_shard_size
 from .data import Windows, pack, packed
 from .launch import new_accelerator
@@ -89,16 +89,6 @@ def heal(model: str | Path, out: str | Path, data: list[str], *, teacher: str | 
         run.leave()
         with redirect_stdout(sys.stderr):
             accelerator.end_training()
-
-
-def read_record(model: Path) -> dict:
-    """lrkv.json of a converted folder. Raises LrkvError for any other."""
-    if not model.is_dir():
-        raise LrkvError(f"there is no folder {model}", "give the folder of a converted model; one of the hub must be downloaded first")
-    try:
-        return reporting.read_record(model)        # the card is written anew from it, after training
-    except OSError as error:
-        raise LrkvError(f"{model} is not a converted model: it has no {RECORD}", "make one with lrkv convert MODEL --out DIR") from error
 
 
 def choose_loss(teacher: str | None, record: dict, options: Options, notice: Callable[[str], None]) -> tuple[str | None, float]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ..assemble import tensor_shapes
 from ..card import CURVE as PICTURE
 from ..card import source_metadata
-from ..checkpoint import INDEX, check_finite
+from ..source import INDEX, check_finite
 from ..errors import LrkvError
 from ..report import version, write_card
 from ..travelling import write_modeling

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..adapters import Geometry
 from ..allocate import Curve, allocate
+from ..calibrate import solvable
 from ..conversion import gather_texts, observe, open_model, survey_layer
 from ..device import pick_device
 from ..errors import LrkvError
@@ -21,7 +22,7 @@ from ..plan import LayerPlan, Plan
 from ..skeleton import Skeleton
 from ..store import Store
 from ..survey import KEY_WEIGHT, curve, second_order, width_caps
-from ..texts import Text, window_length, windows
+from ..texts import Text, check_ids, window_length, windows
 from .ablate import ablate
 from .diversity import mean_diversity
 from .spectra import LayerLook, Spectrum, look
@@ -35,6 +36,7 @@ SHARES = (0.9, 0.99)                # of a head's energy: how many dimensions ho
 Progress = Callable[[str, int, int], None]
 
 
+@solvable()
 def ahead(model: str, ranks: list[int] | None, target_kl: float, calibration: list[str] | None, calibration_tokens: int | None, text: Text | None,
           max_tokens: int | None, device: str, progress: Progress) -> dict:
     """What a conversion of `model` would cost; with a text, also what its heads are worth. Arguments are those of `inspect`."""
@@ -43,12 +45,12 @@ def ahead(model: str, ranks: list[int] | None, target_kl: float, calibration: li
     geometry = adapter.geometry(checkpoint.config)
     ranks = checked_ranks(ranks, geometry)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
-    checkpoint.check(skeleton.expected())
     read = text_windows(text, checkpoint, max_tokens or ABLATION_TOKENS) if text else None
     texts = gather_texts(calibration, wanted, model, skeleton)
     if not texts:
         raise LrkvError("without calibration text there is no gradient to predict a loss from", "give --calibration, or leave it out")
     tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), wanted)
+    check_ids(tokens, checkpoint.config.vocab_size, model)
     for done, total in checkpoint.finite(skeleton.expected()):
         progress("checking", done, total)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:

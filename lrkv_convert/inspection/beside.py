@@ -26,7 +26,6 @@ def beside(model: str, original: str, text: Text | None, max_tokens: int | None,
     checkpoint, adapter = open_model(original)
     geometry = adapter.geometry(checkpoint.config)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
-    checkpoint.check(skeleton.expected())
     text = text or read_texts([BUILT_IN])[0]
     tokens = text_windows(text, checkpoint, max_tokens or TOKENS)
     converted = load_model(model, skeleton.device, torch.float32)

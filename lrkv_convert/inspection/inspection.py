@@ -3,12 +3,12 @@
     original     checkpoint --calibrate--> metrics --spectra--> what a conversion would cost          (--ablate: and what each head is worth)
     converted    its original, on text --fidelity--> what the conversion did to each head
 """
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LrkvError
 from ..places import writing
+from ..source.configs import read_object
 from ..texts import read_one
 from ..writer import RECORD, write_json
 from .ahead import TARGET_KL, ahead
@@ -44,17 +44,17 @@ def is_converted(model: str) -> bool:
     if (folder / RECORD).is_file():
         return True
     try:
-        return json.loads((folder / "config.json").read_text())["model_type"].startswith("lrkv_")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return str(read_object(folder / "config.json").get("model_type", "")).startswith("lrkv_")
+    except (OSError, LrkvError):
         return False        # what is wrong with it is told when it is opened
 
 
 def source_of(model: str) -> str:
     """Where the original of a converted folder lies. Raises LrkvError if it is not there any more."""
     try:
-        source = json.loads((Path(model).expanduser() / RECORD).read_text())["source"]
-        path, name = source["path"], source["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        source = read_object(Path(model).expanduser() / RECORD)["source"]
+        path, name = str(source["path"]), source["name"]
+    except (OSError, LrkvError, KeyError, TypeError) as error:
         raise LrkvError(f"{model} does not say what it was converted from", "give --original") from error
     if isinstance(path, str) and Path(path).exists():
         return path

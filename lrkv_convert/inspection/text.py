@@ -1,9 +1,9 @@
 """Text to measure on."""
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..source import Checkpoint
 from ..errors import LrkvError
-from ..texts import Text, window_length, windows
+from ..texts import Text, check_ids, window_length, windows
 
 
 def text_windows(text: Text, checkpoint: Checkpoint, max_tokens: int) -> Tensor:
@@ -12,4 +12,6 @@ def text_windows(text: Text, checkpoint: Checkpoint, max_tokens: int) -> Tensor:
     length = min(window_length(checkpoint.config), max_tokens, len(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]))
     if length < 2:
         raise LrkvError(f"the text {text.name} is empty or too short", "a loss needs at least two tokens")
-    return windows([text], tokenizer, length, max_tokens)
+    found = windows([text], tokenizer, length, max_tokens)
+    check_ids(found, checkpoint.config.vocab_size, checkpoint.source)
+    return found

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..adapters import EncoderDecoder, Geometry
 from ..allocate import allocate, check_floor
 from ..assemble import convert_layer, empty_target
-from ..checkpoint import Checkpoint, check_finite
 from ..conversion import Clock, Conversion, fingerprint, stored_dtype
 from ..device import give_back_memory, pick_device
 from ..errors import LrkvError
@@ -24,7 +23,9 @@ from ..evaluate.load import load_model
 from ..modeling import auto_class
 from ..options import TOKENS, Options
 from ..plan import Plan
-from ..report import config_with, encoder_decoder_record, generation_config, write_companions
+from ..report import config_with, encoder_decoder_record, write_companions
+from ..source import Checkpoint, check_finite
+from ..source.names import describe, placed
 from ..store import Store
 from ..survey import survey, width_caps
 from ..texts import BUILT_IN, SELF
@@ -43,6 +44,7 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
                             progress: Progress) -> Conversion:
     """`conversion.convert` for a model with an encoder."""
     clock, kinds = Clock(), options.kinds(encoder_decoder=True)
+    checkpoint = placed(checkpoint, describe(checkpoint, auto_class(family.any.model_type)))
     geometries = {kind: family.kinds[kind].geometry(checkpoint.config) for kind in kinds}
     stored, plans = stored_dtype(checkpoint, family.any, options.dtype), {}
     for kind, geometry in geometries.items():
@@ -56,13 +58,15 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
     checkpoint.check(skeleton.expected())
     planned = all(plans.values())
     if dry_run and planned:
-        return Conversion(plans[kinds[0]], out, None, plans)
+        return Conversion(plans[kinds[0]], out, None, plans, checkpoint.notices)
     corpora = gather(options.calibration, family)
     with clock("load"):
-        for done, total in checkpoint.finite(skeleton.expected()):
+        for done, total in checkpoint.finite(skeleton.expected(), stored):
             progress("checking", done, total)
     with clock("calibrate"):
         examples = read(corpora, checkpoint, family, options, skeleton.device, lambda done, total: progress("writing", done, total)) if corpora else None
+    if examples is None and not dry_run:
+        checkpoint.notices = [*checkpoint.notices, *checkpoint.lost_tokenizer()]
     if examples is None and options.metric == "fisher":
         options = replace(options, metric="attention")      # no examples, no gradient: the record says what was used
     if dry_run:
@@ -70,7 +74,7 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
             store = Store(Path(folder), {})
             observe(skeleton, kinds, examples, options.metric, store, progress, for_refit=False)
             plans = plan_budgets(skeleton, geometries, options, stored, store, progress)
-            return Conversion(plans[kinds[0]], out, None, plans)
+            return Conversion(plans[kinds[0]], out, None, plans, checkpoint.notices)
     with new_folder(out, fingerprint(checkpoint, options, None, stored) | {"examples": digest(examples)}) as (folder, store):
         with clock("calibrate"):
             observe(skeleton, kinds, examples, options.metric, store, progress, for_refit=options.refit)
@@ -82,7 +86,7 @@ def convert_encoder_decoder(checkpoint: Checkpoint, family: EncoderDecoder, opti
         record = encoder_decoder_record(checkpoint, plans, errors, {**options.record(), "attention": ",".join(kinds)}, corpora, examples, sha256, clock.total, clock.seconds,
                                         peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         write_companions(folder, checkpoint, family.any, encoder_decoder_config(checkpoint, family, plans, stored, options.base), record, out.name)
-    return Conversion(plans[kinds[0]], out, record, plans)
+    return Conversion(plans[kinds[0]], out, record, plans, checkpoint.notices)
 
 
 def gather(calibration: list[str] | None, family: EncoderDecoder) -> list[Corpus]:
@@ -97,7 +101,7 @@ def gather(calibration: list[str] | None, family: EncoderDecoder) -> list[Corpus
 
 def read(corpora: list[Corpus], checkpoint: Checkpoint, family: EncoderDecoder, options: Options, device: torch.device, progress: Callable[[int, int], None]) -> Tensors:
     """The calibration examples as tensors; where targets are missing, this is the only step that holds the whole model in memory."""
-    reader = Reader(checkpoint.path, family, checkpoint.tokenizer(), checkpoint.config, generation_config(checkpoint))
+    reader = Reader(checkpoint.path, family, checkpoint.tokenizer(), checkpoint.config, checkpoint.generation_config())
     tokens = options.calibration_tokens or (SPEECH_TOKENS if family.speech else TOKENS)
     return prepare(corpora, reader, tokens, lambda: load_model(str(checkpoint.path), device, torch.float32, auto_class(family.any.model_type)), progress)
 
@@ -156,7 +160,7 @@ def write_weights(skeleton: StackSkeleton, plans: dict[str, Plan], stored: torch
     with clock("write"):
         for name in shapes:
             if not name.startswith(f"{family.any.layer_path}."):
-                writer.add(name, skeleton.tensor(name))
+                writer.add(name, check_finite(name, skeleton.tensor(name), stored))
     for i in range(layers):
         if f"fitted-{i}" not in store:
             write_layer(skeleton, plans, stored, store, options, target, writer, i, clock)
@@ -185,7 +189,7 @@ def write_layer(skeleton: StackSkeleton, plans: dict[str, Plan], stored: torch.d
     with clock("write"):
         for name in writer.shapes:
             if name.startswith(f"{family.any.layer_path}.{i}."):
-                writer.add(name, check_finite(name, fitted[name].to(stored)) if name in fitted else skeleton.tensor(name))
+                writer.add(name, check_finite(name, fitted[name] if name in fitted else skeleton.tensor(name), stored))
         if "shards" not in store:
             store.save("shards", writer.sizes)
         store.save(f"fitted-{i}", errors)

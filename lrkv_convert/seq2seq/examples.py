@@ -2,10 +2,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import LrkvError
+from ..texts import check_ids
 from .data import Corpus, spread
 from .reader import Reader
 from .writing import encode, write
@@ -41,6 +43,8 @@ def prepare(corpora: list[Corpus], reader: Reader, tokens: int | None, model: Ca
         parts = [part for example in corpus.examples for part in reader.fitting(example)]
         examples += parts if tokens is None else [parts[n] for n in spread([reader.size(part) for part in parts], tokens // len(corpora))]
     sources, missing = [reader.source(example) for example in examples], [n for n, example in enumerate(examples) if example.target is None]
+    if not reader.family.speech:
+        check_ids(torch.cat([source.flatten() for source in sources]), reader.config.vocab_size, "the encoder-decoder")
     writer = model() if missing or reader.multilingual else None
     prompts = reader.prompts(sources, writer)
     sequences = [None if example.target is None else reader.target(example.target, prompt) for example, prompt in zip(examples, prompts)]

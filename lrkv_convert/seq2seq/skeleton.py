@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ..adapters import EncoderDecoder
-from ..checkpoint import Checkpoint
+from ..source import Checkpoint
 from ..modeling import auto_class
 from ..skeleton import filled, first_of, replaced
 
