@@ -11,4 +11,4 @@ from .errors import LrkvError
 from .lora import lora_targets
 
 __all__ = ["Conversion", "LrkvError", "convert", "lora_targets"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
