@@ -51,6 +51,9 @@ class Refusals(TyperGroup):
                 if speaks_for_all():
                     tell(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""))
                 ctx.exit(1)
+            if type(error).__name__ == "BrokenContract":
+                tell(f"error: {error}")
+                ctx.exit(1)
             raise
 
 
@@ -134,3 +137,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    from lrkv_convert.modeling.contract_lrkv import newer
+    if (note := newer()) and speaks_for_all():
+        tell(f"note: {note}")

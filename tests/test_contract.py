@@ -10,7 +10,9 @@ from test_model import load
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
+from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert.modeling import FAMILIES, contract_lrkv
 from lrkv_convert.modeling.contract_lrkv import CACHE, CACHE_NAMES, BrokenContract, take_cache
 
@@ -214,6 +216,17 @@ def test_a_newer_release_is_named_once(monkeypatch, caplog):
         assert contract_lrkv.TESTED[1] in said[0] and "5.99.1" in said[0]
     finally:
         logging.disable_propagation()
+
+
+def test_the_command_line_says_both_in_a_line(tiny, converted, monkeypatch):
+    """transformers' own warnings are silenced there."""
+    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    result = CliRunner().invoke(app, ["convert", str(tiny()), "--out", "never", "--rank", "99"])
+    assert [line[:6] for line in result.stderr.splitlines()] == ["note: ", "error:"] and "5.99.1" in result.stderr
+    monkeypatch.setattr(transformers, "__version__", contract_lrkv.TESTED[1])
+    monkeypatch.setattr(contract_lrkv.Written, "check", lambda self: (_ for _ in ()).throw(BrokenContract("did not hand the cache on")))
+    result = CliRunner().invoke(app, ["bench", str(converted()), "--tokens", "64"])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "did not hand the cache on" in result.stderr
 
 
 def test_every_family_says_what_it_is_handed():

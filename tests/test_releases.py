@@ -71,6 +71,18 @@ def test_generation(family, tiny, converted):
     assert torch.equal(model.generate(padded, attention_mask=(padded != 258).long(), **GREEDY)[1, 15:], expected[0, 12:])
 
 
+def test_assisted_decoding_on_a_static_cache(tiny, converted):
+    """Where the original can (from transformers 5.24 on)."""
+    ids, static = prompt(12), dict(prompt_lookup_num_tokens=3, cache_implementation="static", disable_compile=True, **GREEDY)
+    try:
+        expected = load(tiny()).generate(ids, **static)
+    except (ValueError, AttributeError) as error:
+        pytest.skip(f"this transformers cannot: {error}")
+    assert torch.equal(expected, load(tiny()).generate(ids, **GREEDY))
+    model = load(converted())
+    assert torch.equal(model.generate(ids, **static), model.generate(ids, **GREEDY))
+
+
 def test_a_compiled_step_on_a_static_cache(converted):
     model, ids = load(converted()), prompt(36)
     cache = StaticCache(config=model.config, max_cache_len=64)

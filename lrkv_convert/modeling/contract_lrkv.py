@@ -49,11 +49,18 @@ class BrokenContract(RuntimeError):
                          f"{TESTED[1]}. Install one of those, or write the folder's files anew with a newer lrkv-convert (lrkv refresh)")
 
 
+def newer() -> str | None:
+    """What to say under a release newer than any these files were tested with; None under others."""
+    if Version(transformers.__version__).release <= Version(TESTED[1]).release:
+        return None
+    return (f"LRKV modelling files were tested with transformers {TESTED[0]} to {TESTED[1]}, and this is {transformers.__version__}: what they cannot rely on any more "
+            "they refuse; compare cached with uncached logits once (use_cache=False), or look for a newer lrkv-convert")
+
+
 def say_if_newer() -> None:
-    """Warn, once, under a release newer than any these files were tested with."""
-    if Version(transformers.__version__).release > Version(TESTED[1]).release:
-        logger.warning_once(f"LRKV modelling files were tested with transformers {TESTED[0]} to {TESTED[1]}, and this is {transformers.__version__}: what they cannot "
-                            "rely on any more they refuse; compare cached with uncached logits once (use_cache=False), or look for a newer lrkv-convert")
+    """Warn of it, once."""
+    if (note := newer()) is not None:
+        logger.warning_once(note)
 
 
 # ------------------------------------------------------------------------------------------------ names
