@@ -12,10 +12,12 @@ from .adapters import ENCODER_DECODERS
 from .errors import LrkvError
 from .lora import attention_targets
 from .markup import block, cell, code, front, literal, prose, quoted
+from .modeling.contract_lrkv import TESTED
 from .provenance import commands
 
 CARRIED = ("license", "license_name", "license_link", "language")
 PICTURE, CURVE = "cache.png", "heal.png"
+RELEASES = f"The files are tested with transformers {TESTED[0]} to {TESTED[1]}."
 
 
 def source_metadata(folder: Path) -> dict:
@@ -82,7 +84,7 @@ def decoder_card(record: dict, carried: dict, name: str, picture: bool) -> str:
 {block("python", TEXT_GENERATION.format(name=literal(name)))}
 
 The attention lies in the Python files beside the weights, which is what `trust_remote_code` allows; with lrkv-convert installed, `import lrkv_convert`
-does instead. To serve it (OpenAI-compatible): {code(f"lrkv serve {quoted([name])}")}.
+does instead. {RELEASES} To serve it (OpenAI-compatible): {code(f"lrkv serve {quoted([name])}")}.
 {_tuning(record)}
 ## How it was made
 
@@ -177,7 +179,7 @@ Converted by lrkv-convert {prose(record['versions']['lrkv_convert'])} without tr
 
 {block("python", (SPEECH_USE if speech else TEXT_USE).format(name=literal(name)))}
 
-The attention lies in the Python files beside the weights, which is what `trust_remote_code` allows; with lrkv-convert installed, `import lrkv_convert` does instead.
+The attention lies in the Python files beside the weights, which is what `trust_remote_code` allows; with lrkv-convert installed, `import lrkv_convert` does instead. {RELEASES}
 {_tuning(record)}
 ## How it was made
 

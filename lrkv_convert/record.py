@@ -30,8 +30,9 @@ def read_record(folder: Path) -> dict:
         model_card(record, {}, "model")
         commands(published(record), "model")
     except Exception as error:  # what is missing, or of another kind, raises whatever that leads to
+        found = error.__cause__ or error
         raise LrkvError(
-            f"{folder / RECORD} is not as lrkv writes it: {type(error).__name__} {error}".replace(
+            f"{folder / RECORD} is not as lrkv writes it: {type(found).__name__} {found}".replace(
                 "\n", " "
             ),
             "convert the model again",

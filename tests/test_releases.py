@@ -104,6 +104,8 @@ def test_a_quantised_cache(tiny, converted):
             pytest.skip(f"this transformers has no such cache: {error}")
         found, exact = step_by_step(model, ids, 30, cache)[:, 30:], logits(model, ids, use_cache=False)[:, 30:]
         missed.append(((found - exact).norm() / exact.norm()).item())
+    if missed[0] != missed[0]:
+        pytest.skip("this torch's cast to FP8 overflows, for the original, too")       # 2.11
     assert missed[1] < 2 * missed[0] + 0.02
 
 
