@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
-from lrkv_convert.modeling import FAMILIES, contract_lrkv
+from lrkv_convert.modeling import ENCODER_DECODERS, FAMILIES, contract_lrkv
 from lrkv_convert.modeling.contract_lrkv import CACHE, CACHE_NAMES, BrokenContract, take_cache
 
 
@@ -114,6 +114,18 @@ def test_caches_of_encoder_decoders_that_do_not_reach_attention(tmp_path, monkey
 
 def load_seq2seq(folder):
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+
+
+def test_layers_dropped_in_training_are_no_breach(tmp_path):
+    from encoder_decoders import CONFIGS
+    config = CONFIGS["bart"]()
+    config.decoder_layerdrop = 0.9
+    spec = {side: {"base_width": [20, 20], "rank": [7, 7], "alignment": True} for side in ("keys", "values")}
+    config_class, _, model_class = ENCODER_DECODERS["bart"]
+    model = model_class(config_class(**{**config.to_dict(), "lrkv": spec, "lrkv_cross": spec, "model_type": "lrkv_bart"})).train()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model(prompt(9), decoder_input_ids=prompt(7), use_cache=True)
 
 
 # ------------------------------------------------------------------------------------------------ positions

@@ -91,9 +91,9 @@ class LrkvDecoder(LrkvPreTrained):
 
     def forward(self, *given, use_cache=None, **kwargs):
         kwargs.update(zip(self.arguments, given))       # as the family's own forward takes them
-        both, input_ids, checkpointed = take_cache(kwargs), kwargs.pop("input_ids", None), self.training and self.gradient_checkpointing
+        both, input_ids = take_cache(kwargs), kwargs.pop("input_ids", None)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and both is None and not checkpointed:
+        if use_cache and both is None and not (self.training and self.gradient_checkpointing):
             both = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         written = []
         if isinstance(both, EncoderDecoderCache):
@@ -106,7 +106,7 @@ class LrkvDecoder(LrkvPreTrained):
                     fit_layers(cache, L)
                 if spec is not None:
                     two_per_layer(cache, spec, L)
-                    if not checkpointed and (field == "lrkv" or states is not None):
+                    if not self.training and (field == "lrkv" or states is not None):       # see models_lrkv.py
                         written.append(Written(cache, L, added, mask, implementation if field == "lrkv" else ""))
         elif both is not None:
             raise ValueError(f"{type(self).__name__} needs an EncoderDecoderCache, not a {type(both).__name__}")

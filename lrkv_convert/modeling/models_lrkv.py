@@ -65,8 +65,7 @@ class LrkvModel(LrkvPreTrained):
         cache, input_ids, inputs_embeds = take_cache(kwargs), kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
         if use_cache is None and cache is None:
             use_cache = self.config.use_cache
-        checkpointed = self.training and self.gradient_checkpointing        # transformers drops the cache then, and says so
-        if use_cache and cache is None and not checkpointed:
+        if use_cache and cache is None and not (self.training and self.gradient_checkpointing):
             cache = DynamicCache(config=self.config)
         written = None
         if isinstance(cache, Cache):
@@ -76,7 +75,7 @@ class LrkvModel(LrkvPreTrained):
                 kwargs.update(arguments)
             else:
                 cache.lrkv_rotations = arguments.get("lrkv_rotations")
-            if not checkpointed:
+            if not self.training:       # there, whole layers may be dropped, and checkpointing drops the cache
                 tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
                 written = Written(cache, self.config.num_hidden_layers, tokens, kwargs.get("attention_mask"), self.config._attn_implementation)
         output = super().forward(input_ids, **{self.given_as: cache}, use_cache=use_cache, **kwargs)
