@@ -61,7 +61,7 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
     names = {p.name for p in folder.iterdir()}
     modeling = f"modeling_lrkv_{family.split('-')[0]}.py"
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "lrkv.json", "README.md", "cache.png",
-            "attention_lrkv.py", "cache_lrkv.py", "factors_lrkv.py", "kernel_lrkv.py", "models_lrkv.py", modeling} == names
+            "attention_lrkv.py", "cache_lrkv.py", "contract_lrkv.py", "factors_lrkv.py", "kernel_lrkv.py", "models_lrkv.py", modeling} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "lrkv_" + family.split("-")[0]
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
