@@ -10,5 +10,7 @@ class LrkvError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the name of the exception."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of another library's message, and the next where it only announces that one; or the
+    name of the exception."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

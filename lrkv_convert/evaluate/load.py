@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from ..adapters import ADAPTERS, ENCODER_DECODERS
 from ..errors import LrkvError, first_line
+from ..skeleton import plainly
 from ..source import check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
@@ -60,7 +61,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     unplaced({name: name for name in info["unexpected_keys"]}, {}, loaded, model, strict=config.model_type.startswith(CONVERTED))
     for name, parameter in loaded.named_parameters():
         check_finite(f"{model}: {name}", parameter.detach())
-    return loaded.eval().to(device)
+    return plainly(loaded).eval().to(device)
 
 
 def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -> None:

@@ -1,4 +1,5 @@
 """The original encoder-decoder on the meta device, filled a part at a time: one layer of either stack is in memory, and what is around the layers."""
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters import EncoderDecoder
 from ..source import Checkpoint
 from ..modeling import auto_class
-from ..skeleton import filled, first_of, replaced
+from ..skeleton import filled, first_of, plainly, replaced
 
 
 class StackSkeleton:
@@ -21,8 +22,8 @@ class StackSkeleton:
     def __init__(self, checkpoint: Checkpoint, family: EncoderDecoder, device: torch.device):
         self.checkpoint, self.family, self.device = checkpoint, family, device
         with init_empty_weights(include_buffers=False):
-            self.model = auto_class(family.any.model_type).from_config(checkpoint.config, attn_implementation="eager", dtype=torch.float32)
-        self.model.eval().requires_grad_(False)
+            self.model = auto_class(family.any.model_type).from_config(copy.deepcopy(checkpoint.config), attn_implementation="eager", dtype=torch.float32)
+        plainly(self.model).eval().requires_grad_(False)
         self.tied = {name: source for name, source in self.model.all_tied_weights_keys.items() if self._same(name, source)}
         self.decoder = self.model.get_submodule(family.decoder)
 
