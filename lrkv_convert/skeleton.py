@@ -26,6 +26,9 @@ class Skeleton:
             raise LrkvError(f"no model can be built from the config of {checkpoint.source}: {first_line(error)}", "is config.json that of these weights?") from error
         plainly(self.model).eval().requires_grad_(False)
         self.layers = self.model.get_submodule(adapter.layer_path)
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("inv_freq") and not torch.isfinite(buffer).all():
+                raise LrkvError(f"the config of {checkpoint.source} gives frequencies of RoPE that are no numbers", "see rope_theta and what scales it in config.json")
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes the checkpoint must have; tied tensors stand once."""
@@ -92,7 +95,9 @@ def plainly(model: PreTrainedModel) -> PreTrainedModel:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config.return_dict = True
-            part.config.output_attentions = part.config.output_hidden_states = False
+            for field in ("output_attentions", "output_hidden_states", "output_router_logits"):
+                if getattr(part.config, field, False):
+                    setattr(part.config, field, False)
     return model
 
 
