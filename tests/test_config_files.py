@@ -138,10 +138,14 @@ def test_heads_that_no_attention_has(family, changes, tmp_path):
     assert "heads" in convert_fully(tmp_path / "in", tmp_path / "out").stderr
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom"])
 @pytest.mark.parametrize(
-    "changes",
-    [{"return_dict": False}, {"output_attentions": True, "output_hidden_states": True}],
+    "family, changes",
+    [
+        *((family, {"return_dict": False}) for family in ("llama", "gpt2", "falcon")),
+        ("falcon", {"output_attentions": True, "output_hidden_states": True}),
+        ("bloom", {"output_attentions": True}),
+        ("mixtral", {"output_router_logits": True}),
+    ],
     ids=str,
 )
 def test_what_a_config_has_its_model_give_out(family, changes, tiny, text, tmp_path):
@@ -162,6 +166,19 @@ def test_fields_of_ours_in_the_config_of_an_original(source, tmp_path):
 def test_a_refusal_of_several_lines_says_why(source, tmp_path):
     edit(source / "config.json", rms_norm_eps="small")
     assert "expected float" in convert_fully(source, tmp_path / "out").stderr
+    edit(source / "config.json", rms_norm_eps="small " * 5000)
+    assert len(convert_fully(source, tmp_path / "out").stderr) < 1000
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"rope_theta": 0}, {"rope_theta": -3.0}, {"rope_type": "linear", "factor": 0}]
+)
+def test_frequencies_that_are_no_numbers(parameters, source, tmp_path):
+    edit(
+        source / "config.json",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4} | parameters,
+    )
+    assert "frequencies" in convert_fully(source, tmp_path / "out").stderr
 
 
 def test_windows_that_see_nothing_are_not_converted(tiny, tmp_path):
@@ -304,6 +321,13 @@ def test_a_record_of_the_wrong_kind(content, tiny, converted, text, tmp_path):
         assert "lrkv" in one_line(*command)
     if not isinstance(content, dict) or "source" in content:
         one_line("inspect", folder, "--max-tokens", 20)
+
+
+@pytest.mark.parametrize("content", [*WRONG, "{}", '{"model_type": 7}', '{"model_type": "llama"}'])
+def test_refresh_of_a_config_of_the_wrong_kind(content, converted, tmp_path):
+    folder = shutil.copytree(converted(), tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    one_line("refresh", folder)
 
 
 def test_a_whole_folder_is_still_compared_and_inspected(tiny, converted, text):
