@@ -22,8 +22,8 @@ def empty_target(config) -> PreTrainedModel:
 
 
 def tensor_shapes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor of a model's checkpoint; tied ones stand once."""
-    tied = set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
+    """Shape and dtype of every tensor of a model's checkpoint; tied ones stand once. Of a model that was loaded what is tied indeed counts."""
+    tied = set(model.all_tied_weights_keys)
     return {name: (tuple(p.shape), dtype) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 

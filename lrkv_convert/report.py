@@ -35,7 +35,11 @@ def converted_config(checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype
 def config_with(checkpoint: Checkpoint, model_type: str, dtype: torch.dtype, **lrkv):
     """A converted model's config; lrkv: the fields that say how."""
     config_class, _, head_class = CLASSES[model_type]
-    fields = {k: v for k, v in checkpoint.config.to_dict().items() if k not in NOT_CARRIED}
+    fields = {
+        name: value
+        for name, value in checkpoint.config.to_dict().items()
+        if name not in NOT_CARRIED and not name.startswith("lrkv")      # of another conversion: ours are `lrkv`
+    }
     config = config_class(**fields, **lrkv, dtype=str(dtype).removeprefix("torch."))
     config.architectures, config.auto_map = [head_class.__name__], auto_map(model_type)
     return config

@@ -1,11 +1,12 @@
 """The original model on the meta device, filled a part at a time: memory holds one layer, or what is around the layers."""
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter
 from .source import Checkpoint
@@ -20,11 +21,14 @@ class Skeleton:
         self.checkpoint, self.adapter, self.device = checkpoint, adapter, device
         try:
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="eager", dtype=torch.float32)
+                self.model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), attn_implementation="eager", dtype=torch.float32)
         except (RuntimeError, MemoryError) as error:        # tables of as many positions as the config says
             raise LrkvError(f"no model can be built from the config of {checkpoint.source}: {first_line(error)}", "is config.json that of these weights?") from error
-        self.model.eval().requires_grad_(False)
+        plainly(self.model).eval().requires_grad_(False)
         self.layers = self.model.get_submodule(adapter.layer_path)
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("inv_freq") and not torch.isfinite(buffer).all():
+                raise LrkvError(f"the config of {checkpoint.source} gives frequencies of RoPE that are no numbers", "see rope_theta and what scales it in config.json")
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes the checkpoint must have; tied tensors stand once."""
@@ -83,6 +87,18 @@ class Skeleton:
                 head.weight = embeddings.weight
             yield run
             empty(head)
+
+
+def plainly(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, giving out what is read here and no more, whatever its config has it give: old configs
+    ask for tuples, or for the attention of all layers."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.return_dict = True
+            for field in ("output_attentions", "output_hidden_states", "output_router_logits"):
+                if getattr(part.config, field, False):
+                    setattr(part.config, field, False)
+    return model
 
 
 @contextmanager

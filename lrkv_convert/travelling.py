@@ -3,15 +3,15 @@
 A release of transformers may need newer ones than a folder was written with; `refresh` puts today's in their place. Weights and config are left alone.
 """
 import importlib
-import json
 import os
 import shutil
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .errors import LrkvError, first_line
+from .errors import LrkvError
 from .modeling import CLASSES, auto_map
+from .source.configs import read_config_json
 from .writer import RECORD, write_json
 
 
@@ -45,16 +45,15 @@ def refresh(folder: str | Path) -> list[str]:
     if not (folder / RECORD).is_file():
         raise LrkvError(f"{folder} is no converted folder", "give one that lrkv convert or lrkv heal wrote")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        family = config["model_type"].removeprefix("lrkv_")
-        if family not in CLASSES or family == config["model_type"]:
-            raise LrkvError(f"{folder} is of the family {config['model_type']!r}, which this version does not know", "update lrkv-convert")
+        config = read_config_json(folder, str(folder))
+        model_type = config.get("model_type", "")
+        family = model_type.removeprefix("lrkv_")
+        if family not in CLASSES or family == model_type:
+            raise LrkvError(f"{folder} is of the family {model_type!r}, which this version does not know", "update lrkv-convert")
         changed = write_modeling(folder, family)
         if config.get("auto_map") != auto_map(family):
             write_json(folder / "config.json", config | {"auto_map": auto_map(family)})
             changed.append("config.json")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LrkvError(f"cannot read the config of {folder}: {first_line(error)}", "is config.json whole?") from error
     except OSError as error:
         raise LrkvError(f"cannot write into {folder}: {error.strerror or error}", "check permissions and free space") from error
     return changed

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import prompt, run
+from families import CONFIGS
 from folders import convert_fully, save_safe
 from safetensors.torch import load_file
 from tokenizers import AddedToken
@@ -116,6 +117,68 @@ def test_config_fields_of_other_families(family, changes, tiny, text, tmp_path):
     source = shutil.copytree(tiny(family), tmp_path / "source")
     edit(source / "config.json", **changes)
     refused_everywhere(source, text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {"num_key_value_heads": 4}),
+        ("qwen2", {"num_attention_heads": 7}),
+        ("mistral", {"num_attention_heads": 1}),
+        ("llama", {"num_key_value_heads": 12}),
+        ("gemma", {"hidden_size": 0}),
+    ],
+    ids=str,
+)
+def test_heads_that_no_attention_has(family, changes, tmp_path):
+    """The weights are as the config says: transformers makes and loads such a model."""
+    config = CONFIGS[family]()
+    config.update(changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    assert "heads" in convert_fully(tmp_path / "in", tmp_path / "out").stderr
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        *((family, {"return_dict": False}) for family in ("llama", "gpt2", "falcon")),
+        ("falcon", {"output_attentions": True, "output_hidden_states": True}),
+        ("bloom", {"output_attentions": True}),
+        ("mixtral", {"output_router_logits": True}),
+    ],
+    ids=str,
+)
+def test_what_a_config_has_its_model_give_out(family, changes, tiny, text, tmp_path):
+    source = shutil.copytree(tiny(family), tmp_path / "source")
+    edit(source / "config.json", **changes)
+    run("convert", source, "--out", tmp_path / "out", "--calibration", text, "--cache-ratio", 0.6)
+    run("compare", source, tmp_path / "out", "--text", text, "--max-tokens", 100)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: written.get(name) for name in changes} == changes
+
+
+def test_fields_of_ours_in_the_config_of_an_original(source, tmp_path):
+    edit(source / "config.json", lrkv={"keys": 7}, lrkv_path="nowhere", lrkv_cross=3)
+    assert convert_fully(source, tmp_path / "out").exit_code == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt())
+
+
+def test_a_refusal_of_several_lines_says_why(source, tmp_path):
+    edit(source / "config.json", rms_norm_eps="small")
+    assert "expected float" in convert_fully(source, tmp_path / "out").stderr
+    edit(source / "config.json", rms_norm_eps="small " * 5000)
+    assert len(convert_fully(source, tmp_path / "out").stderr) < 1000
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"rope_theta": 0}, {"rope_theta": -3.0}, {"rope_type": "linear", "factor": 0}]
+)
+def test_frequencies_that_are_no_numbers(parameters, source, tmp_path):
+    edit(
+        source / "config.json",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4} | parameters,
+    )
+    assert "frequencies" in convert_fully(source, tmp_path / "out").stderr
 
 
 def test_windows_that_see_nothing_are_not_converted(tiny, tmp_path):
@@ -258,6 +321,13 @@ def test_a_record_of_the_wrong_kind(content, tiny, converted, text, tmp_path):
         assert "lrkv" in one_line(*command)
     if not isinstance(content, dict) or "source" in content:
         one_line("inspect", folder, "--max-tokens", 20)
+
+
+@pytest.mark.parametrize("content", [*WRONG, "{}", '{"model_type": 7}', '{"model_type": "llama"}'])
+def test_refresh_of_a_config_of_the_wrong_kind(content, converted, tmp_path):
+    folder = shutil.copytree(converted(), tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    one_line("refresh", folder)
 
 
 def test_a_whole_folder_is_still_compared_and_inspected(tiny, converted, text):

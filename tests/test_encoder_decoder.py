@@ -1,12 +1,13 @@
 """Encoder-decoders: what must hold for every family, in decoder self- and cross-attention; tiny models of odd sizes whose stacks differ in depth and heads."""
 import json
+import shutil
 from functools import lru_cache
 
 import pytest
 import torch
 from conftest import relative
 from encoder_decoders import CONFIGS, FLOAT32, FLOAT64, STEPS, build, converted, data, load, logits, source, stepwise, target, tiny, write_little
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lrkv_convert import convert
 from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
@@ -18,6 +19,35 @@ from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_mom
 from lrkv_convert.seq2seq.compare import compare
 from lrkv_convert.seq2seq.skeleton import StackSkeleton
 from lrkv_convert.store import Store
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_positions_that_the_checkpoint_holds_are_read(stack, shift, tiny, tmp_path):
+    """Old Marian checkpoints hold the sinusoids that the class makes; others are kept, as transformers reads them."""
+    folder, name = shutil.copytree(tiny("marian"), tmp_path / "in"), f"model.{stack}.embed_positions.weight"
+    held = load(folder).get_submodule(name.rpartition(".")[0]).create_weight() + shift
+    weights = load_file(folder / "model.safetensors") | {name: held}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
+    assert (name in load_file(tmp_path / "out" / "model.safetensors")) == bool(shift)
+    ours, theirs = (logits(load(each), target()) for each in (tmp_path / "out", folder))
+    assert relative(ours, theirs) < FLOAT32
+
+
+@pytest.mark.parametrize("family", ["t5-gated", "bart"])
+@pytest.mark.parametrize("kept", [("encoder",), ("decoder",), ("encoder", "decoder")], ids=str)
+def test_copies_of_an_embedding_that_is_not_there(family, kept, tiny, tmp_path):
+    """The first that is there counts for all that are like it; an output layer of its own does not become it."""
+    folder, base = shutil.copytree(tiny(family), tmp_path / "in"), "" if family == "t5-gated" else "model."
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights.pop(f"{base}shared.weight")
+    head = {"lm_head.weight": torch.randn(embedding.shape) / 7}
+    copies = {f"{base}{stack}.embed_tokens.weight": embedding.clone() for stack in kept}
+    save_file(weights | copies | head, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
+    ours, theirs = (logits(load(each), target()) for each in (tmp_path / "out", folder))
+    assert relative(ours, theirs) < FLOAT32
 
 
 @pytest.mark.parametrize("family", CONFIGS)

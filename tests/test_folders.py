@@ -373,3 +373,25 @@ def test_every_expert_is_looked_at(family, part, change, tiny, tmp_path):
     assert judged(folder, tmp_path / "out") == (
         "same" if tensors[name].dtype == torch.float16 else "refused"
     )
+
+
+@pytest.mark.parametrize(
+    "family, old, new",
+    [
+        ("gpt_neox", "embed_out.weight", "lm_head.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.mlp.gate.weight"),
+        (
+            "mixtral",
+            "model.layers.0.block_sparse_moe.experts.0.w2.weight",
+            "model.layers.0.mlp.experts.down_proj",
+        ),
+    ],
+)
+def test_a_tensor_under_its_old_and_its_new_name(family, old, new, tiny, tmp_path):
+    folder = shutil.copytree(tiny(family), tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    held = tensors.get(old, tensors.get(new))
+    tensors[old] = held
+    tensors[new] = held[None].repeat(4, 1, 1) + 1 if "experts" in new else held + 1
+    save_safe(tensors, folder / "model.safetensors")
+    assert "twice" in convert_fully(folder, tmp_path / "out").stderr

@@ -2,13 +2,14 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import SHORT, THOROUGH, log, losses, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert.adapters import ADAPTERS
@@ -54,6 +55,27 @@ def test_every_parameter_that_trains_is_in_exactly_one_group(converted, family, 
     else:
         assert trained == {name for name, _ in model.named_parameters()}
     assert not groups(model, "adamw")["muon"] and set(groups(model, "adamw")["adamw"]) == trained
+
+
+@pytest.mark.parametrize("left", ["after", "before", "bin", "bare", "tied in the config"])
+def test_what_does_not_train_is_what_was_loaded(left, converted, sheep, tmp_path):
+    """A converted folder is read as transformers reads it: other files beside its weights are nobody's, and it may have been saved in another form."""
+    folder = shutil.copytree(converted(), tmp_path / "in")
+    weights = load_file(folder / "model.safetensors")
+    if left in ("after", "before"):
+        save_file({name: t + 1 for name, t in weights.items()}, folder / f"{'z' if left == 'after' else 'a'}.safetensors")
+    elif left == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    elif left == "bare":
+        save_file({name.removeprefix("model."): t for name, t in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    heal(folder, tmp_path / "out", [str(sheep)], **{**SHORT, "tokens": 2 * 4 * 64})
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == weights.keys() and not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert all(torch.equal(after[name], weights[name]) for name in weights if "attn" not in name)
 
 
 def test_only_attention_changes_unless_all_is_asked_for(converted, healed):

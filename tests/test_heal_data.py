@@ -212,3 +212,9 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
     for data in ("org/name", tmp_path / "a.parquet"):
         with pytest.raises(LrkvError, match=r"lrkv-convert\[data\]"):
             windows(tmp_path, [data])
+
+
+def test_json_of_a_depth_that_nobody_reads(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 100000)
+    with pytest.raises(LrkvError, match="line 1 of .* is not JSON"):
+        windows(tmp_path, [tmp_path / "deep.jsonl"])

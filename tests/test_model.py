@@ -104,6 +104,35 @@ def test_positions_given_are_used_without_a_filled_cache(use_cache, tiny, conver
     assert relative(theirs, logits(load(tiny()), ids)) > 1e-3
 
 
+HIDDEN = {"between": [5], "behind": [18, 19], "before and between": [0, 11], "of one row": [12]}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("options", [{}, {"keys": "rotary", "rank": 20}, {"keys": "full"}], ids=str)
+def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted):
+    """Keys are rotated by their index there: other tokens than the original's would come, so it says so. Keys kept whole know their positions."""
+    model, ids, mask = load(converted(**{**FULL, **options})), prompt(20, batch=2), torch.ones(2, 20, dtype=torch.long)
+    mask[1 if "row" in hidden else slice(None), HIDDEN[hidden]] = 0
+    greedy = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=258)
+    expected = load(tiny()).generate(ids, **greedy)
+    assert torch.equal(model.generate(ids, use_cache=False, **greedy), expected)
+    if options.get("keys") == "full":
+        assert torch.equal(model.generate(ids, **greedy), expected)
+    else:
+        with pytest.raises(ValueError, match="not consecutive"):
+            model.generate(ids, **greedy)
+
+
+def test_a_static_cache_is_used_again_with_other_padding(tiny, converted):
+    model, original = load(converted(**FULL)), load(tiny())
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    for padding in (0, 3, 1):
+        mask = (torch.arange(12) >= padding).long().unsqueeze(0)
+        greedy = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=258, disable_compile=True)
+        assert torch.equal(model.generate(prompt(12), past_key_values=cache, **greedy), original.generate(prompt(12), **greedy))
+        cache.reset()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_generation_in_all_ways(family, attention, converted):
     """Greedy with either cache and without one gives the same tokens; beams and sampling run; a left-padded batch equals its rows."""

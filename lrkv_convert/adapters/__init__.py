@@ -24,9 +24,21 @@ def adapter_for(config) -> Adapter:
     with _sensible(config):
         adapter.refuse(config)
         geometry = adapter.geometry(config)
+    check_heads(geometry, config.num_attention_heads)
     if geometry.kv_heads == 1:
         raise LrkvError("this model has one KV head (multi-query attention)", "there is nothing to share; LRKV needs at least two KV heads")
     return adapter
+
+
+def check_heads(g: Geometry, heads: int) -> None:
+    """Raise LrkvError for heads that no attention has. transformers builds such a model, whose weights
+    may even fit the config, and fails where it is run."""
+    if g.kv_heads * g.groups != heads or min(g.width, g.kv_heads, g.groups, g.head_dim) < 1:
+        raise LrkvError(
+            f"the config asks for {heads} heads of width {g.head_dim} on {g.kv_heads} KV heads, "
+            f"in a model {g.width} wide: each KV head serves the same number of heads",
+            "is config.json that of these weights?",
+        )
 
 
 def family_with_encoder(config) -> EncoderDecoder | None:

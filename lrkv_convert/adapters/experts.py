@@ -1,8 +1,11 @@
 """Mixture-of-experts checkpoints keep every expert's matrices apart; transformers' models hold them stacked."""
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
+from ..errors import LrkvError
 
 EXPERT = re.compile(r"(?P<layer>.*\.)(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 PARTS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
@@ -36,15 +39,25 @@ class Stacked:
 
 def stacked(tensors: dict) -> dict:
     """Mixtral's and Qwen's names and shapes -> those of transformers' modules (`mlp.experts.gate_up_proj` and `down_proj`). What is stacked stays."""
-    kept, layers = {}, {}
+    kept, layers = [], {}
     for name, held in tensors.items():
         if match := EXPERT.fullmatch(name):
             layers.setdefault(match["layer"], {}).setdefault(int(match["expert"]), {})[PARTS[match["part"]]] = held
         else:
-            kept[name.replace(".block_sparse_moe.", ".mlp.")] = held
+            kept.append((name.replace(".block_sparse_moe.", ".mlp."), held))
     for layer, experts in layers.items():
         whole = [experts[e] for e in sorted(experts) if len(experts[e]) == 3]
         if len(whole) == len(experts):      # otherwise a shard is missing, which the check of names will say
-            kept[f"{layer}mlp.experts.gate_up_proj"] = Stacked(tuple((e["gate"], e["up"]) for e in whole))
-            kept[f"{layer}mlp.experts.down_proj"] = Stacked(tuple((e["down"],) for e in whole))
-    return kept
+            kept.append((f"{layer}mlp.experts.gate_up_proj", Stacked(tuple((e["gate"], e["up"]) for e in whole))))
+            kept.append((f"{layer}mlp.experts.down_proj", Stacked(tuple((e["down"],) for e in whole))))
+    return once(kept)
+
+
+def once(tensors: Iterable[tuple[str, object]]) -> dict:
+    """Tensors by the names they have today. Raises LrkvError where one stands under its old and its new name: which of them transformers reads is chance."""
+    found = {}
+    for name, held in tensors:
+        if name in found:
+            raise LrkvError(f"the checkpoint holds {name} twice, under its old name and its new", "remove the one that is not meant")
+        found[name] = held
+    return found

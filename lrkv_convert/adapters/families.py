@@ -2,7 +2,7 @@
 from transformers import GPTJModel
 
 from .decoder import DecoderAdapter, Refusal, by_head, by_kind, in_quarters
-from .experts import stacked
+from .experts import once, stacked
 
 always = lambda config: True
 biased = lambda config: bool(getattr(config, "attention_bias", False))
@@ -14,7 +14,7 @@ share = lambda config, d: 2 * -(-int(d * parameters(config).get("partial_rotary_
 
 def renamed_head(tensors: dict) -> dict:
     """Old GPT-NeoX checkpoints call the output layer embed_out."""
-    return {"lm_head." + name.removeprefix("embed_out.") if name.startswith("embed_out.") else name: held for name, held in tensors.items()}
+    return once((("lm_head." + name.removeprefix("embed_out.") if name.startswith("embed_out.") else name), held) for name, held in tensors.items())
 
 
 def without_second_alibi(arguments: dict) -> dict:

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from ..adapters import ADAPTERS, ENCODER_DECODERS
 from ..errors import LrkvError, first_line
-from ..source import check_finite, open_folder
+from ..skeleton import plainly
+from ..source import Checkpoint, check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
 
@@ -60,19 +61,19 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "aut
     unplaced({name: name for name in info["unexpected_keys"]}, {}, loaded, model, strict=config.model_type.startswith(CONVERTED))
     for name, parameter in loaded.named_parameters():
         check_finite(f"{model}: {name}", parameter.detach())
-    return loaded.eval().to(device)
+    return plainly(loaded).eval().to(device)
 
 
-def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -> None:
-    """Hold a folder's files against its config before transformers makes room for what the config asks. Raises LrkvError."""
+def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -> Checkpoint | None:
+    """Hold a folder's files against its config before transformers makes room for what the config asks. Its tensors, under the names they have in the
+    model; None where they are another's affair. Raises LrkvError."""
     if getattr(config, "quantization_config", None):
-        return              # its tensors are another's affair
+        return None
     checkpoint, family = open_folder(path, model, config), config.model_type.removeprefix(CONVERTED)
     described = describe(checkpoint, auto)
     if family in ADAPTERS:
-        placed(checkpoint, described, ADAPTERS[family].stored)
-    elif family in ENCODER_DECODERS:
-        placed(checkpoint, described)
+        return placed(checkpoint, described, ADAPTERS[family].stored)
+    return placed(checkpoint, described) if family in ENCODER_DECODERS else None
 
 
 def refuse_encoder(model: str, config: PreTrainedConfig) -> None:

@@ -103,7 +103,7 @@ def _jsonl(file: Path, field: str) -> Iterator[Piece]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise LrkvError(f"line {number} of {file} is not JSON", "jsonl has one object per line") from error
                 yield from _row(before + (share - before) * i / len(lines), row, field, f"line {number} of {file}")
         before = share

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from ..assemble import tensor_shapes
 from ..card import CURVE as PICTURE
 from ..card import source_metadata
-from ..source import INDEX, check_finite
+from ..evaluate.load import check_folder, read_config
+from ..source import check_finite
+from ..source.files import INDICES
 from ..errors import LrkvError
 from ..report import version, write_card
 from ..travelling import write_modeling
@@ -69,15 +71,15 @@ def write(run: Run, trainer: Trainer, state: dict[str, torch.Tensor], model: Pat
     student = trainer.accelerator.unwrap_model(trainer.student)
     frozen = {name for name, p in student.named_parameters(remove_duplicate=False) if not p.requires_grad}
     writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in frozen.intersection(opened.keys()):
-                writer.add(name, opened.get_tensor(name))
+    before = check_folder(str(model), model, read_config(str(model)), AutoModelForCausalLM)    # as it was loaded
+    for name in writer.shapes.keys() & frozen:
+        writer.add(name, before.tensor(name))
     for name in writer.shapes.keys() - frozen:
         writer.add(name, check_finite(name, state[name]))
     writer.finish()
     for file in model.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, RECORD, "README.md", LOG, PICTURE):
+        weights = file in before.files or file.suffix == ".safetensors" or file.name in INDICES
+        if file.is_file() and not weights and file.name not in (RECORD, "README.md", LOG, PICTURE):
             shutil.copy(file, run.folder / file.name)
     write_modeling(run.folder, record["source"]["model_type"])      # the model may have been converted by an older release
     write_json(run.folder / RECORD, record)

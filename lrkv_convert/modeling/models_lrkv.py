@@ -70,7 +70,7 @@ class LrkvModel(LrkvPreTrained):
         written = None
         if isinstance(cache, Cache):
             with_residual_layers(cache, self.config)
-            arguments = self.cache_arguments(input_ids, inputs_embeds, cache)
+            arguments = self.cache_arguments(input_ids, inputs_embeds, cache, kwargs)
             if self.hands_on:
                 kwargs.update(arguments)
             else:
@@ -83,7 +83,7 @@ class LrkvModel(LrkvPreTrained):
             written.check()
         return output
 
-    def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
+    def cache_arguments(self, input_ids, inputs_embeds, cache, given) -> dict:
         """What the attention modules must know of the cache, as keyword arguments."""
         return {}
 
@@ -96,12 +96,13 @@ class LrkvRotaryModel(LrkvModel):
     the cache is to keep a rotated base, to which residuals rotated by their index will be added.
     """
 
-    def cache_arguments(self, input_ids, inputs_embeds, cache) -> dict:
+    def cache_arguments(self, input_ids, inputs_embeds, cache, given) -> dict:
         form = self.config.lrkv["keys"].get("form")
         if form == "full":
             return {}
         x = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings().weight
         T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+        check_consecutive(cache, T, given.get("position_ids"), given.get("attention_mask"), at_once=form == "rotary")
         kinds = layer_kinds(self.config)
         sizes = {kind: cache.get_mask_sizes(T, kinds.index(kind)) for kind in dict.fromkeys(kinds)}         # kind: (length, offset)
         if form != "rotary" and all(length == T and offset == 0 for length, offset in sizes.values()):
@@ -115,6 +116,42 @@ class LrkvRotaryModel(LrkvModel):
     def rotation(self, x, positions, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of positions (1, T), in the dtype and on the device of x, for layers of a kind."""
         return self.rotary_emb(x, positions)
+
+
+GAPS = ("the tokens in this cache are not consecutive: the attention mask hides some between others (or behind the last), or the positions leave some out. "
+        "Keys lie there unrotated and are rotated by their index, which would give other scores than the original's: leave such tokens out, pad on the left, "
+        "generate with use_cache=False, or convert with --keys full")
+
+NOWHERE = 1 << 40       # by how much a row is moved of which nothing is seen
+
+
+def check_consecutive(cache, T: int, positions, mask, at_once: bool) -> None:
+    """Raise ValueError where T tokens at these positions are to go on from a cache whose visible tokens have others than their index, moved by the same for a
+    row. Looked at where a cache begins and where it is first gone on with: looking may wait for the device. at_once: not only where it is gone on with."""
+    if torch.compiler.is_compiling() or not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        return
+    known = getattr(cache, "lrkv_moved", ...)        # by how much, (N, 1); "gaps"; None: it was looked at; ...: never
+    if known is None and T == 1 or positions.device.type == "meta":
+        return
+    held = int(cache.get_seq_length())
+    moved = positions - (held + torch.arange(T, device=positions.device))          # (1 or N, T)
+    if held == 0:
+        cache.lrkv_moved = None
+        if mask is None or isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= T:
+            hidden = torch.zeros(1, T, device=moved.device) if mask is None else mask[:, :T].to(moved.device) == 0
+            least = moved.masked_fill(hidden.bool(), NOWHERE).amin(dim=1, keepdim=True)
+            most = moved.masked_fill(hidden.bool(), -NOWHERE).amax(dim=1, keepdim=True)
+            cache.lrkv_moved = "gaps" if bool((least < most).any()) else least
+        if not (at_once and isinstance(cache.lrkv_moved, str)):
+            return
+    elif isinstance(known, torch.Tensor):
+        cache.lrkv_moved = None
+        known, now = known.to(moved.device), moved[:, :1]
+        if len(known) not in (1, len(now)) and len(now) != 1 or bool((known.eq(now) | known.eq(NOWHERE)).all()):
+            return
+    elif known != "gaps":
+        return
+    raise ValueError(GAPS)
 
 
 class LrkvNeighbourModel(LrkvRotaryModel):

@@ -117,7 +117,7 @@ def read_pairs(path: str) -> Corpus:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LrkvError(f"{path}, line {number}: not JSON", 'a line is {"source": "...", "target": "..."}') from error
         source, target = (row.get(name) for name in ("source", "target")) if isinstance(row, dict) else (None, None)
         if not isinstance(source, str) or not source.strip() or not isinstance(target, str | None):

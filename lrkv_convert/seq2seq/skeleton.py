@@ -1,4 +1,5 @@
 """The original encoder-decoder on the meta device, filled a part at a time: one layer of either stack is in memory, and what is around the layers."""
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters import EncoderDecoder
 from ..source import Checkpoint
 from ..modeling import auto_class
-from ..skeleton import filled, first_of, replaced
+from ..skeleton import filled, first_of, plainly, replaced
 
 
 class StackSkeleton:
@@ -21,16 +22,18 @@ class StackSkeleton:
     def __init__(self, checkpoint: Checkpoint, family: EncoderDecoder, device: torch.device):
         self.checkpoint, self.family, self.device = checkpoint, family, device
         with init_empty_weights(include_buffers=False):
-            self.model = auto_class(family.any.model_type).from_config(checkpoint.config, attn_implementation="eager", dtype=torch.float32)
-        self.model.eval().requires_grad_(False)
+            self.model = auto_class(family.any.model_type).from_config(copy.deepcopy(checkpoint.config), attn_implementation="eager", dtype=torch.float32)
+        plainly(self.model).eval().requires_grad_(False)
         self.tied = {name: source for name, source in self.model.all_tied_weights_keys.items() if self._same(name, source)}
         self.decoder = self.model.get_submodule(family.decoder)
 
     def _same(self, name: str, source: str) -> bool:
-        held = self.checkpoint.tensors
-        if not (name in held and source in held):
+        """Whether `name` is tied to `source`, or, where that is not there, to the first of those tied to it that is: what transformers then takes for all."""
+        alike = [source, *(other for other, same in self.model.all_tied_weights_keys.items() if same == source)]
+        first = next((found for found in alike if found in self.checkpoint.tensors), name)
+        if name == first or name not in self.checkpoint.tensors:
             return True
-        return self.checkpoint.shape_dtype(name) == self.checkpoint.shape_dtype(source) and torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(source))
+        return self.checkpoint.shape_dtype(name) == self.checkpoint.shape_dtype(first) and torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(first))
 
     def stored_as(self, name: str) -> str:
         """The name under which the checkpoint has a tensor: its own, or that of one it is tied to."""
@@ -49,8 +52,15 @@ class StackSkeleton:
         return self.model.get_submodule(name.rpartition(".")[0])
 
     def names(self, state: dict) -> list[str]:
-        """Which tensors of a model of this family are written: tied ones once, and none that transformers leaves out."""
-        return [name for name in state if name not in self.tied and name not in (self.model._keys_to_ignore_on_save or [])]
+        """Which tensors of a model of this family are written: tied ones once, and none that transformers leaves out because its class makes the same."""
+        left_out = [name for name in self.model._keys_to_ignore_on_save or [] if not self._own_positions(name)]
+        return [name for name in state if name not in self.tied and name not in left_out]
+
+    def _own_positions(self, name: str) -> bool:
+        """Whether the checkpoint holds other positions than the class makes: transformers reads them."""
+        return name in self.checkpoint.tensors and not torch.equal(
+            self.checkpoint.tensor(name).float(), self._owner(name).create_weight().float()
+        )
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes the checkpoint must have. Buffers may be missing: they are then what the class makes them."""
