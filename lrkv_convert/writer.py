@@ -246,7 +246,9 @@ def write_text(path: Path, content: str) -> None:
     """Text to a file, through a temporary name, so that it is never half there; pipes and devices are written into."""
     data = content.encode("utf-8", "backslashreplace")      # names of files may hold bytes that are no characters; in JSON these are their escapes
     if special(path):
-        path.write_bytes(data)
+        shared = os.path.abspath(path).startswith(("/dev/", "/proc/"))      # /dev/stdout may be a file that holds what was printed before
+        with open(path, "ab" if shared else "wb") as stream:
+            stream.write(data)
         return
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -101,7 +101,7 @@ def test_a_tracker_is_taken_if_it_is_installed_and_gets_the_curve(converted, she
 
 @pytest.mark.parametrize("settings, says", [
     (["muon_lrr=1e-3"], "did you mean muon_lr?"), (["muon_lr"], "write name=value"), (["muon_lr=fast"], "muon_lr is 'fast'"),
-    (["muon_lr=-1"], "must be positive"), (["muon_lr=.nan"], "muon_lr is nan"), (["tokens=0"], "at least 1"), (["tokens=1.5"], "whole number"), (["seq_len=1"], "at least 2"), (["loss=huber"], "choose from auto, kl, ce, mix"),
+    (["muon_lr=1e300"], "at most 1,000"), (["muon_lr=-1"], "must be positive"), (["muon_lr=.nan"], "muon_lr is nan"), (["tokens=0"], "at least 1"), (["tokens=1.5"], "whole number"), (["seq_len=1"], "at least 2"), (["loss=huber"], "choose from auto, kl, ce, mix"),
     (["warmup=2"], "between 0 and 1"), (["beta2=1.0"], "never forgets"), (["match_attention=.inf"], "at least 0"), (["seed=-1"], "between 0"), (["seed=99999999999"], "between 0"), (["gradient_checkpointing=1"], "true or false"), (["micro_batch_size=3"], "does not divide"),
     (["tokens=100"], "less than one step"), (["optimizer=sgd"], "muon, adamw"), (["seq_len=1024", "tokens=99999"], "longer than"), (["validation=3"], "a list of files"), (["validation=a.txt"], "no such file"),
     (["text_field=["], "not YAML")])

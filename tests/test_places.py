@@ -16,7 +16,7 @@ from conftest import SETTINGS, refused, run
 from lrkv_convert import LrkvError, convert, writer
 from lrkv_convert.places import check_file, check_folder
 from lrkv_convert.store import Store
-from lrkv_convert.writer import check_ours, new_folder, publish, write_json
+from lrkv_convert.writer import check_ours, new_folder, publish, write_json, write_text
 
 
 def tree(folder: Path) -> list[str]:
@@ -358,3 +358,12 @@ def test_json_and_report_are_two_files(here):
 
 def test_a_picture_of_an_unknown_kind_is_refused_first(here):
     assert "let it end in" in run("bench", "source", "--png", "p.sheep", code=1).stderr
+
+
+def test_what_stands_in_the_file_behind_an_open_stream_stays(tmp_path):
+    """--json /dev/stdout where stdout is a file, which holds the table already."""
+    with open(tmp_path / "log", "w") as stream:
+        stream.write("a table\n")
+        stream.flush()
+        write_text(Path(f"/dev/fd/{stream.fileno()}"), "{}\n")
+    assert (tmp_path / "log").read_text() == "a table\n{}\n"

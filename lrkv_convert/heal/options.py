@@ -14,6 +14,8 @@ CHOICES = {
     "tracker": ("auto", "none", "trackio", "tensorboard"),
 }
 
+FASTEST = 1000      # of learning rates: far beyond any that is of use
+
 
 @dataclass(frozen=True)
 class Options(Typed):
@@ -86,6 +88,8 @@ class Options(Typed):
         for name in ("muon_lr", "adamw_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise LrkvError(f"{name} is {getattr(self, name)}", "it must be positive")
+            if name != "clip" and getattr(self, name) > FASTEST:       # float32 ends, in errors of its own
+                raise LrkvError(f"{name} is {getattr(self, name)}", f"it must be at most {FASTEST:,}")
         if not 0 <= self.seed < 2**31:
             raise LrkvError(f"seed is {self.seed}", "it must lie between 0 and 2147483647")
         if max(self.momentum, self.beta1, self.beta2) == 1:
