@@ -127,6 +127,11 @@ def test_config_fields_of_other_families(family, changes, tiny, text, tmp_path):
         ("mistral", {"num_attention_heads": 1}),
         ("llama", {"num_key_value_heads": 12}),
         ("gemma", {"hidden_size": 0}),
+        ("mpt", {"d_model": 61}),
+        ("gptj", {"rotary_dim": 9}),
+        ("codegen", {"rotary_dim": 30}),
+        ("falcon", {"num_kv_heads": 6}),
+        ("falcon", {"num_attention_heads": 6}),
     ],
     ids=str,
 )

@@ -39,6 +39,12 @@ def check_heads(g: Geometry, heads: int) -> None:
             f"in a model {g.width} wide: each KV head serves the same number of heads",
             "is config.json that of these weights?",
         )
+    if g.rotary_dim % 2 or g.rotary_dim > g.head_dim:
+        raise LrkvError(
+            f"the config has RoPE turn {g.rotary_dim} channels of heads {g.head_dim} wide: it turns "
+            "pairs of a head's own",
+            "is config.json that of these weights?",
+        )
 
 
 def family_with_encoder(config) -> EncoderDecoder | None:

@@ -107,10 +107,14 @@ class DecoderAdapter(Adapter):
     def split(self, read, layer: int, config) -> AttentionWeights:
         at, weight, bias, biased = self.module(layer), [], [], self.biased(config)
         biased = biased if isinstance(biased, str) else "qkv" * bool(biased)
-        for kind, rows in zip("qkv", self.rows(config)):
+        every, fused = self.rows(config), len(self.projections) == 1
+        for kind, rows in zip("qkv", every):
             name = at + self.projections["qkv".index(kind) if len(self.projections) == 3 else 0]
             W = read(f"{name}.weight")
-            W = (W if self.transposed else W.T)[:, rows.flatten()]                          # (D, H G d) or (D, H d)
+            W, needed = W if self.transposed else W.T, sum(r.numel() for r in every) if fused else rows.numel()
+            if W.shape[1] != needed:
+                raise LrkvError(f"{name} has {W.shape[1]} outputs, of which the config makes {needed} into heads", "is config.json that of these weights?")
+            W = W[:, rows.flatten()]                                                        # (D, H G d) or (D, H d)
             weight.append(W.reshape(len(W), *rows.shape).movedim(0, -2))                    # (H, G, D, d) or (H, D, d)
             bias.append(read(f"{name}.bias")[rows] if kind in biased else None)
         g, W_O = self.geometry(config), read(f"{at}{self.output}.weight")

@@ -76,5 +76,5 @@ FAMILIES = (
                             Refusal("no alibi", lambda c: not c.attn_config.alibi, "transformers' own MPT adds ALiBi all the same"))),
     DecoderAdapter("falcon", models="Falcon-RW, Falcon 40B", **TRANSFORMER, attention="self_attention", output="dense", projections=("query_key_value",), layout=by_head,
                    biased=lambda c: c.bias, rotary=lambda c, d: 0 if c.alibi else d, arguments=without_second_alibi, legacy=True, positions="RoPE or ALiBi",
-                   kv_heads=lambda c: c.num_kv_heads if c.new_decoder_architecture else 1 if c.multi_query else c.num_attention_heads),
+                   kv_heads=lambda c: 1 if c.multi_query and not c.new_decoder_architecture else c.num_kv_heads),
 )
