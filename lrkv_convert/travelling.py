@@ -3,8 +3,8 @@
 A release of transformers may need newer ones than a folder was written with; `refresh` puts today's in their place. Weights and config are left alone.
 """
 import importlib
+import json
 import os
-import shutil
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .errors import LrkvError
 from .modeling import CLASSES, auto_map
 from .source.configs import read_config_json
-from .writer import RECORD, write_json
+from .writer import RECORD
 
 
 def travelling_files(model_type: str) -> list[Path]:
@@ -28,11 +28,17 @@ def write_modeling(folder: Path, model_type: str) -> list[str]:
         there = folder / file.name
         if there.is_file() and there.read_bytes() == file.read_bytes():
             continue
-        temporary = folder / f"{file.name}.tmp"
-        shutil.copy(file, temporary)
-        os.replace(temporary, there)
+        put(there, file.read_bytes())
         changed.append(file.name)
     return changed
+
+
+def put(file: Path, data: bytes) -> None:
+    """A file whole or not at all, in the place of a link: what a snapshot of the hub links to is
+    shared."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, file)
 
 
 def refresh(folder: str | Path) -> list[str]:
@@ -52,7 +58,8 @@ def refresh(folder: str | Path) -> list[str]:
             raise LrkvError(f"{folder} is of the family {model_type!r}, which this version does not know", "update lrkv-convert")
         changed = write_modeling(folder, family)
         if config.get("auto_map") != auto_map(family):
-            write_json(folder / "config.json", config | {"auto_map": auto_map(family)})
+            changes = config | {"auto_map": auto_map(family)}
+            put(folder / "config.json", f"{json.dumps(changes, indent=2)}\n".encode())
             changed.append("config.json")
     except OSError as error:
         raise LrkvError(f"cannot write into {folder}: {error.strerror or error}", "check permissions and free space") from error

@@ -123,6 +123,18 @@ def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted)
             model.generate(ids, **greedy)
 
 
+def test_a_cache_with_gaps_is_not_gone_on_with_when_compiled(converted):
+    model, ids, mask = load(converted(**FULL)), prompt(20), torch.ones(1, 20, dtype=torch.long)
+    mask[:, 5] = 0
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="not consecutive"):
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        step = torch.compile(model.forward, backend="eager", fullgraph=True)
+        step(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[19]]))
+
+
 def test_a_static_cache_is_used_again_with_other_padding(tiny, converted):
     model, original = load(converted(**FULL)), load(tiny())
     cache = StaticCache(config=model.config, max_cache_len=40)

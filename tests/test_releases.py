@@ -200,6 +200,19 @@ def test_an_old_folder_brought_up_to_date_loads_without_this_package(tmp_path):
     assert relative(found["logits"], expected["logits"]) < EXACT and torch.equal(found["greedy"], expected["greedy"])
 
 
+def test_what_a_folder_links_to_is_left_alone(tmp_path):
+    """A snapshot of the hub is made of links to files that other snapshots share."""
+    folder, blobs = shutil.copytree(GOLDEN / "llama", tmp_path / "model"), tmp_path / "blobs"
+    blobs.mkdir()
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("modeling_lrkv_llama.", "elsewhere."))
+    for file in ("config.json", "models_lrkv.py"):
+        (folder / file).rename(blobs / file)
+        (folder / file).symlink_to(blobs / file)
+    before = {file.name: file.read_bytes() for file in blobs.iterdir()}
+    assert {"config.json", "models_lrkv.py"} <= set(refresh(folder))
+    assert {file.name: file.read_bytes() for file in blobs.iterdir()} == before and not (folder / "config.json").is_symlink()
+
+
 def test_a_new_folder_loads_without_this_package(converted, tmp_path):
     found = alone(converted("gemma3_text"), GOLDEN / "qwen3" / "expected.safetensors", tmp_path / "found.safetensors")
     ids, model = load_file(GOLDEN / "qwen3" / "expected.safetensors")["ids"], AutoModelForCausalLM.from_pretrained(converted("gemma3_text")).eval()

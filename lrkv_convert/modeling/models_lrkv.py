@@ -128,7 +128,11 @@ NOWHERE = 1 << 40       # by how much a row is moved of which nothing is seen
 def check_consecutive(cache, T: int, positions, mask, at_once: bool) -> None:
     """Raise ValueError where T tokens at these positions are to go on from a cache whose visible tokens have others than their index, moved by the same for a
     row. Looked at where a cache begins and where it is first gone on with: looking may wait for the device. at_once: not only where it is gone on with."""
-    if torch.compiler.is_compiling() or not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+    if torch.compiler.is_compiling():
+        if isinstance(getattr(cache, "lrkv_moved", None), str):
+            raise ValueError(GAPS)
+        return
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
         return
     known = getattr(cache, "lrkv_moved", ...)        # by how much, (N, 1); "gaps"; None: it was looked at; ...: never
     if known is None and T == 1 or positions.device.type == "meta":
