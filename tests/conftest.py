@@ -72,8 +72,9 @@ def converted(tiny, tmp_path_factory):
     def get(family: str = "llama", **options) -> Path:
         key = (family, repr(sorted(options.items())))
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("lrkv") / "model"
-            convert(str(tiny(family)), made[key], **{"rank": 7, "calibration_tokens": 1024, **options})
+            folder = tmp_path_factory.mktemp("lrkv") / "model"
+            convert(str(tiny(family)), folder, **{"rank": 7, "calibration_tokens": 1024, **options})
+            made[key] = folder      # whole: a conversion that failed is tried again
         return made[key]
 
     return get

@@ -204,14 +204,14 @@ def test_an_attention_function_of_the_users_own_may_take_what_it_likes(converted
 
 @pytest.mark.parametrize("gone", [["attention_mask"], ["position_embeddings", "position_ids"], list(CACHE_NAMES)], ids=str)
 def test_attention_that_takes_other_arguments_is_refused_when_the_model_is_built(gone, converted, monkeypatch):
-    known = inspect.signature(LlamaAttention.forward)
+    folder, known = converted(), inspect.signature(LlamaAttention.forward)      # converted before anything is acted out
 
     def forward(self, *args, **kwargs):
         raise AssertionError("must not be reached")
     forward.__signature__ = known.replace(parameters=[p.replace(name=f"new_{p.name}") if p.name in gone else p for p in known.parameters.values()])
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     with pytest.raises(BrokenContract) as error:
-        load(converted())
+        load(folder)
     one_line(error)
 
 
@@ -232,12 +232,13 @@ def test_a_newer_release_is_named_once(monkeypatch, caplog):
 
 def test_the_command_line_says_both_in_a_line(tiny, converted, monkeypatch):
     """transformers' own warnings are silenced there."""
+    source, folder = tiny(), converted()
     monkeypatch.setattr(transformers, "__version__", "5.99.1")
-    result = CliRunner().invoke(app, ["convert", str(tiny()), "--out", "never", "--rank", "99"])
+    result = CliRunner().invoke(app, ["convert", str(source), "--out", "never", "--rank", "99"])
     assert [line[:6] for line in result.stderr.splitlines()] == ["note: ", "error:"] and "5.99.1" in result.stderr
     monkeypatch.setattr(transformers, "__version__", contract_lrkv.TESTED[1])
     monkeypatch.setattr(contract_lrkv.Written, "check", lambda self: (_ for _ in ()).throw(BrokenContract("did not hand the cache on")))
-    result = CliRunner().invoke(app, ["bench", str(converted()), "--tokens", "64"])
+    result = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "64"])
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "did not hand the cache on" in result.stderr
 
 
