@@ -177,20 +177,22 @@ def test_a_mask_of_another_shape(change, converted, monkeypatch):
 # ------------------------------------------------------------------------------------------------ attention functions, signatures, versions
 
 def test_an_attention_function_that_answers_in_another_order(converted, monkeypatch):
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    folder, before = converted(), ALL_ATTENTION_FUNCTIONS["sdpa"]
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kwargs: (before(*args, **kwargs)[0].transpose(1, 2), None))
     with pytest.raises(BrokenContract) as error:
-        load(converted())(prompt())
+        load(folder)(prompt())
     assert "gives" in one_line(error)
 
 
 def test_an_attention_function_that_knows_no_scaling(converted, monkeypatch):
+    folder = converted()
+
     def sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scale=None, **kwargs):
         raise AssertionError("must not be reached")
     sdpa_attention_forward.__module__ = "transformers.integrations.sdpa_attention"
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_attention_forward)
     with pytest.raises(BrokenContract) as error:
-        load(converted())(prompt())
+        load(folder)(prompt())
     assert "scale" in one_line(error)
 
 
