@@ -1,9 +1,12 @@
-"""What `lrkv compare` costs: beside two plain forward passes over the same text, of the two models, or both of the original.
+"""What `lrkv compare` costs: beside two plain forward passes over the same text, of the two models,
+or both of the original.
 
     python benchmarks/compare.py MODEL DIR --text FILE [--windows N] [--json FILE]
 
-A plain pass is `model(ids)` and nothing else. Window by window the contenders take turns, so that a noisy machine is noisy for all; medians count.
+A plain pass is `model(ids)` and nothing else. Window by window the contenders take turns, so that a
+noisy machine is noisy for all; medians count.
 """
+
 import argparse
 import statistics
 import time
@@ -21,7 +24,9 @@ from lrkv_convert.writer import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("folder")
     parser.add_argument("--text", required=True)
@@ -33,30 +38,56 @@ def main() -> None:
     logging.disable_progress_bar()
     device = pick_device(args.device)
     [text] = read_texts([args.text])
-    ids = torch.tensor(load_tokenizer(args.model)(text.content, add_special_tokens=False, verbose=False)["input_ids"])[:512 * (args.windows + 1)]
-    original, converted = (load_model(path, device, pick_dtype(args.dtype)) for path in (args.model, args.folder))
+    ids = torch.tensor(
+        load_tokenizer(args.model)(text.content, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    )[: 512 * (args.windows + 1)]
+    original, converted = (
+        load_model(path, device, pick_dtype(args.dtype)) for path in (args.model, args.folder)
+    )
 
     @torch.no_grad()
     def plain(*models):
         for model in models:
             model(window.to(device), use_cache=False)
 
-    ways = {"plain passes, both of the original": lambda: plain(original, original), "plain passes, of the two models": lambda: plain(original, converted),
-            "lrkv compare": lambda: measure([Candidate(original), Candidate(converted)], [window])}
+    ways = {
+        "plain passes, both of the original": lambda: plain(original, original),
+        "plain passes, of the two models": lambda: plain(original, converted),
+        "lrkv compare": lambda: measure([Candidate(original), Candidate(converted)], [window]),
+    }
     taken = {name: [] for name in ways}
-    for window in text_windows(ids, 512, 1):
+    for window in text_windows(ids, 512, 1):  # noqa: B007  (ways read it)
         for name, way in ways.items():
             began = time.perf_counter()
             way()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             taken[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}        # the first window warms up
-    rows = [{"way": name, "seconds": seconds, "compare_to_this": medians["lrkv compare"] / seconds} for name, seconds in medians.items()]
+    # the first window warms up
+    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    rows = [
+        {"way": name, "seconds": seconds, "compare_to_this": medians["lrkv compare"] / seconds}
+        for name, seconds in medians.items()
+    ]
     for row in rows:
-        print(f"{row['way']:<36} {row['seconds']:7.3f} s per window   compare takes x{row['compare_to_this']:.2f}")
+        print(
+            f"{row['way']:<36} {row['seconds']:7.3f} s per window   compare takes"
+            f" x{row['compare_to_this']:.2f}"
+        )
     if args.json:
-        write_json(args.json, {**environment(device), "model": Path(args.model).name, "dtype": args.dtype, "windows": args.windows, "seq_len": 512, "rows": rows})
+        write_json(
+            args.json,
+            {
+                **environment(device),
+                "model": Path(args.model).name,
+                "dtype": args.dtype,
+                "windows": args.windows,
+                "seq_len": 512,
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Where a conversion spends its time and memory, beside one plain forward pass over the calibration tokens, in one run.
+"""Where a conversion spends its time and memory, beside one plain forward pass over the calibration
+tokens, in one run.
 
     python benchmarks/convert.py MODEL [--calibration TEXT...] [--cache-ratio 0.5] [--json FILE]
 """
+
 import argparse
 import tempfile
 import time
@@ -19,13 +21,22 @@ from lrkv_convert.writer import write_json
 
 
 @torch.no_grad()
-def forward_seconds(model: str, calibration: list[str] | None, tokens: int, device: torch.device) -> float:
-    """One forward pass of the original, as transformers loads it, over the calibration windows: the faster of 1 and 4 windows at a time."""
+def forward_seconds(
+    model: str, calibration: list[str] | None, tokens: int, device: torch.device
+) -> float:
+    """One forward pass of the original, as transformers loads it, over the calibration windows: the
+    faster of 1 and 4 windows at a time.
+    """
     loaded = load_model(model, device, torch.float32)
-    rows = windows(read_texts([BUILT_IN] if calibration is None else calibration), load_tokenizer(model), window_length(loaded.config), tokens)
+    rows = windows(
+        read_texts([BUILT_IN] if calibration is None else calibration),
+        load_tokenizer(model),
+        window_length(loaded.config),
+        tokens,
+    )
     taken = []
     for batch in (1, 4):
-        loaded(rows[:batch].to(device), use_cache=False)        # warm up
+        loaded(rows[:batch].to(device), use_cache=False)  # warm up
         began = time.perf_counter()
         for part in rows.split(batch):
             loaded(part.to(device), use_cache=False).logits.sum().item()
@@ -34,7 +45,9 @@ def forward_seconds(model: str, calibration: list[str] | None, tokens: int, devi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--calibration", nargs="+")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
@@ -44,20 +57,41 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     device = pick_device(args.device)
-    with tempfile.TemporaryDirectory() as folder:       # first, so that the peak is the conversion's own
-        record = convert(args.model, Path(folder) / "out", cache_ratio=args.cache_ratio, calibration=args.calibration, device=str(device),
-                         calibration_tokens=args.calibration_tokens).record
+    # first, so that the peak is the conversion's own
+    with tempfile.TemporaryDirectory() as folder:
+        record = convert(
+            args.model,
+            Path(folder) / "out",
+            cache_ratio=args.cache_ratio,
+            calibration=args.calibration,
+            device=str(device),
+            calibration_tokens=args.calibration_tokens,
+        ).record
     forward = forward_seconds(args.model, args.calibration, args.calibration_tokens, device)
     print(f"{'stage':<12}{'seconds':>9}{'forwards':>10}")
-    for stage, seconds in {**record["seconds_per_stage"], "total": record["seconds"], "one forward": forward}.items():
+    for stage, seconds in {
+        **record["seconds_per_stage"],
+        "total": record["seconds"],
+        "one forward": forward,
+    }.items():
         print(f"{stage:<12}{seconds:>9.1f}{seconds / forward:>10.2f}")
-    print(f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB; {record['calibration']['tokens']:,} calibration tokens, {device}, "
-          f"{torch.get_num_threads()} threads")
+    print(
+        f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB;"
+        f" {record['calibration']['tokens']:,} calibration tokens, {device},"
+        f" {torch.get_num_threads()} threads"
+    )
     if args.json:
-        write_json(args.json, {
-            **environment(device),
-            "model": Path(args.model).name, "calibration_tokens": record["calibration"]["tokens"], "forward_seconds": round(forward, 1),
-            "ratio": round(record["seconds"] / forward, 2), **{k: record[k] for k in ("seconds", "seconds_per_stage", "peak_memory_bytes")}})
+        write_json(
+            args.json,
+            {
+                **environment(device),
+                "model": Path(args.model).name,
+                "calibration_tokens": record["calibration"]["tokens"],
+                "forward_seconds": round(forward, 1),
+                "ratio": round(record["seconds"] / forward, 2),
+                **{k: record[k] for k in ("seconds", "seconds_per_stage", "peak_memory_bytes")},
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What healing gives back: optimisers, losses and starts side by side, on the same tokens in the same order.
+"""What healing gives back: optimisers, losses and starts side by side, on the same tokens in the
+same order.
 
-    python benchmarks/heal.py MODEL --data TEXT... --text TEXT... --out DIR [--calibration TEXT...] [--tokens N] [--tune-tokens N] [--batch-size N]
+    python benchmarks/heal.py MODEL --data TEXT... --text TEXT... --out DIR [--calibration TEXT...]
+    [--tokens N] [--tune-tokens N] [--batch-size N]
 
-Converts MODEL three times into one shape (joint fit; mean of the heads and SVD of the residuals, without calibration; random factors), heals each
-way in ROWS and measures all of it on the first --test-tokens tokens of each --text. Learning rates are chosen first, for every row alike, from --scales times those of
-the recipe `short`, by the perplexity of text held out of --data after --tune-tokens. Writes DIR/heal.json and DIR/heal.png; prints a table in Markdown.
-Rows that are done are kept in DIR: the same command goes on after them.
+Converts MODEL three times into one shape (joint fit; mean of the heads and SVD of the residuals,
+without calibration; random factors), heals each way in ROWS and measures all of it on the first
+--test-tokens tokens of each --text. Learning rates are chosen first, for every row alike, from
+--scales times those of the recipe `short`, by the perplexity of text held out of --data after
+--tune-tokens. Writes DIR/heal.json and DIR/heal.png; prints a table in Markdown. Rows that are done
+are kept in DIR: the same command goes on after them.
 """
+
 import argparse
 import json
 import math
@@ -27,18 +32,20 @@ from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.texts import read_texts
 from lrkv_convert.writer import write_json
 
-ROWS = [    # (label, start, options)
+ROWS = [  # (label, start, options)
     ("Muon + AdamW, KL, joint fit", "joint", {}),
     ("AdamW, KL, joint fit", "joint", {"optimizer": "adamw"}),
     ("Muon + AdamW, cross-entropy, joint fit", "joint", {"loss": "ce"}),
     ("Muon + AdamW, KL, mean base and SVD", "mean", {}),
     ("Muon + AdamW, KL, random factors", "random", {}),
 ]
-NEAR = 1.5       # ratios below this are drawn once more by themselves
-STARTS = {"joint": {}, "mean": {"base": "mean", "calibration": []}}      # options of convert
+NEAR = 1.5  # ratios below this are drawn once more by themselves
+STARTS = {"joint": {}, "mean": {"base": "mean", "calibration": []}}  # options of convert
 
 
-def start(name: str, model: str, folder: Path, shape: dict, calibration: list[str] | None, device: str) -> Path:
+def start(
+    name: str, model: str, folder: Path, shape: dict, calibration: list[str] | None, device: str
+) -> Path:
     """The converted folder that healing starts from."""
     if name == "random":
         joint = start("joint", model, folder, shape, calibration, device)
@@ -50,25 +57,60 @@ def start(name: str, model: str, folder: Path, shape: dict, calibration: list[st
         return out
     out = folder / f"start-{name}"
     if not out.exists():
-        convert(model, out, device=device, dtype="float32", **{"calibration": calibration, **shape, **STARTS[name]})
+        convert(
+            model,
+            out,
+            device=device,
+            dtype="float32",
+            **{"calibration": calibration, **shape, **STARTS[name]},
+        )
     return out
 
 
 def randomise(folder: Path) -> None:
     """Draw all factors as in a model that is built from its config alone."""
     torch.manual_seed(0)
-    built = AutoModelForCausalLM.from_config(load_model(str(folder), torch.device("cpu")).config)       # what was loaded would not be drawn anew
-    drawn = {f"{name}.{key}": value.contiguous() for name, module in built.named_modules() if isinstance(module, LowRankHeads) for key, value in module.state_dict().items()}
-    save_file(load_file(folder / "model.safetensors") | drawn, folder / "model.safetensors", metadata={"format": "pt"})
+    # what was loaded would not be drawn anew
+    built = AutoModelForCausalLM.from_config(load_model(str(folder), torch.device("cpu")).config)
+    drawn = {
+        f"{name}.{key}": value.contiguous()
+        for name, module in built.named_modules()
+        if isinstance(module, LowRankHeads)
+        for key, value in module.state_dict().items()
+    }
+    save_file(
+        load_file(folder / "model.safetensors") | drawn,
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
-def run(label: str, source: Path, out: Path, data: list[str], scale: float, device: str, **options) -> tuple[dict, list[dict]]:
+def run(
+    label: str, source: Path, out: Path, data: list[str], scale: float, device: str, **options
+) -> tuple[dict, list[dict]]:
     """(history entry, log) of one healing; what lies there already is read."""
     rates = Options()
     if not out.exists():
-        heal(source, out, data, device=device, overwrite=True, tracker="none", muon_lr=rates.muon_lr * scale, adamw_lr=rates.adamw_lr * scale, **options,
-             report=lambda line: print(f"# {label} x{scale:g}: step {line['step']} of {line['steps']}, held out x{line['validation_ratio']:.4f}, "
-                                       f"{line['tokens_per_second']:.0f} tokens/s", flush=True) if "validation_ratio" in line else None)
+        heal(
+            source,
+            out,
+            data,
+            device=device,
+            overwrite=True,
+            tracker="none",
+            muon_lr=rates.muon_lr * scale,
+            adamw_lr=rates.adamw_lr * scale,
+            **options,
+            report=lambda line: (
+                print(
+                    f"# {label} x{scale:g}: step {line['step']} of {line['steps']}, held out"
+                    f" x{line['validation_ratio']:.4f}, {line['tokens_per_second']:.0f} tokens/s",
+                    flush=True,
+                )
+                if "validation_ratio" in line
+                else None
+            ),
+        )
     entry = json.loads((out / "lrkv.json").read_text())["history"][-1]
     return entry, [json.loads(line) for line in (out / "heal.jsonl").read_text().splitlines()]
 
@@ -76,10 +118,19 @@ def run(label: str, source: Path, out: Path, data: list[str], scale: float, devi
 def draw(rows: list[dict], file: Path, per_step: int) -> None:
     """All rows on the left, those that come near the original once more on the right."""
     from lrkv_convert.plot import MARKERS, pyplot
+
     figure, (every, near) = pyplot.subplots(1, 2, figsize=(11, 5), dpi=130, layout="constrained")
-    for row, marker, colour in zip(rows, MARKERS, pyplot.rcParams["axes.prop_cycle"].by_key()["color"]):
+    for row, marker, colour in zip(
+        rows, MARKERS, pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    ):
         for axes in (every, near) if row["curve"][-1][1] < NEAR else (every,):
-            axes.plot([step * per_step for step, _ in row["curve"]], [ratio for _, ratio in row["curve"]], marker=marker, color=colour, label=row["way"])
+            axes.plot(
+                [step * per_step for step, _ in row["curve"]],
+                [ratio for _, ratio in row["curve"]],
+                marker=marker,
+                color=colour,
+                label=row["way"],
+            )
     every.set_yscale("log")
     for axes, form in ((every, "×{:g}"), (near, "×{:.2f}")):
         axes.axhline(1, color="0.6", linewidth=0.8)
@@ -93,7 +144,9 @@ def draw(rows: list[dict], file: Path, per_step: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
@@ -103,40 +156,123 @@ def main() -> None:
     parser.add_argument("--rank-v", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--tune-tokens", type=int, default=8192)
-    parser.add_argument("--batch-size", type=int, default=2, help="windows per step: small, so that few tokens make enough steps")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=2,
+        help="windows per step: small, so that few tokens make enough steps",
+    )
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1, 3])
     parser.add_argument("--test-tokens", type=int, default=8704, help="of each text")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
-    shape, step = {"rank_k": args.rank_k, "rank_v": args.rank_v}, args.batch_size * Options().seq_len
+    shape, step = (
+        {
+            "rank_k": args.rank_k,
+            "rank_v": args.rank_v,
+        },
+        args.batch_size * Options().seq_len,
+    )
     size = {"batch_size": args.batch_size, "validation_tokens": 4096}
     rows, folders = [], []
     for i, (label, name, options) in enumerate(ROWS):
         source, tried = start(name, args.model, args.out, shape, args.calibration, args.device), {}
         for scale in args.scales:
-            entry, _ = run(f"tuning {label}", source, args.out / f"tune-{i}-{scale:g}", args.data, scale, args.device, tokens=args.tune_tokens, checkpoint_every=10**6, validate_every=10**6, **size, **options)
+            entry, _ = run(
+                f"tuning {label}",
+                source,
+                args.out / f"tune-{i}-{scale:g}",
+                args.data,
+                scale,
+                args.device,
+                tokens=args.tune_tokens,
+                checkpoint_every=10**6,
+                validate_every=10**6,
+                **size,
+                **options,
+            )
             tried[scale] = entry["validation"]["nll"]["healed"]
         best = min(tried, key=tried.get)
         out = args.out / f"healed-{i}"
-        entry, log = run(label, source, out, args.data, best, args.device, tokens=args.tokens, validate_every=max(1, args.tokens // step // 8), checkpoint_every=10**6, **size, **options)
+        entry, log = run(
+            label,
+            source,
+            out,
+            args.data,
+            best,
+            args.device,
+            tokens=args.tokens,
+            validate_every=max(1, args.tokens // step // 8),
+            checkpoint_every=10**6,
+            **size,
+            **options,
+        )
         folders += [source, out]
-        rows.append({"way": label, "start": name, "scale": best, "muon_lr": entry["recipe"]["muon_lr"], "adamw_lr": entry["recipe"]["adamw_lr"],
-                     "tuning": {f"{s:g}": nll for s, nll in tried.items()}, "tokens": entry["tokens"], "seconds": entry["seconds"],
-                     "curve": [[line["step"], line["validation_ratio"]] for line in log if "validation_ratio" in line]})
-    result = compare([args.model, *dict.fromkeys(map(str, folders))], read_texts(args.text), max_tokens=args.test_tokens, device=pick_device(args.device), dtype=torch.float32)
+        rows.append(
+            {
+                "way": label,
+                "start": name,
+                "scale": best,
+                "muon_lr": entry["recipe"]["muon_lr"],
+                "adamw_lr": entry["recipe"]["adamw_lr"],
+                "tuning": {f"{s:g}": nll for s, nll in tried.items()},
+                "tokens": entry["tokens"],
+                "seconds": entry["seconds"],
+                "curve": [
+                    [line["step"], line["validation_ratio"]]
+                    for line in log
+                    if "validation_ratio" in line
+                ],
+            }
+        )
+    result = compare(
+        [args.model, *dict.fromkeys(map(str, folders))],
+        read_texts(args.text),
+        max_tokens=args.test_tokens,
+        device=pick_device(args.device),
+        dtype=torch.float32,
+    )
     models = {row["path"]: row for row in result["models"]}
-    print("\n| healing | learning rates | before | after | of the lost log-perplexity | KL after | tokens/s |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| healing | learning rates | before | after | of the lost log-perplexity | KL after |"
+        " tokens/s |\n|---|---|---|---|---|---|---|"
+    )
     for i, row in enumerate(rows):
-        before, after = (models[str(path)] for path in folders[2 * i:2 * i + 2])
-        row |= {"before": before["ratio"], "after": after["ratio"], "regained": 1 - math.log(after["ratio"]) / math.log(before["ratio"]), "kl": after["kl"]}
-        rates = f"{row['adamw_lr']:g}" if "AdamW," in row["way"] and "Muon" not in row["way"] else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
-        print(f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** | {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |")
-    print(f"\n{rows[0]['tokens']:,} tokens trained on, {result['tokens']:,} tokens predicted, windows of 512")
-    write_json(args.out / "heal.json", {**environment(pick_device(args.device)), "model": Path(args.model).name, "shape": shape, "batch_size": args.batch_size,
-                                        "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)], "texts": result["texts"],
-                                        "test_tokens": result["tokens"], "rows": rows})
+        before, after = (models[str(path)] for path in folders[2 * i : 2 * i + 2])
+        row |= {
+            "before": before["ratio"],
+            "after": after["ratio"],
+            "regained": 1 - math.log(after["ratio"]) / math.log(before["ratio"]),
+            "kl": after["kl"],
+        }
+        rates = (
+            f"{row['adamw_lr']:g}"
+            if "AdamW," in row["way"] and "Muon" not in row["way"]
+            else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
+        )
+        print(
+            f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** |"
+            f" {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |"
+        )
+    print(
+        f"\n{rows[0]['tokens']:,} tokens trained on, {result['tokens']:,} tokens predicted, windows"
+        " of 512"
+    )
+    write_json(
+        args.out / "heal.json",
+        {
+            **environment(pick_device(args.device)),
+            "model": Path(args.model).name,
+            "shape": shape,
+            "batch_size": args.batch_size,
+            "data": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.data)],
+            "texts": result["texts"],
+            "test_tokens": result["tokens"],
+            "rows": rows,
+        },
+    )
     draw(rows, args.out / "heal.png", step)
 
 

@@ -2,9 +2,11 @@
 
     python benchmarks/quality.py MODEL --calibration TEXT... --text TEXT... [--json FILE]
 
-Converts MODEL in every way below, measures all of them on the first --tokens tokens of each text, and prints a table in Markdown.
-Nothing is tuned on the texts it measures on; give others than those of --calibration.
+Converts MODEL in every way below, measures all of them on the first --tokens tokens of each text,
+and prints a table in Markdown. Nothing is tuned on the texts it measures on; give others than those
+of --calibration.
 """
+
 import argparse
 import math
 import tempfile
@@ -28,7 +30,7 @@ from lrkv_convert.texts import read_texts, window_length, windows
 from lrkv_convert.writer import write_json
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
-WAYS = [    # (label, calibration text, options)
+WAYS = [  # (label, calibration text, options)
     ("`--cache-ratio 0.58`", GIVEN, {"cache_ratio": 0.58}),
     ("default: half the cache", GIVEN, {}),
     ("`--cache-ratio 0.42`", GIVEN, {"cache_ratio": 0.42}),
@@ -39,7 +41,11 @@ WAYS = [    # (label, calibration text, options)
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank 16 --base aligned`", GIVEN, {"rank": 16, "base": "aligned"}),
     ("`--rank 16 --base mean`", GIVEN, {"rank": 16, "base": "mean"}),
-    ("`--rank 16 --base mean --calibration none`", NONE, {"rank": 16, "base": "mean", "calibration": []}),
+    (
+        "`--rank 16 --base mean --calibration none`",
+        NONE,
+        {"rank": 16, "base": "mean", "calibration": []},
+    ),
     ("`--cache-ratio 0.58 --keys per-head`", GIVEN, {"cache_ratio": 0.58, "keys": "per-head"}),
     ("`--cache-ratio 0.58 --keys rotary`", GIVEN, {"cache_ratio": 0.58, "keys": "rotary"}),
     ("`--cache-ratio 0.75 --keys full`", GIVEN, {"cache_ratio": 0.75, "keys": "full"}),
@@ -49,19 +55,36 @@ WAYS = [    # (label, calibration text, options)
 class Workbench:
     """One calibration per set of texts, and the original beside everything converted from it."""
 
-    def __init__(self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path):
+    def __init__(
+        self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path
+    ):
         checkpoint, adapter = open_model(model)
-        self.geometry, self.skeleton = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, device)
-        self.original, self.tokens, self.folder, self.texts = load_model(model, device, torch.float32), tokens, folder, {GIVEN: given, BUILT_IN: [BUILT_IN]}
+        self.geometry, self.skeleton = (
+            adapter.geometry(checkpoint.config),
+            Skeleton(checkpoint, adapter, device),
+        )
+        self.original, self.tokens, self.folder, self.texts = (
+            load_model(model, device, torch.float32),
+            tokens,
+            folder,
+            {GIVEN: given, BUILT_IN: [BUILT_IN]},
+        )
 
-    @cache
+    @cache  # noqa: B019  (one object, as long as the process)
     def store(self, calibration: str) -> Store:
         store = Store(self.folder / calibration, {})
         if calibration != NONE:
             texts = read_texts(self.texts[calibration])
             checkpoint = self.skeleton.checkpoint
-            rows = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config),
-                           Options(calibration=None if calibration == BUILT_IN else [], calibration_tokens=self.tokens).tokens)
+            rows = windows(
+                texts,
+                checkpoint.tokenizer(),
+                window_length(checkpoint.config),
+                Options(
+                    calibration=None if calibration == BUILT_IN else [],
+                    calibration_tokens=self.tokens,
+                ).tokens,
+            )
             observe(self.skeleton, self.geometry, rows, "fisher", store, lambda *_: None)
         return store
 
@@ -69,13 +92,19 @@ class Workbench:
         """(plan, model): what `lrkv convert` with these options writes, in memory and float32."""
         options, store = Options(**fields), self.store(calibration)
         options.check(self.geometry, self.skeleton.checkpoint.config)
-        plan = options.uniform_plan(self.geometry, 4) or plan_budget(self.skeleton, self.geometry, options, torch.float32, store, lambda *_: None)
+        plan = options.uniform_plan(self.geometry, 4) or plan_budget(
+            self.skeleton, self.geometry, options, torch.float32, store, lambda *_: None
+        )
         metric = "attention" if calibration == NONE else options.metric
-        return plan, build(self.original, self.skeleton, plan, metric, store, options.base, options.refit)
+        return plan, build(
+            self.original, self.skeleton, plan, metric, store, options.base, options.refit
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
@@ -86,36 +115,76 @@ def main() -> None:
     logging.disable_progress_bar()
     device, tokenizer, results = pick_device("auto"), load_tokenizer(args.model), []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(args.model, args.calibration, args.calibration_tokens, device, Path(folder))
+        bench = Workbench(
+            args.model, args.calibration, args.calibration_tokens, device, Path(folder)
+        )
         rows, models = [], [bench.original]
         for label, calibration, options in WAYS:
             began = time.perf_counter()
             plan, model = bench.convert(calibration, options)
             models.append(model)
-            rows.append({"way": label, "calibration": calibration, "kv_ratio": plan.ratio, "kflop": plan.flops_after / 1e3})
+            rows.append(
+                {
+                    "way": label,
+                    "calibration": calibration,
+                    "kv_ratio": plan.ratio,
+                    "kflop": plan.flops_after / 1e3,
+                }
+            )
             print(f"# {label} ({calibration}): {time.perf_counter() - began:.0f} s", flush=True)
         for text in read_texts(args.text):
-            ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])[:args.tokens]
+            ids = torch.tensor(
+                tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+            )[: args.tokens]
             scores = measure([Candidate(model) for model in models], text_windows(ids, 512, 1))
-            results.append({"text": {"name": text.name, "sha256": text.sha256}, "tokens": scores[0].tokens,
-                            "models": [{"nll": s.mean("nll"), "kl": s.mean("kl")} for s in scores]})
+            results.append(
+                {
+                    "text": {"name": text.name, "sha256": text.sha256},
+                    "tokens": scores[0].tokens,
+                    "models": [{"nll": s.mean("nll"), "kl": s.mean("kl")} for s in scores],
+                }
+            )
     tokens = sum(r["tokens"] for r in results)
     pooled = lambda i, key: sum(r["models"][i][key] * r["tokens"] for r in results) / tokens
     base = pooled(0, "nll")
-    print(f"\n| conversion | calibration | cache | kflop to read a token | perplexity ratio | {' | '.join(r['text']['name'] for r in results)} | KL |")
+    print(
+        "\n| conversion | calibration | cache | kflop to read a token | perplexity ratio |"
+        f" {' | '.join(r['text']['name'] for r in results)} | KL |"
+    )
     print("|---|---|---|---|---|" + "---|" * (len(results) + 1))
     for i, row in enumerate(rows, 1):
-        row |= {"ratio": math.exp(pooled(i, "nll") - base), "kl": pooled(i, "kl"),
-                "ratio_per_text": [math.exp(r["models"][i]["nll"] - r["models"][0]["nll"]) for r in results]}
+        row |= {
+            "ratio": math.exp(pooled(i, "nll") - base),
+            "kl": pooled(i, "kl"),
+            "ratio_per_text": [
+                math.exp(r["models"][i]["nll"] - r["models"][0]["nll"]) for r in results
+            ],
+        }
         each = " | ".join(f"×{x:.3f}" for x in row["ratio_per_text"])
-        print(f"| {row['way']} | {row['calibration']} | {row['kv_ratio']:.1%} | {row['kflop']:,.0f} | **×{row['ratio']:.3f}** | {each} | {row['kl']:.3f} |")
-    print(f"\n{tokens:,} tokens predicted, windows of 512, float32, {device}; original perplexity {math.exp(base):.2f}; "
-          f"the original reads a token back with {plan.flops_before / 1e3:,.0f} kflop")
+        print(
+            f"| {row['way']} | {row['calibration']} | {row['kv_ratio']:.1%} | {row['kflop']:,.0f} |"
+            f" **×{row['ratio']:.3f}** | {each} | {row['kl']:.3f} |"
+        )
+    print(
+        f"\n{tokens:,} tokens predicted, windows of 512, float32, {device}; original perplexity"
+        f" {math.exp(base):.2f}; the original reads a token back with"
+        f" {plan.flops_before / 1e3:,.0f} kflop"
+    )
     if args.json:
-        write_json(args.json, {
-            **environment(device),
-            "model": Path(args.model).name, "calibration": [{"name": t.name, "sha256": t.sha256} for t in read_texts(args.calibration)],
-            "texts": [r["text"] for r in results], "tokens": tokens, "base_nll": base, "rows": rows})
+        write_json(
+            args.json,
+            {
+                **environment(device),
+                "model": Path(args.model).name,
+                "calibration": [
+                    {"name": t.name, "sha256": t.sha256} for t in read_texts(args.calibration)
+                ],
+                "texts": [r["text"] for r in results],
+                "tokens": tokens,
+                "base_nll": base,
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

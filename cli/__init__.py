@@ -1,1 +1,3 @@
-"""The command line. Torch is imported inside commands only, so that every --help answers at once."""
+"""The command line. Torch is imported inside commands only, so that every --help answers at
+once.
+"""

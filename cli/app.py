@@ -1,5 +1,6 @@
 """What all commands share: the app, one line for an error, clean exit codes, several values for one
 option, values that no command can use."""
+
 import errno
 import math
 import os
@@ -9,8 +10,8 @@ import sys
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-LARGEST = 10**15                            # nothing here is counted as far
-[UsageError] = typer.BadParameter.__bases__     # of the click that this typer brings, or uses
+LARGEST = 10**15  # nothing here is counted as far
+[UsageError] = typer.BadParameter.__bases__  # of the click that this typer brings, or uses
 
 
 class Refusals(TyperGroup):
@@ -24,9 +25,10 @@ class Refusals(TyperGroup):
             refuse_usage(ctx, error)
 
     def invoke(self, ctx: typer.Context):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill cleans up as Ctrl-C does
+        # a polite kill cleans up as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")       # names may hold odd bytes
+            sys.stdout.reconfigure(errors="backslashreplace")  # names may hold odd bytes
         try:
             found = super().invoke(ctx)
             sys.stdout.flush()
@@ -37,8 +39,8 @@ class Refusals(TyperGroup):
             ctx.exit(130)
         except UsageError as error:
             refuse_usage(ctx, error)
-        except OSError as error:        # what nobody foresaw of disks and paths
-            if error.errno == errno.EPIPE:      # nobody reads on: typer ends quietly
+        except OSError as error:  # what nobody foresaw of disks and paths
+            if error.errno == errno.EPIPE:  # nobody reads on: typer ends quietly
                 raise
             if speaks_for_all():
                 where = f": {error.filename}" if error.filename else ""
@@ -47,7 +49,8 @@ class Refusals(TyperGroup):
             drop_output()
             ctx.exit(1)
         except Exception as error:
-            if type(error).__name__ == "LrkvError":     # by name: importing the class would import torch
+            # by name: importing the class would import torch
+            if type(error).__name__ == "LrkvError":
                 if speaks_for_all():
                     tell(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""))
                 ctx.exit(1)
@@ -118,25 +121,37 @@ def no_use(value) -> str | None:
         return f"{value} is no number to reckon with"
     if isinstance(value, int) and abs(value) > LARGEST:
         return "the number is too large"
+    return None
 
 
-app = typer.Typer(cls=Refusals, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Convert pretrained attention to LRKV: a smaller key-value cache, and what it cost.")
+app = typer.Typer(
+    cls=Refusals,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Convert pretrained attention to LRKV: a smaller key-value cache, and what it cost.",
+)
 
 
 def speaks_for_all() -> bool:
     """Whether this is the only process on its machine, or the first of those that accelerate,
     torchrun or MPI started there."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
+    return all(
+        os.environ.get(name, "0") == "0"
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    )
 
 
 def quiet_libraries() -> None:
     """transformers' own progress bars and warnings would tear ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")          # the GGUF reader's bar does not ask transformers
+    # the GGUF reader's bar does not ask transformers
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     from lrkv_convert.modeling.contract_lrkv import newer
+
     if (note := newer()) and speaks_for_all():
         tell(f"note: {note}")

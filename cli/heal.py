@@ -1,4 +1,5 @@
 """`lrkv heal`."""
+
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +12,69 @@ from .app import Command, app, quiet_libraries, speaks_for_all
 @app.command(cls=Command)
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
-    data: Annotated[list[str], typer.Option(help="Text, jsonl or parquet files, folders of them, several; or datasets as org/name:config:split.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help=(
+                "Text, jsonl or parquet files, folders of them, several; or datasets as"
+                " org/name:config:split."
+            )
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    recipe: Annotated[str | None, typer.Option(help="Options from a shipped recipe (lrkv recipes) or a YAML file; flags override it. Default: short.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The original: folder, .gguf file or hub id. Default: the one lrkv.json names.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Options from a shipped recipe (lrkv recipes) or a YAML file; flags override it."
+                " Default: short."
+            )
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The original: folder, .gguf file or hub id. Default: the one lrkv.json names."
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. Default: 200000.")] = None,
-    loss: Annotated[str | None, typer.Option(help="kl to the original (default where it is still there), ce (cross-entropy), or mix.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="muon (with AdamW for what is no hidden matrix; default) or adamw.")] = None,
-    train: Annotated[str | None, typer.Option(help="attention (default: factors, W_Q, W_O) or all weights.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field of a recipe, as name=value, several: text_field=content, validation=FILE, ... `lrkv recipes short` explains all.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of a run that stopped.")] = False,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="kl to the original (default where it is still there), ce (cross-entropy), or mix."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="muon (with AdamW for what is no hidden matrix; default) or adamw."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="attention (default: factors, W_Q, W_O) or all weights.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=(
+                "Any field of a recipe, as name=value, several: text_field=content,"
+                " validation=FILE, ... `lrkv recipes short` explains all."
+            ),
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a run that stopped.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier healed folder, or a run that stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the history entry as JSON instead of a table.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an earlier healed folder, or a run that stopped."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the history entry as JSON instead of a table.")
+    ] = False,
 ) -> None:
     """Train a converted model for a while, so that it gets back what the conversion cost."""
     quiet_libraries()
@@ -35,14 +85,37 @@ def heal(
     from lrkv_convert.recipe import load_recipe, read_fields
 
     from . import display
+
     known = {field.name for field in fields(Options)}
     recipe = recipe or "short"
     options = load_recipe(recipe, "heal", known)
     options |= read_fields(set_ or [], known)
-    options |= {name: value for name, value in {"tokens": tokens, "loss": loss, "optimizer": optimizer, "train": train}.items() if value is not None}
+    options |= {
+        name: value
+        for name, value in {
+            "tokens": tokens,
+            "loss": loss,
+            "optimizer": optimizer,
+            "train": train,
+        }.items()
+        if value is not None
+    }
     with display.healing(shown=speaks_for_all()) as (report, stage, notice):
-        done = run(model, out, data, teacher=teacher, device=device, overwrite=overwrite, resume=resume, recipe=recipe, max_shard_size=max_shard_size,
-                   report=report, stage=stage, notice=notice, **options)
+        done = run(
+            model,
+            out,
+            data,
+            teacher=teacher,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            recipe=recipe,
+            max_shard_size=max_shard_size,
+            report=report,
+            stage=stage,
+            notice=notice,
+            **options,
+        )
     if done.main and as_json:
         print(json.dumps(done.entry, indent=2))
     elif done.main:

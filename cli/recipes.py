@@ -1,4 +1,5 @@
 """`lrkv recipes`."""
+
 from typing import Annotated
 
 import typer
@@ -7,11 +8,16 @@ from .app import Command, app
 
 
 @app.command(cls=Command)
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, as NAME or KIND/NAME.")] = None) -> None:
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one, as NAME or KIND/NAME.")
+    ] = None,
+) -> None:
     """List the recipes that ship here, or print one."""
     from lrkv_convert.recipe import KINDS, find, shipped
 
     from . import display
+
     if name:
         print(find(name), end="")
     else:

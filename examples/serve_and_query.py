@@ -2,8 +2,10 @@
 
     python examples/serve_and_query.py DIR [--prompt TEXT] [--port 8123]
 
-DIR: what `lrkv convert` or examples/convert_and_load.py wrote. Needs `pip install 'lrkv-convert[serve]'`. Seconds, once DIR is there.
+DIR: what `lrkv convert` or examples/convert_and_load.py wrote. Needs `pip install
+'lrkv-convert[serve]'`. Seconds, once DIR is there.
 """
+
 import argparse
 import json
 import subprocess
@@ -18,7 +20,9 @@ parser.add_argument("--port", type=int, default=8123)
 args = parser.parse_args()
 address = f"http://127.0.0.1:{args.port}"
 
-server = subprocess.Popen(["lrkv", "serve", args.folder, "--host", "127.0.0.1", "--port", str(args.port)])
+server = subprocess.Popen(
+    ["lrkv", "serve", args.folder, "--host", "127.0.0.1", "--port", str(args.port)]
+)
 try:
     while True:
         try:
@@ -29,7 +33,9 @@ try:
                 raise SystemExit("the server did not start") from None
             time.sleep(0.5)
     body = {"model": args.folder, "prompt": args.prompt, "max_tokens": 16, "temperature": 0}
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=300) as answer:
         reply = json.loads(answer.read())
     print(args.prompt + reply["choices"][0]["text"])

@@ -1,9 +1,12 @@
 """The story of a conversion:
 
-    checkpoint --adapter--> per-head weights --calibrate--> metrics --factorise--> factors --writer--> model folder
+    checkpoint --adapter--> per-head weights --calibrate--> metrics --factorise--> factors
+    --writer--> model folder
 
-Layer by layer throughout, and every finished step lies in a Store inside the unfinished folder, so that a killed conversion goes on from there.
+Layer by layer throughout, and every finished step lies in a Store inside the unfinished folder, so
+that a killed conversion goes on from there.
 """
+
 import hashlib
 import resource
 import tempfile
@@ -40,14 +43,19 @@ from .survey import survey, width_caps
 from .texts import BUILT_IN, SELF, Text, check_ids, read_texts, sample_text, window_length, windows
 from .writer import ShardWriter, check_output, new_folder
 
-Progress = Callable[[str, int, int], None]      # (stage, done, total)
-STORE_FORMAT = 2        # of what calibration leaves for the fit: one more when it changes, so that no half of an older one is gone on with
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+# of what calibration leaves for the fit: one more when it changes, so that no half of an older one
+# is gone on with
+STORE_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did, or would do in a dry run: the plan, and the record that stands in lrkv.json (None in a dry run). plans: of an encoder-decoder those
-    of all kinds of attention that are converted, of which `plan` is the first; notices: what was found in the source and does no harm, a line each."""
+    """What `convert` did, or would do in a dry run: the plan, and the record that stands in
+    lrkv.json (None in a dry run). plans: of an encoder-decoder those of all kinds of attention that
+    are converted, of which `plan` is the first; notices: what was found in the source and does no
+    harm, a line each.
+    """
 
     plan: Plan
     out: Path
@@ -57,39 +65,73 @@ class Conversion:
 
 
 @solvable()
-def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: bool = False, dry_run: bool = False,
-            progress: Progress = lambda *_: None, **options) -> Conversion:
-    """Convert `model` (folder, .gguf file or hub id) to LRKV and write the folder `out`; `options` are the fields of `Options`.
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda *_: None,
+    **options,
+) -> Conversion:
+    """Convert `model` (folder, .gguf file or hub id) to LRKV and write the folder `out`; `options`
+    are the fields of `Options`.
 
-    device: "auto", "cpu", "cuda"; overwrite: replace an earlier converted folder; dry_run: plan only. Raises LrkvError for anything that cannot be
-    converted exactly as asked; then nothing is left behind. Killed or interrupted, the same call goes on from the last finished layer and ends
+    device: "auto", "cpu", "cuda"; overwrite: replace an earlier converted folder; dry_run: plan
+    only. Raises LrkvError for anything that cannot be converted exactly as asked; then nothing is
+    left behind. Killed or interrupted, the same call goes on from the last finished layer and ends
     with the same weights.
     """
     clock, out, options = Clock(), folder_to_make(out), Options(**options)
     checkpoint = open_checkpoint(model)
     if (family := family_with_encoder(checkpoint.config)) is not None:
-        from .seq2seq.conversion import convert_encoder_decoder  # a story of its own, in the words of this one
-        return convert_encoder_decoder(unquantised(checkpoint), family, options, out, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress)
+        # a story of its own, in the words of this one
+        from .seq2seq.conversion import convert_encoder_decoder
+
+        return convert_encoder_decoder(
+            unquantised(checkpoint),
+            family,
+            options,
+            out,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
     options.kinds(encoder_decoder=False)
     checkpoint, adapter = with_adapter(checkpoint)
-    geometry, stored = adapter.geometry(checkpoint.config), stored_dtype(checkpoint, adapter, options.dtype)
+    geometry, stored = (
+        adapter.geometry(checkpoint.config),
+        stored_dtype(checkpoint, adapter, options.dtype),
+    )
     options.check(geometry, checkpoint.config)
     plan = options.uniform_plan(geometry, stored.itemsize)
     if plan is None:
-        check_floor(geometry, width_caps(geometry, options.max_width_k, options.max_width_v), options.keys, options.budget)
+        check_floor(
+            geometry,
+            width_caps(geometry, options.max_width_k, options.max_width_v),
+            options.keys,
+            options.budget,
+        )
     if not dry_run:
         check_output(out, checkpoint.path if not checkpoint.gguf else None, overwrite)
     skeleton = Skeleton(checkpoint, adapter, pick_device(device))
     if dry_run and plan:
         return Conversion(plan, out, None, notices=checkpoint.notices)
     texts = gather_texts(options.calibration, options.tokens, model, skeleton)
-    tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens) if texts else None
+    tokens = (
+        windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), options.tokens)
+        if texts
+        else None
+    )
     if tokens is not None:
         check_ids(tokens, checkpoint.config.vocab_size, model)
     elif not dry_run:
         checkpoint.notices = [*checkpoint.notices, *checkpoint.lost_tokenizer()]
     if tokens is None and options.metric == "fisher":
-        # no text, no gradient: the record says what was used. Where keys are normalised, queries say nothing of how keys should be fitted
+        # no text, no gradient: the record says what was used. Where keys are normalised, queries
+        # say nothing of how keys should be fitted
         options = replace(options, metric="plain" if geometry.key_norm else "attention")
     with clock("load"):
         for done, total in checkpoint.finite(skeleton.expected(), stored):
@@ -98,18 +140,42 @@ def convert(model: str, out: str | Path, *, device: str = "auto", overwrite: boo
         with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
             store = Store(Path(folder), {})
             observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=False)
-            return Conversion(plan_budget(skeleton, geometry, options, stored, store, progress), out, None, notices=checkpoint.notices)
+            return Conversion(
+                plan_budget(skeleton, geometry, options, stored, store, progress),
+                out,
+                None,
+                notices=checkpoint.notices,
+            )
     with new_folder(out, fingerprint(checkpoint, options, tokens, stored)) as (folder, store):
         with clock("calibrate"):
-            observe(skeleton, geometry, tokens, options.metric, store, progress, for_refit=options.refit)
+            observe(
+                skeleton, geometry, tokens, options.metric, store, progress, for_refit=options.refit
+            )
         with clock("fit"):
             plan = plan or plan_budget(skeleton, geometry, options, stored, store, progress)
         errors = write_weights(skeleton, plan, stored, store, options, folder, clock, progress)
         with clock("write"):
             sha256 = checkpoint.hash()
-        record = conversion_record(checkpoint, plan, errors, options.record(), texts, tokens, sha256, clock.total, clock.seconds,
-                                   peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        write_companions(folder, checkpoint, adapter, converted_config(checkpoint, adapter, plan, stored, options.base), record, out.name)
+        record = conversion_record(
+            checkpoint,
+            plan,
+            errors,
+            options.record(),
+            texts,
+            tokens,
+            sha256,
+            clock.total,
+            clock.seconds,
+            peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )
+        write_companions(
+            folder,
+            checkpoint,
+            adapter,
+            converted_config(checkpoint, adapter, plan, stored, options.base),
+            record,
+            out.name,
+        )
     return Conversion(plan, out, record, notices=checkpoint.notices)
 
 
@@ -117,7 +183,15 @@ class Clock:
     """Seconds spent in each stage."""
 
     def __init__(self):
-        self.started, self.seconds = time.perf_counter(), {"load": 0.0, "calibrate": 0.0, "fit": 0.0, "write": 0.0}
+        self.started, self.seconds = (
+            time.perf_counter(),
+            {
+                "load": 0.0,
+                "calibrate": 0.0,
+                "fit": 0.0,
+                "write": 0.0,
+            },
+        )
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -130,44 +204,107 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def gather_texts(calibration: list[str] | None, tokens: int, model: str, skeleton: Skeleton) -> list[Text]:
+def gather_texts(
+    calibration: list[str] | None, tokens: int, model: str, skeleton: Skeleton
+) -> list[Text]:
     """The calibration texts. Raises LrkvError for one that cannot be read."""
     given = [BUILT_IN] if calibration is None else calibration
     texts = read_texts([name for name in given if name != SELF])
-    if SELF in given:       # the only step that holds the whole model in memory
-        texts.append(sample_text(load_model(model, skeleton.device), skeleton.checkpoint.tokenizer(), tokens // len(given)))
+    if SELF in given:  # the only step that holds the whole model in memory
+        texts.append(
+            sample_text(
+                load_model(model, skeleton.device),
+                skeleton.checkpoint.tokenizer(),
+                tokens // len(given),
+            )
+        )
     return texts
 
 
-def observe(skeleton: Skeleton, geometry: Geometry, tokens: Tensor | None, metric: str, store: Store, progress: Progress,
-            for_refit: bool = True) -> None:
-    """Calibration: what every layer sees and, for the Fisher metric, what the loss minds. Nothing without text."""
+def observe(
+    skeleton: Skeleton,
+    geometry: Geometry,
+    tokens: Tensor | None,
+    metric: str,
+    store: Store,
+    progress: Progress,
+    for_refit: bool = True,
+) -> None:
+    """Calibration: what every layer sees and, for the Fisher metric, what the loss minds. Nothing
+    without text.
+    """
     if tokens is None:
         return
     rows = gradient_rows(tokens) if metric == "fisher" else None
-    calibrate(skeleton, geometry, tokens, {metric}, store, rows, for_refit, lambda done, total: progress("calibrating", done, total))
+    calibrate(
+        skeleton,
+        geometry,
+        tokens,
+        {metric},
+        store,
+        rows,
+        for_refit,
+        lambda done, total: progress("calibrating", done, total),
+    )
     if rows is not None:
-        head_moments(skeleton, geometry, tokens[rows], store, lambda done, total: progress("gradients", done, total))
+        head_moments(
+            skeleton,
+            geometry,
+            tokens[rows],
+            store,
+            lambda done, total: progress("gradients", done, total),
+        )
 
 
-def plan_budget(skeleton: Skeleton, geometry: Geometry, options: Options, stored: torch.dtype, store: Store, progress: Progress) -> Plan:
-    """Spend the byte budget by the loss curves of every layer. Raises LrkvError for a budget below the smallest plan."""
-    looks = [partial(survey_layer, skeleton, geometry, options.metric, store, i) for i in range(geometry.layers)]
-    curves = survey(looks, geometry, width_caps(geometry, options.max_width_k, options.max_width_v), options.keys, store,
-                    lambda done: progress("planning", done, geometry.layers))
+def plan_budget(
+    skeleton: Skeleton,
+    geometry: Geometry,
+    options: Options,
+    stored: torch.dtype,
+    store: Store,
+    progress: Progress,
+) -> Plan:
+    """Spend the byte budget by the loss curves of every layer. Raises LrkvError for a budget below
+    the smallest plan.
+    """
+    looks = [
+        partial(survey_layer, skeleton, geometry, options.metric, store, i)
+        for i in range(geometry.layers)
+    ]
+    curves = survey(
+        looks,
+        geometry,
+        width_caps(geometry, options.max_width_k, options.max_width_v),
+        options.keys,
+        store,
+        lambda done: progress("planning", done, geometry.layers),
+    )
     return allocate(curves, geometry, stored.itemsize, options.budget, options.keys)
 
 
-def survey_layer(skeleton: Skeleton, geometry: Geometry, metric: str, store: Store, i: int) -> tuple[AttentionWeights, LayerMetrics]:
+def survey_layer(
+    skeleton: Skeleton, geometry: Geometry, metric: str, store: Store, i: int
+) -> tuple[AttentionWeights, LayerMetrics]:
     layer = calibrated_layer(skeleton, store, i)
     return layer.weights, layer.metrics(geometry, metric)
 
 
-def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Store, options: Options, folder: Path, clock: Clock,
-                  progress: Progress) -> list[dict[str, float]]:
+def write_weights(
+    skeleton: Skeleton,
+    plan: Plan,
+    stored: torch.dtype,
+    store: Store,
+    options: Options,
+    folder: Path,
+    clock: Clock,
+    progress: Progress,
+) -> list[dict[str, float]]:
     """Fit layer after layer and write each as it is done; returns the fit errors."""
     checkpoint, adapter, geometry = skeleton.checkpoint, skeleton.adapter, plan.geometry
-    target, errors = empty_target(converted_config(checkpoint, adapter, plan, stored, options.base)), []
+    target, errors = (
+        empty_target(converted_config(checkpoint, adapter, plan, stored, options.base)),
+        [],
+    )
     writer = ShardWriter(folder, tensor_shapes(target, stored), options.max_shard_size)
     with clock("write"):
         for tensor in writer.shapes:
@@ -177,7 +314,7 @@ def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: St
         if f"fitted-{i}" not in store:
             write_layer(skeleton, plan, stored, store, options, target, writer, i, clock)
             give_back_memory()
-        else:           # by an earlier run, which was killed: its tensors are in place
+        else:  # by an earlier run, which was killed: its tensors are in place
             for tensor in writer.shapes:
                 if tensor.startswith(f"{adapter.layer_path}.{i}."):
                     writer.done(tensor)
@@ -187,18 +324,40 @@ def write_weights(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: St
     return errors
 
 
-def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Store, options: Options, target: PreTrainedModel, writer: ShardWriter,
-                i: int, clock: Clock) -> None:
-    """Fit layer i and write all of its tensors. target: the converted model, whose attention module is filled for a while."""
+def write_layer(
+    skeleton: Skeleton,
+    plan: Plan,
+    stored: torch.dtype,
+    store: Store,
+    options: Options,
+    target: PreTrainedModel,
+    writer: ShardWriter,
+    i: int,
+    clock: Clock,
+) -> None:
+    """Fit layer i and write all of its tensors. target: the converted model, whose attention module
+    is filled for a while.
+    """
     adapter, prefix = skeleton.adapter, skeleton.adapter.module(i)
     with clock("fit"):
         layer = calibrated_layer(skeleton, store, i)
-        errors, attention = convert_layer(layer, layer.metrics(plan.geometry, options.metric), plan, options.base, adapter, target.get_submodule(prefix.rstrip(".")), options.refit)
+        errors, attention = convert_layer(
+            layer,
+            layer.metrics(plan.geometry, options.metric),
+            plan,
+            options.base,
+            adapter,
+            target.get_submodule(prefix.rstrip(".")),
+            options.refit,
+        )
     with clock("write"):
         for name, value in attention.items():
             writer.add(prefix + name, check_finite(prefix + name, value, stored))
         for name in writer.shapes:
-            if name.startswith(f"{adapter.layer_path}.{i}.") and name.removeprefix(prefix) not in attention:
+            if (
+                name.startswith(f"{adapter.layer_path}.{i}.")
+                and name.removeprefix(prefix) not in attention
+            ):
                 writer.add(name, check_finite(name, skeleton.checkpoint.tensor(name), stored))
         if "shards" not in store:
             store.save("shards", writer.sizes)
@@ -206,16 +365,32 @@ def write_layer(skeleton: Skeleton, plan: Plan, stored: torch.dtype, store: Stor
         store.remove(f"layer-{i}")
 
 
-def fingerprint(checkpoint: Checkpoint, options: Options, tokens: Tensor | None, stored: torch.dtype) -> dict:
+def fingerprint(
+    checkpoint: Checkpoint, options: Options, tokens: Tensor | None, stored: torch.dtype
+) -> dict:
     """What a half-finished conversion depends on: with any of it different, it is begun anew."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
-    return {"files": files, "config": checkpoint.config.to_dict(), "options": asdict(options), "dtype": str(stored),
-            "tokens": tokens if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "versions": [STORE_FORMAT, version("lrkv-convert"), torch.__version__, transformers.__version__]}
+    return {
+        "files": files,
+        "config": checkpoint.config.to_dict(),
+        "options": asdict(options),
+        "dtype": str(stored),
+        "tokens": (
+            tokens if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        ),
+        "versions": [
+            STORE_FORMAT,
+            version("lrkv-convert"),
+            torch.__version__,
+            transformers.__version__,
+        ],
+    }
 
 
 def open_model(model: str) -> tuple[Checkpoint, Adapter]:
-    """Open a checkpoint and find its adapter. Raises LrkvError, also for weights that are already quantised."""
+    """Open a checkpoint and find its adapter. Raises LrkvError, also for weights that are already
+    quantised.
+    """
     return with_adapter(open_checkpoint(model))
 
 
@@ -227,7 +402,10 @@ def with_adapter(checkpoint: Checkpoint) -> tuple[Checkpoint, Adapter]:
 
 def unquantised(checkpoint: Checkpoint) -> Checkpoint:
     if getattr(checkpoint.config, "quantization_config", None):
-        raise LrkvError(f"{checkpoint.source} holds quantised weights", "convert the full-precision checkpoint, then quantise")
+        raise LrkvError(
+            f"{checkpoint.source} holds quantised weights",
+            "convert the full-precision checkpoint, then quantise",
+        )
     return checkpoint
 
 
@@ -235,5 +413,7 @@ def stored_dtype(checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> torch.
     """The output's dtype: as asked, or that of the source's first attention weight."""
     if dtype != "auto":
         return pick_dtype(dtype)
-    names = [n for n in checkpoint.tensors if n.startswith(adapter.module(0)) and n.endswith("weight")]
+    names = [
+        n for n in checkpoint.tensors if n.startswith(adapter.module(0)) and n.endswith("weight")
+    ]
     return checkpoint.shape_dtype(names[0])[1] if names else torch.float32

@@ -41,7 +41,7 @@ def fitted(name: str, value, kinds: tuple):
     if list[str] in kinds and fits(value, str) and value:
         return [value]
     if int in kinds and isinstance(value, float) and value.is_integer() and fits(int(value), int):
-        return int(value)       # 1e6 tokens
+        return int(value)  # 1e6 tokens
     expected = " or ".join(EXPECTED[kind] for kind in kinds if kind is not NoneType)
     raise LrkvError(f"{name} is {shown(value)}", f"it must be {expected}")
 

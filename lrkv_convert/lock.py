@@ -30,7 +30,8 @@ def claim(work: Path) -> Lock:
     Raises LrkvError if one is in it."""
     if fcntl is None or not work.is_dir():
         return Lock(None)
-    file = open(work / LOCK, "a")
+    # the lock lives as long as the file is open
+    file = open(work / LOCK, "a")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -3,6 +3,7 @@
 A converted model has no k_proj and v_proj, but keys.W_shared, keys.U, values.W_shared and values.U,
 and PEFT says nothing of names that match no layer as long as one matches."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +18,9 @@ USUAL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 FACTORS = ("W_shared", "U")
 
 
-def lora_targets(model: PreTrainedModel | str | Path, names: list[str] = list(USUAL)) -> list[str]:
+def lora_targets(
+    model: PreTrainedModel | str | Path, names: Sequence[str] = tuple(USUAL)
+) -> list[str]:
     """The layers of a converted model, or folder, that an adapter meant for `names` belongs on:
     what LoraConfig takes as target_modules.
 

@@ -57,9 +57,11 @@ def quoted(words: list[str]) -> str:
     """Words of a command, so that a shell reads them as they are; those with control characters in
     the form that bash knows."""
     return " ".join(
-        shlex.quote(word)
-        if word.isprintable()
-        else "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+        (
+            shlex.quote(word)
+            if word.isprintable()
+            else "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+        )
         for word in words
     )
 

@@ -2,16 +2,22 @@
 
 For one layer, minimise  sum_h || Sigma^(1/2) (W_h - What_h) M_h^(1/2) ||_F^2  with
 
-    keys     Sigma_K = sum_t w_t x_t x_t^T          w_t: attention mass token t receives, summed over queries and heads
-             M_h     = sum g g^T                    g: gradient of the loss at the key (sensitivity.py)
-    values   Sigma_V = sum_s z_s z_s^T              z_s = sum_t a_st x_t, the attention-averaged input; for each head its own (`Metric.grams`)
+    keys     Sigma_K = sum_t w_t x_t x_t^T          w_t: attention mass token t receives, summed
+             over queries and heads
+             M_h     = sum g g^T                    g: gradient of the loss at the key
+                     (sensitivity.py)
+    values   Sigma_V = sum_s z_s z_s^T              z_s = sum_t a_st x_t, the attention-averaged
+             input; for each head its own (`Metric.grams`)
              M_h     = sum g g^T                    g: gradient at the head's output
 
-Plain X^T X would weigh the first token, the attention sink, like any other, which costs most of the quality. The other metrics are here to be
-compared with: "attention" has M_h = sum q q^T for keys (under RoPE its average over all rotations) and sum W_O,h W_O,h^T for values, which needs
-no gradient; "whitened" has Sigma = X^T X and M = I (Palu, SVD-LLM), "plain" the identity for both. float64 throughout.
-Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
+Plain X^T X would weigh the first token, the attention sink, like any other, which costs most of the
+quality. The other metrics are here to be compared with: "attention" has M_h = sum q q^T for keys
+(under RoPE its average over all rotations) and sum W_O,h W_O,h^T for values, which needs no
+gradient; "whitened" has Sigma = X^T X and M = I (Palu, SVD-LLM), "plain" the identity for both.
+float64 throughout. Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
 """
+
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -21,12 +27,19 @@ from torch import Tensor
 from .adapters import AttentionWeights, Geometry
 
 METRICS = ("fisher", "attention", "whitened", "plain")
-ATTENDED = {"fisher", "attention"}      # those that weigh inputs by attention
-SHRINKAGE = 0.01        # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference (benchmarks/NOTES.md)
-RUNS = 8                # heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in a layer
-GRAM_NUMBERS = 1 << 25  # ... which are to hold no more numbers than this; with fewer than half as many runs as there would be, all heads share one
-RANK_FLOOR = 1e-14      # eigenvalues below this share of the largest are rounding
-FLOOR = 1e-7            # smallest eigenvalue of M_h kept, relative to the largest: its root must invert
+ATTENDED = {"fisher", "attention"}  # those that weigh inputs by attention
+# share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference
+# (benchmarks/NOTES.md)
+SHRINKAGE = 0.01
+# heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in
+# a layer
+RUNS = 8
+# ... which are to hold no more numbers than this; with fewer than half as many runs as there would
+# be, all heads share one
+GRAM_NUMBERS = 1 << 25
+RANK_FLOOR = 1e-14  # eigenvalues below this share of the largest are rounding
+# smallest eigenvalue of M_h kept, relative to the largest: its root must invert
+FLOOR = 1e-7
 
 
 @dataclass(frozen=True)
@@ -39,10 +52,12 @@ class Root:
 
 @dataclass(frozen=True)
 class Metric:
-    """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d). float64.
+    """Norm for one side (keys or values) of one layer: Sigma (D, D), and M = M_h^(1/2) (H, d, d).
+    float64.
 
-    grams (runs, k, k) or None: where heads have a Sigma of their own, of which the one above is the mean, Q^T Sigma_h Q for `runs` of heads that share
-    one, with Q = `head_basis` of the matrices that are fitted.
+    grams (runs, k, k) or None: where heads have a Sigma of their own, of which the one above is the
+    mean, Q^T Sigma_h Q for `runs` of heads that share one, with Q = `head_basis` of the matrices
+    that are fitted.
     """
 
     sigma: Tensor
@@ -59,12 +74,17 @@ class HeadMoments:
 
 
 def square_root(matrix: Tensor) -> Root:
-    """Symmetric root of (..., n, n), eigenvalues floored at FLOOR of the largest. A zero matrix gives the identity."""
-    values, vectors = torch.linalg.eigh(matrix.double())                                    # (..., n), (..., n, n)
+    """Symmetric root of (..., n, n), eigenvalues floored at FLOOR of the largest. A zero matrix
+    gives the identity.
+    """
+    # (..., n), (..., n, n)
+    values, vectors = torch.linalg.eigh(matrix.double())
     top = values[..., -1:]
     values = torch.where(top > 0, torch.maximum(values, FLOOR * top), torch.ones_like(values))
     half = values.sqrt()
-    return Root((vectors * half.unsqueeze(-2)) @ vectors.mT, (vectors / half.unsqueeze(-2)) @ vectors.mT)
+    return Root(
+        (vectors * half.unsqueeze(-2)) @ vectors.mT, (vectors / half.unsqueeze(-2)) @ vectors.mT
+    )
 
 
 def inverse_root(G: Tensor) -> Tensor:
@@ -78,63 +98,102 @@ def inverse_root(G: Tensor) -> Tensor:
 def runs(heads: int, count: int) -> list[slice]:
     """Heads 0 to H - 1 in `count` runs of nearly equal length."""
     ends = [i * (heads // count) + min(i, heads % count) for i in range(count + 1)]
-    return [slice(*pair) for pair in zip(ends, ends[1:])]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def run_count(geometry: Geometry) -> int:
-    """How many runs of heads have a Sigma_V of their own in each layer: 0 where there is one head, or it would take too much memory."""
-    wanted, k = min(RUNS, geometry.kv_heads), min(geometry.kv_heads * geometry.head_dim, geometry.width)
+    """How many runs of heads have a Sigma_V of their own in each layer: 0 where there is one head,
+    or it would take too much memory.
+    """
+    wanted, k = (
+        min(RUNS, geometry.kv_heads),
+        min(geometry.kv_heads * geometry.head_dim, geometry.width),
+    )
     count = min(wanted, GRAM_NUMBERS // k**2)
     return count if count > 1 and 2 * count >= wanted else 0
 
 
 def head_basis(W: Tensor) -> Tensor:
-    """Orthonormal columns (D, k) float64, k = min(H d, D), whose span holds those of all heads W (H, D, d). The same for the same W: signs are fixed."""
+    """Orthonormal columns (D, k) float64, k = min(H d, D), whose span holds those of all heads W
+    (H, D, d). The same for the same W: signs are fixed.
+    """
     Q, R = torch.linalg.qr(W.double().transpose(0, 1).flatten(1))
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
 def shrunk(sigma: Tensor, share: float = SHRINKAGE) -> Tensor:
-    """A matrix of ours (n, n) with a share of its mean eigenvalue added to the diagonal, in place."""
+    """A matrix of ours (n, n) with a share of its mean eigenvalue added to the diagonal, in
+    place.
+    """
     sigma.diagonal().add_(share * sigma.diagonal().mean())
     return sigma
 
 
 class MetricSums:
-    """Accumulates one layer's second moments over windows of (input, attention): those that the wanted metrics need, the others are None.
+    """Accumulates one layer's second moments over windows of (input, attention): those that the
+    wanted metrics need, the others are None.
 
-    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, k, k) float32: sum z z^T of each run of heads alone, in the
-    coordinates of `head_basis` (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries (H, d, d)
-    float64: sum q q^T over the group; tokens: their count.
+    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, k, k)
+    float32: sum z z^T of each run of heads alone, in the coordinates of `head_basis`
+    (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries
+    (H, d, d) float64: sum q q^T over the group; tokens: their count.
     """
 
-    def __init__(self, weights: AttentionWeights, geometry: Geometry, wanted: Collection[str], device: torch.device):
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        geometry: Geometry,
+        wanted: Collection[str],
+        device: torch.device,
+    ):
         H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
         attended = not ATTENDED.isdisjoint(wanted)
         self.inputs = zeros(D, D) if "whitened" in wanted else None
         self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
-        self.runs = [slice(part.start * geometry.groups, part.stop * geometry.groups) for part in runs(H, count)] if attended and (count := run_count(geometry)) else []
+        self.runs = (
+            [
+                slice(part.start * geometry.groups, part.stop * geometry.groups)
+                for part in runs(H, count)
+            ]
+            if attended and (count := run_count(geometry))
+            else []
+        )
         self.basis = head_basis(weights.W_V.to(device)).float() if self.runs else None
-        self.heads = torch.zeros(len(self.runs), *self.basis.shape[1:] * 2, device=device) if self.runs else None
+        self.heads = (
+            torch.zeros(len(self.runs), *self.basis.shape[1:] * 2, device=device)
+            if self.runs
+            else None
+        )
         self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
-        self.weights = weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32) if self.queries is not None else None
+        self.weights = (
+            weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32)
+            if self.queries is not None
+            else None
+        )
 
     def add(self, x: Tensor, attention: Tensor) -> None:
-        """x (T, D): input of the attention module; attention (H G, T, T): its weights. float32 products, float64 sums."""
+        """x (T, D): input of the attention module; attention (H G, T, T): its weights. float32
+        products, float64 sums.
+        """
         self.tokens += x.shape[0]
         if self.inputs is not None:
-            self.inputs += x.T @ x                                                          # (D, D)
+            self.inputs += x.T @ x  # (D, D)
         if self.keys is not None:
-            self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)                     # (D, D)
-            self.values += x.T @ (self.add_heads(x, attention, causal_gram) @ x)            # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+            self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)  # (D, D)
+            # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+            self.values += x.T @ (self.add_heads(x, attention, causal_gram) @ x)
         self.add_queries(x)
 
-    def add_heads(self, states: Tensor, attention: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor:
-        """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S) of some heads. Returns that of all."""
+    def add_heads(
+        self, states: Tensor, attention: Tensor, gram: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S)
+        of some heads. Returns that of all.
+        """
         if not self.runs:
             return gram(attention)
-        states, total = states @ self.basis, 0                                              # (S, k)
+        states, total = states @ self.basis, 0  # (S, k)
         for i, heads in enumerate(self.runs):
             part = gram(attention[heads])
             self.heads[i] += states.T @ (part @ states)
@@ -144,35 +203,49 @@ class MetricSums:
     def add_queries(self, x: Tensor) -> None:
         """x (T, D): input of the attention module."""
         if self.queries is not None:
-            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)                          # (H, G, T, d)
+            # (H, G, T, d)
+            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)
             if self.weights.b_Q is not None:
                 q = q + self.weights.b_Q.unsqueeze(2)
-            self.queries += torch.einsum("hgte,hgtf->hef", q, q)                            # (H, d, d)
+            # (H, d, d)
+            self.queries += torch.einsum("hgte,hgtf->hef", q, q)
 
     def state(self) -> dict:
-        """The sums alone, as plain float32 tensors: what shrinkage adds is far above their rounding."""
-        sums = {name: getattr(self, name) for name in ("inputs", "keys", "values", "heads", "queries")}
-        return {"tokens": self.tokens, **{name: value if value is None else value.float() for name, value in sums.items()}}
+        """The sums alone, as plain float32 tensors: what shrinkage adds is far above their
+        rounding.
+        """
+        sums = {
+            name: getattr(self, name) for name in ("inputs", "keys", "values", "heads", "queries")
+        }
+        return {
+            "tokens": self.tokens,
+            **{name: value if value is None else value.float() for name, value in sums.items()},
+        }
 
 
 def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
-    """sum_h A_h^T A_h (T, T) of causal attention weights (heads, T, T), without the products of zeros above the diagonal."""
+    """sum_h A_h^T A_h (T, T) of causal attention weights (heads, T, T), without the products of
+    zeros above the diagonal.
+    """
     T = attention.shape[-1]
     gram = attention.new_zeros(T, T)
     for rows in torch.arange(T).tensor_split(blocks):
         if not len(rows):
             continue
         end = int(rows[-1]) + 1
-        part = attention[:, end - len(rows):end, :end].reshape(-1, end)                     # (heads rows, end)
+        # (heads rows, end)
+        part = attention[:, end - len(rows) : end, :end].reshape(-1, end)
         gram[:end, :end] += part.T @ part
     return gram
 
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """The metrics called `name` of one layer's keys and values, each made when it is asked for: they are large.
+    """The metrics called `name` of one layer's keys and values, each made when it is asked for:
+    they are large.
 
-    sums: `MetricSums.state()`; without them (no calibration text) inputs are taken as white and queries follow from W_Q. "fisher" needs moments.
+    sums: `MetricSums.state()`; without them (no calibration text) inputs are taken as white and
+    queries follow from W_Q. "fisher" needs moments.
     """
 
     weights: AttentionWeights
@@ -188,7 +261,11 @@ class LayerMetrics:
             M = self.moments.keys
         elif self.name == "attention":
             W_Q = self.weights.W_Q.double()
-            M = self.sums["queries"].double() / self.sums["tokens"] if self.sums else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
+            M = (
+                self.sums["queries"].double() / self.sums["tokens"]
+                if self.sums
+                else torch.einsum("hgde,hgdf->hef", W_Q, W_Q)
+            )
             M = rotation_average(M, self.geometry.rotary_dim) if self.geometry.rotary else M
         return Metric(self._sigma("keys"), self._root(M))
 
@@ -199,25 +276,36 @@ class LayerMetrics:
             M = self.moments.values
         elif self.name == "attention":
             W_O = self.weights.W_O.double()
-            M = torch.einsum("hgeD,hgfD->hef", W_O, W_O)                                    # (H, d, d)
+            # (H, d, d)
+            M = torch.einsum("hgeD,hgfD->hef", W_O, W_O)
         return Metric(self._sigma("values"), self._root(M), self._grams())
 
     def _grams(self) -> Tensor | None:
         if not self.sums or self.sums["heads"] is None or self.name not in ATTENDED:
             return None
-        H, grams, count = self.geometry.kv_heads, self.sums["heads"].double(), self.sums["tokens"] * self.geometry.groups
+        H, grams, count = (
+            self.geometry.kv_heads,
+            self.sums["heads"].double(),
+            self.sums["tokens"] * self.geometry.groups,
+        )
         for gram, heads in zip(grams, runs(H, len(grams))):
             gram.div_(count * (heads.stop - heads.start))
         mean = self.sums["values"].double().diagonal().mean() / (count * H)
-        grams.diagonal(dim1=1, dim2=2).add_(SHRINKAGE * mean)                               # as `shrunk`, in these coordinates
+        # as `shrunk`, in these coordinates
+        grams.diagonal(dim1=1, dim2=2).add_(SHRINKAGE * mean)
         return grams.add_(grams.mT.clone()).div_(2)
 
     def _sigma(self, side: str) -> Tensor:
         name = {"plain": None, "whitened": "inputs"}.get(self.name, side)
         if not self.sums or name is None:
-            return torch.eye(self.geometry.width, dtype=torch.float64, device=self.weights.W_K.device)
-        # per token and, where heads attend, per query head, so that errors of different layers compare
-        count = self.sums["tokens"] * (1 if name == "inputs" else self.geometry.kv_heads * self.geometry.groups)
+            return torch.eye(
+                self.geometry.width, dtype=torch.float64, device=self.weights.W_K.device
+            )
+        # per token and, where heads attend, per query head, so that errors of different layers
+        # compare
+        count = self.sums["tokens"] * (
+            1 if name == "inputs" else self.geometry.kv_heads * self.geometry.groups
+        )
         return shrunk(self.sums[name].double().div_(count))
 
     def _root(self, M: Tensor | None) -> Root:
@@ -225,15 +313,19 @@ class LayerMetrics:
         identity = torch.eye(d, dtype=torch.float64, device=self.weights.W_K.device).expand(H, d, d)
         if M is None:
             return Root(identity, identity)
-        sizes = M.diagonal(dim1=-2, dim2=-1).sum(-1)                                        # (H,)
-        floor = torch.where(sizes > 0, 0.0, FLOOR * sizes.max() / d)    # a dead head counts for next to nothing, not for as much as the identity
+        sizes = M.diagonal(dim1=-2, dim2=-1).sum(-1)  # (H,)
+        # a dead head counts for next to nothing, not for as much as the identity
+        floor = torch.where(sizes > 0, 0.0, FLOOR * sizes.max() / d)
         return square_root(M + floor[:, None, None] * identity)
 
 
 def rotation_average(M: Tensor, rotary_dim: int) -> Tensor:
-    """E over angles of Rot(t) M Rot(t)^T (H, d, d) with one independent angle per frequency pair: diagonal where channels turn, shared by the two
-    halves of a pair; unchanged among those that do not; nothing between the two."""
-    left, right = M.diagonal(dim1=-2, dim2=-1)[..., :rotary_dim].chunk(2, dim=-1)           # (H, rotary_dim / 2) each
+    """E over angles of Rot(t) M Rot(t)^T (H, d, d) with one independent angle per frequency pair:
+    diagonal where channels turn, shared by the two halves of a pair; unchanged among those that do
+    not; nothing between the two.
+    """
+    # (H, rotary_dim / 2) each
+    left, right = M.diagonal(dim1=-2, dim2=-1)[..., :rotary_dim].chunk(2, dim=-1)
     pair = (left + right) / 2
     averaged = torch.zeros_like(M)
     averaged[..., :rotary_dim, :rotary_dim] = torch.diag_embed(torch.cat((pair, pair), dim=-1))

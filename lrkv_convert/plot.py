@@ -1,4 +1,5 @@
 """Pictures. Needs the `plot` extra."""
+
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -7,18 +8,20 @@ from typing import BinaryIO
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import font_manager, pyplot  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter  # noqa: E402
+from matplotlib import font_manager, pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
-from .errors import LrkvError  # noqa: E402
-from .markup import visible  # noqa: E402
+from .errors import LrkvError
+from .markup import visible
 
 MARKERS = "osD^vPX*"
-TOP = 2.0       # the chart ends here: what costs more is no choice, and would flatten the rest
+TOP = 2.0  # the chart ends here: what costs more is no choice, and would flatten the rest
 
 
 def frontier(result: dict, file: Path) -> None:
-    """Perplexity relative to the original against cache, one line per method, the knee of the first marked."""
+    """Perplexity relative to the original against cache, one line per method, the knee of the first
+    marked.
+    """
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=130, layout="constrained")
     lines: dict[tuple[str, str], list] = {}
     for point in result["points"]:
@@ -30,23 +33,42 @@ def frontier(result: dict, file: Path) -> None:
         label = method if metric == "fisher" else f"{method} ({metric})"
         if beyond := sum(p["ratio"] > high for p in points):
             label += f": {beyond} of {len(points)} above the chart"
-        axes.plot([p["cache_ratio"] for p in points], [p["ratio"] for p in points], marker=MARKERS[i % len(MARKERS)], label=label,
-                  linewidth=2.2 if i == 0 else 1.3, zorder=10 - i)
+        axes.plot(
+            [p["cache_ratio"] for p in points],
+            [p["ratio"] for p in points],
+            marker=MARKERS[i % len(MARKERS)],
+            label=label,
+            linewidth=2.2 if i == 0 else 1.3,
+            zorder=10 - i,
+        )
     if result["knee"] is not None:
         first = next(iter(lines.values()))
         height = next(p["ratio"] for p in first if p["cache_ratio"] == result["knee"])
-        axes.annotate("knee", (result["knee"], height), xytext=(12, 28), textcoords="offset points", arrowprops={"arrowstyle": "->"})
+        axes.annotate(
+            "knee",
+            (result["knee"], height),
+            xytext=(12, 28),
+            textcoords="offset points",
+            arrowprops={"arrowstyle": "->"},
+        )
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    ticks = [t for t in ((1, 1.02, 1.05, 1.1, 1.2) if high < 1.35 else (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2)) if t <= high]
+    ticks = [
+        t
+        for t in ((1, 1.02, 1.05, 1.1, 1.2) if high < 1.35 else (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2))
+        if t <= high
+    ]
     axes.set_yticks(ticks, minor=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("KV cache, share of the original")
     axes.set_ylabel("perplexity, relative to the original (log scale)")
-    axes.set_title(f"{shown(Path(result['model']).name)} on {shown(result['text']['name'])}, {result['tokens']:,} tokens, no training")
+    axes.set_title(
+        f"{shown(Path(result['model']).name)} on {shown(result['text']['name'])},"
+        f" {result['tokens']:,} tokens, no training"
+    )
     axes.grid(True, which="major", linewidth=0.4)
     axes.legend()
     figure.savefig(file)
@@ -54,9 +76,18 @@ def frontier(result: dict, file: Path) -> None:
 
 
 def decoding(result: dict, file: Path) -> None:
-    """Time per decoded token against context, one line per model and path, one panel per batch size; dotted, the time the bytes take."""
+    """Time per decoded token against context, one line per model and path, one panel per batch
+    size; dotted, the time the bytes take.
+    """
     batches = sorted({row["batch"] for row in result["rows"]})
-    figure, panels = pyplot.subplots(1, len(batches), figsize=(max(6.5, 4.5 * len(batches)), 4.5), dpi=130, layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        1,
+        len(batches),
+        figsize=(max(6.5, 4.5 * len(batches)), 4.5),
+        dpi=130,
+        layout="constrained",
+        squeeze=False,
+    )
     for axes, batch in zip(panels[0], batches):
         lines: dict[tuple[str, str], list] = {}
         for row in result["rows"]:
@@ -65,8 +96,18 @@ def decoding(result: dict, file: Path) -> None:
         for i, ((model, path), rows) in enumerate(lines.items()):
             rows = sorted(rows, key=lambda row: row["tokens"])
             label = shown(model if path == "original" else f"{model}, {path}")
-            [line] = axes.plot([r["tokens"] for r in rows], [r["milliseconds"] for r in rows], marker=MARKERS[i % len(MARKERS)], label=label)
-            axes.plot([r["tokens"] for r in rows], [r["limit_milliseconds"] for r in rows], linestyle=":", color=line.get_color())
+            [line] = axes.plot(
+                [r["tokens"] for r in rows],
+                [r["milliseconds"] for r in rows],
+                marker=MARKERS[i % len(MARKERS)],
+                label=label,
+            )
+            axes.plot(
+                [r["tokens"] for r in rows],
+                [r["limit_milliseconds"] for r in rows],
+                linestyle=":",
+                color=line.get_color(),
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -85,42 +126,101 @@ def decoding(result: dict, file: Path) -> None:
 
 
 def healing(log: list[dict], entry: dict, file: Path) -> None:
-    """Validation perplexity, relative to the original where it is known, and training loss, against tokens."""
-    steps, checks = [line for line in log if "loss" in line], [line for line in log if "validation_nll" in line]
+    """Validation perplexity, relative to the original where it is known, and training loss, against
+    tokens.
+    """
+    steps, checks = (
+        [line for line in log if "loss" in line],
+        [line for line in log if "validation_nll" in line],
+    )
     per_step = entry["tokens"] / max(1, entry["steps"])
     base = entry["validation"]["nll"].get("original", entry["validation"]["nll"]["converted"])
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), dpi=130, layout="constrained", sharex=True)
-    above.plot([line["step"] * per_step for line in checks], [math.exp(line["validation_nll"] - base) for line in checks], marker="o", label="held-out text")
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(8, 6), dpi=130, layout="constrained", sharex=True
+    )
+    above.plot(
+        [line["step"] * per_step for line in checks],
+        [math.exp(line["validation_nll"] - base) for line in checks],
+        marker="o",
+        label="held-out text",
+    )
     above.axhline(1, color="0.6", linewidth=0.8)
-    above.set_ylabel("perplexity, relative to\n" + ("the original" if "original" in entry["validation"]["nll"] else "the converted model"))
+    above.set_ylabel(
+        "perplexity, relative to\n"
+        + ("the original" if "original" in entry["validation"]["nll"] else "the converted model")
+    )
     above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
-    below.plot([line["tokens"] for line in steps], [line["loss"] for line in steps], linewidth=0.8, color="0.65", label="each step")
-    below.plot([line["tokens"] for line in steps], smooth([line["loss"] for line in steps]), linewidth=1.8, label="mean of the last steps")
-    below.set_ylabel({"kl": "KL to the original (nats)", "ce": "cross-entropy (nats)"}.get(entry["loss"], "loss (nats)"))
+    below.plot(
+        [line["tokens"] for line in steps],
+        [line["loss"] for line in steps],
+        linewidth=0.8,
+        color="0.65",
+        label="each step",
+    )
+    below.plot(
+        [line["tokens"] for line in steps],
+        smooth([line["loss"] for line in steps]),
+        linewidth=1.8,
+        label="mean of the last steps",
+    )
+    below.set_ylabel(
+        {"kl": "KL to the original (nats)", "ce": "cross-entropy (nats)"}.get(
+            entry["loss"], "loss (nats)"
+        )
+    )
     below.set_xlabel("tokens trained on")
     below.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     for axes in (above, below):
         axes.grid(True, linewidth=0.4)
         axes.legend()
-    above.set_title(f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens, {shown(entry['recipe']['optimizer'])}, {shown(entry['precision'].replace('no', 'float32'))}")
+    above.set_title(
+        f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens,"
+        f" {shown(entry['recipe']['optimizer'])},"
+        f" {shown(entry['precision'].replace('no', 'float32'))}"
+    )
     figure.savefig(file)
     pyplot.close(figure)
 
 
 def cache(record: dict, name: str, file: Path) -> None:
-    """Numbers that each layer caches per token, base and residuals of keys and values, and below the relative error of their fit."""
-    layers, heads, width = record["layers"], record["geometry"]["kv_heads"], record["geometry"]["head_dim"]
+    """Numbers that each layer caches per token, base and residuals of keys and values, and below
+    the relative error of their fit.
+    """
+    layers, heads, width = (
+        record["layers"],
+        record["geometry"]["kv_heads"],
+        record["geometry"]["head_dim"],
+    )
     places, height = range(len(layers)), [0] * len(record["layers"])
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True
+    )
     for side, colours in (("keys", ("C0", "#9ecae1")), ("values", ("C1", "#fdd0a2"))):
         for part, colour in zip(("base_width", "rank"), colours):
             numbers = [layer[side][part] * (heads if part == "rank" else 1) for layer in layers]
-            above.bar(places, numbers, bottom=height, color=colour, hatch="///" if part == "rank" else None, edgecolor="white", linewidth=0, label=f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}")
+            above.bar(
+                places,
+                numbers,
+                bottom=height,
+                color=colour,
+                hatch="///" if part == "rank" else None,
+                edgecolor="white",
+                linewidth=0,
+                label=(
+                    f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}"
+                ),
+            )
             height = [a + b for a, b in zip(height, numbers)]
-        below.plot(places, [layer[side]["error"] for layer in layers], marker=MARKERS[side == "values"], color=colours[0], label=side)
+        below.plot(
+            places,
+            [layer[side]["error"] for layer in layers],
+            marker=MARKERS[side == "values"],
+            color=colours[0],
+            label=side,
+        )
     above.axhline(2 * heads * width, color="0.4", linestyle="--", linewidth=1, label="the original")
     above.set_ylabel("numbers cached per token")
-    above.set_ylim(0, 2 * heads * width * 1.35)         # room for the legend
+    above.set_ylim(0, 2 * heads * width * 1.35)  # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
     above.set_title(f"{shown(name)}: {record['cache']['kv_ratio']:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")
@@ -138,9 +238,23 @@ def comparison(rows: list[dict], file: BinaryIO) -> None:
     """Perplexity ratio against cache for every row but the base, with its confidence interval."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i, row in enumerate(rows[1:]):
-        spread = None if row["ratio_low"] is None else [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
-        axes.errorbar(row["kv_ratio"], row["ratio"], yerr=spread, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=4, label=shown(row["name"]))
-    axes.plot(1, 1, marker="*", markersize=12, linestyle="none", color="0.3", label=shown(rows[0]["name"]))
+        spread = (
+            None
+            if row["ratio_low"] is None
+            else [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
+        )
+        axes.errorbar(
+            row["kv_ratio"],
+            row["ratio"],
+            yerr=spread,
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="none",
+            capsize=4,
+            label=shown(row["name"]),
+        )
+    axes.plot(
+        1, 1, marker="*", markersize=12, linestyle="none", color="0.3", label=shown(rows[0]["name"])
+    )
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set_xlim(0, max(1.05, 1.05 * max(row["kv_ratio"] for row in rows)))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -154,30 +268,48 @@ def comparison(rows: list[dict], file: BinaryIO) -> None:
 
 
 def by_context(rows: list[dict], file: BinaryIO) -> None:
-    """KL to the original and perplexity ratio against the tokens of context before the prediction (evaluate/statistics.by_context)."""
+    """KL to the original and perplexity ratio against the tokens of context before the prediction
+    (evaluate/statistics.by_context).
+    """
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for i, row in enumerate(rows):
         buckets = row["context"]
         middles = [math.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
         for axes, key in zip(panels, ("kl", "ratio")):
-            axes.plot(middles, [bucket[key] for bucket in buckets], marker=MARKERS[i % len(MARKERS)], label=shown(row["name"]))
+            axes.plot(
+                middles,
+                [bucket[key] for bucket in buckets],
+                marker=MARKERS[i % len(MARKERS)],
+                label=shown(row["name"]),
+            )
     edges = [bucket["from"] for bucket in rows[0]["context"]] + [rows[0]["context"][-1]["to"]]
-    for axes, label in zip(panels, ("KL to the original (nats)", "perplexity, relative to the original")):
+    for axes, label in zip(
+        panels, ("KL to the original (nats)", "perplexity, relative to the original")
+    ):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(edges, [f"{edge / 1024:.0f}K" if edge >= 1000 else str(edge) for edge in edges])
+        axes.set_xticks(
+            edges, [f"{edge / 1024:.0f}K" if edge >= 1000 else str(edge) for edge in edges]
+        )
         axes.set_xlabel("tokens of context before the prediction")
         axes.set_ylabel(label)
         axes.grid(True, linewidth=0.4)
     panels[0].set_ylim(bottom=0)
     panels[1].axhline(1, color="0.6", linewidth=0.8)
     panels[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+    )
     figure.savefig(file, format="svg")
     pyplot.close(figure)
 
 
 def shown(name: str) -> str:
-    """A name in a picture: without formulas, without what the font cannot draw, and not left out, as matplotlib does with labels that begin with an underscore."""
+    """A name in a picture: without formulas, without what the font cannot draw, and not left out,
+    as matplotlib does with labels that begin with an underscore.
+    """
     known = _characters()
     text = "".join(c if ord(c) in known else "□" for c in visible(name)).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
@@ -186,7 +318,9 @@ def shown(name: str) -> str:
 @lru_cache
 def _characters() -> set[int]:
     """What the font can draw."""
-    return set(font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
+    return set(
+        font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    )
 
 
 def check_format(file: Path) -> None:
@@ -194,10 +328,15 @@ def check_format(file: Path) -> None:
     known = pyplot.figure().canvas.get_supported_filetypes()
     pyplot.close()
     if (kind := file.suffix.lower().removeprefix(".")) not in known:
-        raise LrkvError(f"{file} is no picture: its name ends in {kind!r}", f"let it end in one of {', '.join(sorted(known))}")
+        raise LrkvError(
+            f"{file} is no picture: its name ends in {kind!r}",
+            f"let it end in one of {', '.join(sorted(known))}",
+        )
 
 
 def smooth(values: list[float]) -> list[float]:
     """Mean over the last tenth of what came before each value."""
     width = max(1, len(values) // 10)
-    return [sum(values[max(0, i - width + 1):i + 1]) / min(width, i + 1) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))
+    ]

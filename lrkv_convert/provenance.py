@@ -1,4 +1,7 @@
-"""Where a converted folder came from, read back from its lrkv.json: the source, the commands, and what of it may be shown to others."""
+"""Where a converted folder came from, read back from its lrkv.json: the source, the commands, and
+what of it may be shown to others.
+"""
+
 import json
 import math
 import os
@@ -15,11 +18,13 @@ from .plain_yaml import parse
 from .recipe import shipped
 from .writer import RECORD
 
-LEFT_OUT = ("recipe", "max_shard_size")     # not in the record: what they decide is
+LEFT_OUT = ("recipe", "max_shard_size")  # not in the record: what they decide is
 
 
 def public_name(source: str) -> str:
-    """What a source is called: a hub id as it is, of a path that exists the last part, as the rest says nothing to others."""
+    """What a source is called: a hub id as it is, of a path that exists the last part, as the rest
+    says nothing to others.
+    """
     path = Path(source).expanduser()
     return os.path.basename(os.path.abspath(path)) if path.exists() else source
 
@@ -38,7 +43,12 @@ def published(record: dict) -> dict:
 def calibrated_on(model: str | Path) -> set[str]:
     """sha256 of the texts that a converted folder was calibrated on."""
     try:
-        return {text["sha256"] for text in json.loads((Path(model).expanduser() / RECORD).read_text(encoding="utf-8"))["calibration"]["texts"]}
+        return {
+            text["sha256"]
+            for text in json.loads((Path(model).expanduser() / RECORD).read_text(encoding="utf-8"))[
+                "calibration"
+            ]["texts"]
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -48,10 +58,18 @@ def _names(paths: list[str] | None) -> list[str] | None:
 
 
 def commands(record: dict, out: str) -> list[str]:
-    """`lrkv convert`, and a `lrkv heal` for each round of training, that led to the folder `out`. Files by their names, not their paths."""
-    folders = [f"{out}-{i}" if i < len(record["history"]) else out for i in range(len(record["history"]) + 1)]
+    """`lrkv convert`, and a `lrkv heal` for each round of training, that led to the folder `out`.
+    Files by their names, not their paths.
+    """
+    folders = [
+        f"{out}-{i}" if i < len(record["history"]) else out
+        for i in range(len(record["history"]) + 1)
+    ]
     folders[0] = f"{out}-converted" if record["history"] else out
-    healing = [_heal(entry, before, after) for entry, before, after in zip(record["history"], folders, folders[1:])]
+    healing = [
+        _heal(entry, before, after)
+        for entry, before, after in zip(record["history"], folders, folders[1:])
+    ]
     return [quoted(list(map(str, words))) for words in (_convert(record, folders[0]), *healing)]
 
 
@@ -74,13 +92,22 @@ def _convert(record: dict, out: str) -> list[str]:
 def _heal(entry: dict, before: str, out: str) -> list[str]:
     recipe, known = entry["recipe"], shipped("heal")
     name = recipe["name"] if recipe["name"] in known else "short"
-    defaults, recipe = yaml.safe_load(known[name]), recipe | {"validation": _names(recipe.get("validation"))}
+    defaults, recipe = (
+        yaml.safe_load(known[name]),
+        recipe | {"validation": _names(recipe.get("validation"))},
+    )
     words = ["lrkv", "heal", before, "--data", *entry["data"], "--out", out, "--recipe", name]
-    changed = {field: value for field, value in recipe.items() if field != "name" and defaults.get(field, value) != value}
+    changed = {
+        field: value
+        for field, value in recipe.items()
+        if field != "name" and defaults.get(field, value) != value
+    }
     for field in ("tokens", "loss", "optimizer", "train"):
         if field in changed:
             words += [f"--{field}", str(changed.pop(field))]
-    return words + [word for field, value in changed.items() for word in ("--set", f"{field}={_setting(value)}")]
+    return words + [
+        word for field, value in changed.items() for word in ("--set", f"{field}={_setting(value)}")
+    ]
 
 
 def _setting(value) -> str:

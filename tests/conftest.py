@@ -1,37 +1,48 @@
 """Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
+
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1")          # as the command line has it, which is too late where tqdm is imported
-os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports Triton: kernels run on the CPU, interpreted
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):     # as many processes as cores: a thread each, and no common folder of modelling files
+# as the command line has it, which is too late where tqdm is imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+# before anything imports Triton: kernels run on the CPU, interpreted
+os.environ.setdefault("TRITON_INTERPRET", "1")
+# as many processes as cores: a thread each, and no common folder of modelling files
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_MODULES_CACHE"] = f"{tempfile.gettempdir()}/lrkv-modules-{os.getpid()}-{worker}"
 
 import pytest
 import torch
 from families import CONFIGS
+from lrkv_cli.main import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lrkv_cli.main import app
 from lrkv_convert import convert
 from lrkv_convert.modeling import FAMILIES
 
-torch.set_num_threads(min(2, torch.get_num_threads()))      # tiny models gain nothing from more; OMP_NUM_THREADS=1 is respected
-THOROUGH = ("llama", "llama-bias", "llama-mha-yarn", "mistral", "qwen2", "gpt2")     # every layout of a cache; all families: test_families.py
+# tiny models gain nothing from more; OMP_NUM_THREADS=1 is respected
+torch.set_num_threads(min(2, torch.get_num_threads()))
+# every layout of a cache; all families: test_families.py
+THOROUGH = ("llama", "llama-bias", "llama-mha-yarn", "mistral", "qwen2", "gpt2")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def build(family: str, folder: Path, dtype=torch.float32, **save) -> Path:
@@ -52,7 +63,9 @@ def tiny(tmp_path_factory):
 
     def get(family: str = "llama") -> Path:
         if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp(family.replace("-", "_")) / "model")
+            made[family] = build(
+                family, tmp_path_factory.mktemp(family.replace("-", "_")) / "model"
+            )
         return made[family]
 
     return get
@@ -74,7 +87,7 @@ def converted(tiny, tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp("lrkv") / "model"
             convert(str(tiny(family)), folder, **{"rank": 7, "calibration_tokens": 1024, **options})
-            made[key] = folder      # whole: a conversion that failed is tried again
+            made[key] = folder  # whole: a conversion that failed is tried again
         return made[key]
 
     return get
@@ -89,8 +102,12 @@ def prompt(length: int = 40, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# layers without base or without residual, of keys or of values, beside one that has all: what a planned conversion holds
-UNEVEN = {"keys": {"base_width": [0, 32, 32], "rank": [8, 0, 4], "alignment": True}, "values": {"base_width": [16, 32, 16], "rank": [0, 0, 4], "alignment": True}}
+# layers without base or without residual, of keys or of values, beside one that has all: what a
+# planned conversion holds
+UNEVEN = {
+    "keys": {"base_width": [0, 32, 32], "rank": [8, 0, 4], "alignment": True},
+    "values": {"base_width": [16, 32, 16], "rank": [0, 0, 4], "alignment": True},
+}
 
 
 def uneven(family: str = "llama", lrkv: dict = UNEVEN):
@@ -107,10 +124,24 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def refused(source, out: Path, *options: str, says: str) -> str:
-    """Run `lrkv convert`; it must fail with one line containing `says`, leaving no trace of `out`."""
+    """Run `lrkv convert`; it must fail with one line containing `says`, leaving no trace of
+    `out`.
+    """
     before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
     rank = [] if "--cache-ratio" in options and "--rank" not in options else ["--rank", "7"]
-    result = CliRunner().invoke(app, ["convert", str(source), "--out", str(out), *rank, "--calibration-tokens", "1024", *options])
+    result = CliRunner().invoke(
+        app,
+        [
+            "convert",
+            str(source),
+            "--out",
+            str(out),
+            *rank,
+            "--calibration-tokens",
+            "1024",
+            *options,
+        ],
+    )
     assert result.exit_code == 1, result.output + repr(result.exception)
     line = result.stderr.strip()
     assert len(line.splitlines()) == 1 and line.startswith("error: ") and "; " in line, line
@@ -121,14 +152,28 @@ def refused(source, out: Path, *options: str, says: str) -> str:
 
 
 # six steps of healing
-SHORT = dict(tokens=6 * 4 * 64, seq_len=64, batch_size=4, validation_tokens=256, validate_every=3, checkpoint_every=2, precision="fp32", tracker="none")
+SHORT = dict(
+    tokens=6 * 4 * 64,
+    seq_len=64,
+    batch_size=4,
+    validation_tokens=256,
+    validate_every=3,
+    checkpoint_every=2,
+    precision="fp32",
+    tracker="none",
+)
 
 
 @pytest.fixture(scope="session")
 def sheep(tmp_path_factory):
     """A few kilobytes of something learnable."""
     file = tmp_path_factory.mktemp("data") / "text.txt"
-    file.write_text("".join(f"{i} sheep jumped over {i * 7 % 13} fences, and {i * i % 97} slept.\n" for i in range(400)))
+    file.write_text(
+        "".join(
+            f"{i} sheep jumped over {i * 7 % 13} fences, and {i * i % 97} slept.\n"
+            for i in range(400)
+        )
+    )
     return file
 
 
@@ -140,7 +185,7 @@ def losses(folder) -> list[float]:
     return [line["loss"] for line in log(folder) if "loss" in line]
 
 
-SETTINGS = [f"{name}={value}" for name, value in SHORT.items()]     # the same, for --set
+SETTINGS = [f"{name}={value}" for name, value in SHORT.items()]  # the same, for --set
 
 
 def run(*arguments, code=0):

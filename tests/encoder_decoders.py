@@ -1,4 +1,7 @@
-"""Tiny encoder-decoders of odd sizes, whose stacks differ in depth and heads, what they are calibrated on, and how they are run. A new family is a new row."""
+"""Tiny encoder-decoders of odd sizes, whose stacks differ in depth and heads, what they are
+calibrated on, and how they are run. A new family is a new row.
+"""
+
 import json
 import wave
 from functools import lru_cache
@@ -8,7 +11,14 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import save_file
-from transformers import BartConfig, MarianConfig, PegasusConfig, T5Config, WhisperConfig, WhisperFeatureExtractor
+from transformers import (
+    BartConfig,
+    MarianConfig,
+    PegasusConfig,
+    T5Config,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 
 from lrkv_convert import convert
 from lrkv_convert.evaluate.load import load_model
@@ -16,22 +26,60 @@ from lrkv_convert.modeling import auto_class
 from lrkv_convert.seq2seq import writing
 
 FLOAT32, FLOAT64, STEPS = 1e-4, 1e-9, 1e-4
-SPECIAL = dict(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, decoder_start_token_id=256)
-BART = dict(SPECIAL, d_model=60, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32,
-            init_std=0.3, dropout=0.0, max_position_embeddings=80, forced_eos_token_id=None)
-T5 = dict(SPECIAL, d_model=48, num_layers=1, num_decoder_layers=2, num_heads=3, d_kv=20, d_ff=32, dropout_rate=0.0, initializer_factor=2.0, relative_attention_num_buckets=8,
-          relative_attention_max_distance=12)
-SPEECH = dict(max_source_positions=50, max_target_positions=80, num_mel_bins=8, begin_suppress_tokens=None)
+SPECIAL = dict(
+    vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, decoder_start_token_id=256
+)
+BART = dict(
+    SPECIAL,
+    d_model=60,
+    encoder_layers=1,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=3,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    init_std=0.3,
+    dropout=0.0,
+    max_position_embeddings=80,
+    forced_eos_token_id=None,
+)
+T5 = dict(
+    SPECIAL,
+    d_model=48,
+    num_layers=1,
+    num_decoder_layers=2,
+    num_heads=3,
+    d_kv=20,
+    d_ff=32,
+    dropout_rate=0.0,
+    initializer_factor=2.0,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+)
+SPEECH = dict(
+    max_source_positions=50, max_target_positions=80, num_mel_bins=8, begin_suppress_tokens=None
+)
 CONFIGS = {
     "bart": lambda: BartConfig(**BART, scale_embedding=True),
     "marian": lambda: MarianConfig(**BART),
-    "marian-apart": lambda: MarianConfig(**BART, share_encoder_decoder_embeddings=False, decoder_vocab_size=260, tie_word_embeddings=False),
+    "marian-apart": lambda: MarianConfig(
+        **BART,
+        share_encoder_decoder_embeddings=False,
+        decoder_vocab_size=260,
+        tie_word_embeddings=False,
+    ),
     "pegasus": lambda: PegasusConfig(**BART),
     "t5": lambda: T5Config(**T5),
     "t5-gated": lambda: T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "whisper": lambda: WhisperConfig(**BART, **SPEECH),
 }
-PAIRS = [{"source": f"{i} sheep jumped over {i * 7 % 13} fences.", "target": f"Sheep number {i * i % 97} slept."} for i in range(12)]
+PAIRS = [
+    {
+        "source": f"{i} sheep jumped over {i * 7 % 13} fences.",
+        "target": f"Sheep number {i * i % 97} slept.",
+    }
+    for i in range(12)
+]
 
 
 def build(family: str, folder: Path, dtype=torch.float32) -> Path:
@@ -43,11 +91,16 @@ def build(family: str, folder: Path, dtype=torch.float32) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
-    if family == "t5-gated":        # T5 1.1 has an output layer of its own, whatever its config says of tying
+    # T5 1.1 has an output layer of its own, whatever its config says of tying
+    if family == "t5-gated":
         model.lm_head.weight = torch.nn.Parameter(torch.randn(260, 48, dtype=dtype) / 7)
     model.save_pretrained(folder)
     if family == "t5-gated":
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+        state = {
+            name: tensor.clone()
+            for name, tensor in model.state_dict().items()
+            if name not in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+        }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
     if family == "whisper":
@@ -62,7 +115,12 @@ def speech(folder: Path, count: int = 6, transcripts: bool = True) -> Path:
         t = torch.arange(8000 + 1000 * i) / 16000
         with wave.open(str(folder / f"{i}.wav"), "wb") as sound:
             sound.setparams((1, 2, 16000, 0, "NONE", ""))
-            sound.writeframes((torch.sin(2 * torch.pi * (200 + 100 * i) * t * (1 + t)) * 20000).to(torch.int16).numpy().tobytes())
+            sound.writeframes(
+                (torch.sin(2 * torch.pi * (200 + 100 * i) * t * (1 + t)) * 20000)
+                .to(torch.int16)
+                .numpy()
+                .tobytes()
+            )
         if transcripts:
             (folder / f"{i}.txt").write_text(f"tone {i} of {count}\n")
     return folder
@@ -79,8 +137,9 @@ def write_little():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    made = lru_cache(None)(lambda family: build(family, tmp_path_factory.mktemp(family.replace("-", "_")) / "model"))
-    return made
+    return lru_cache(None)(
+        lambda family: build(family, tmp_path_factory.mktemp(family.replace("-", "_")) / "model")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +153,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(tiny, data, tmp_path_factory):
-    """converted(family, **options) -> folder; each combination is converted once, of ranks 7 unless told otherwise."""
+    """converted(family, **options) -> folder; each combination is converted once, of ranks 7 unless
+    told otherwise.
+    """
     made = {}
 
     def get(family: str, calibrated: bool = False, **options) -> Path:
@@ -102,21 +163,32 @@ def converted(tiny, data, tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("lrkv") / "model"
             sizes = {} if "cache_ratio" in options else {"rank": 7}
-            convert(str(tiny(family)), made[key], calibration=[data(family)] if calibrated else [], **{**sizes, **options})
+            convert(
+                str(tiny(family)),
+                made[key],
+                calibration=[data(family)] if calibrated else [],
+                **{**sizes, **options},
+            )
         return made[key]
 
     return get
 
 
 def load(folder, dtype="auto", **kwargs):
-    model_type = json.loads((Path(folder) / "config.json").read_text())["model_type"].removeprefix("lrkv_")
+    model_type = json.loads((Path(folder) / "config.json").read_text())["model_type"].removeprefix(
+        "lrkv_"
+    )
     return load_model(str(folder), torch.device("cpu"), dtype, auto_class(model_type), **kwargs)
 
 
 def source(model, batch: int = 1, length: int = 11) -> dict:
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "input_features":
-        return {"input_features": torch.randn(batch, 8, 100, generator=generator, dtype=torch.float64).to(model.dtype)}
+        return {
+            "input_features": (
+                torch.randn(batch, 8, 100, generator=generator, dtype=torch.float64).to(model.dtype)
+            )
+        }
     return {"input_ids": torch.randint(0, 256, (batch, length), generator=generator)}
 
 
@@ -135,10 +207,22 @@ def logits(model, ids, **kwargs):
 @torch.no_grad()
 def stepwise(model, ids, first: int, cache=None, given=None, mask=None, decoder_mask=None):
     given = given or source(model, len(ids))
-    encoded, out = model.get_encoder()(**given, **({} if mask is None else {"attention_mask": mask})).last_hidden_state, []
+    encoded, out = (
+        model.get_encoder()(
+            **given, **({} if mask is None else {"attention_mask": mask})
+        ).last_hidden_state,
+        [],
+    )
     for start, stop in [(0, first)] + [(t, t + 1) for t in range(first, ids.shape[1])]:
         more = {} if decoder_mask is None else {"decoder_attention_mask": decoder_mask[:, :stop]}
-        output = model(encoder_outputs=(encoded,), attention_mask=mask, decoder_input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **more)
+        output = model(
+            encoder_outputs=(encoded,),
+            attention_mask=mask,
+            decoder_input_ids=ids[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            **more,
+        )
         cache = output.past_key_values
         out.append(output.logits)
     return torch.cat(out, dim=1), cache

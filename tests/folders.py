@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from conftest import prompt, relative
+from lrkv_cli.main import app
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-
-from lrkv_cli.main import app
 
 CLOSE = 1e-4  # relative: full rank, in float32
 EMBEDDING = {

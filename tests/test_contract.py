@@ -1,4 +1,7 @@
-"""What a later release of transformers might change: each such release, acted out, is refused in one line instead of giving wrong numbers."""
+"""What a later release of transformers might change: each such release, acted out, is refused in
+one line instead of giving wrong numbers.
+"""
+
 import importlib
 import inspect
 
@@ -6,13 +9,13 @@ import pytest
 import torch
 import transformers
 from conftest import prompt
+from lrkv_cli.main import app
 from test_model import load
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
-from lrkv_cli.main import app
 from lrkv_convert.modeling import ENCODER_DECODERS, FAMILIES, contract_lrkv
 from lrkv_convert.modeling.contract_lrkv import CACHE, CACHE_NAMES, BrokenContract, take_cache
 
@@ -40,7 +43,12 @@ def renamed(arguments: dict) -> None:
 
 def one_line(error) -> str:
     said = str(error.value)
-    assert len(said.splitlines()) == 1 and f"transformers {transformers.__version__} " in said and "5.17.0 to" in said and "Install" in said, said
+    assert (
+        len(said.splitlines()) == 1
+        and f"transformers {transformers.__version__} " in said
+        and "5.17.0 to" in said
+        and "Install" in said
+    ), said
     return said
 
 
@@ -54,7 +62,7 @@ def test_a_cache_that_does_not_reach_attention(family, change, converted, monkey
     assert "the cache" in one_line(error)
     with pytest.raises(BrokenContract):
         model.generate(prompt(12), max_new_tokens=2, do_sample=False, pad_token_id=258)
-    model(prompt(), use_cache=False)        # nothing is wrong there
+    model(prompt(), use_cache=False)  # nothing is wrong there
 
 
 def test_a_cache_that_is_lost_after_the_prompt(converted, monkeypatch):
@@ -68,7 +76,11 @@ def test_a_cache_that_is_lost_after_the_prompt(converted, monkeypatch):
 def test_a_cache_that_reaches_some_layers_only(converted, monkeypatch):
     model = load(converted())
     before = model.model.layers[1].self_attn.forward
-    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda *args, **kwargs: (take_cache(kwargs), before(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        model.model.layers[1].self_attn,
+        "forward",
+        lambda *args, **kwargs: (take_cache(kwargs), before(*args, **kwargs))[1],
+    )
     with pytest.raises(BrokenContract) as error:
         model(prompt(), use_cache=True)
     assert "layer 1 of the cache 0 tokens of 40" in one_line(error)
@@ -97,12 +109,16 @@ def test_while_compiling_too(converted, monkeypatch):
     attention_with(monkeypatch, model, drop(CACHE_NAMES))
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match="did not hand the cache on"):
-        torch.compile(model.forward, backend="eager", fullgraph=True)(prompt(1), **{CACHE: cache}, position_ids=torch.tensor([[40]]))
+        torch.compile(model.forward, backend="eager", fullgraph=True)(
+            prompt(1), **{CACHE: cache}, position_ids=torch.tensor([[40]])
+        )
 
 
 def test_caches_of_encoder_decoders_that_do_not_reach_attention(tmp_path, monkeypatch):
     from encoder_decoders import build
+
     from lrkv_convert import convert
+
     convert(str(build("bart", tmp_path / "source")), tmp_path / "out", rank=7, calibration=[])
     model = load_seq2seq(tmp_path / "out")
     model(prompt(9), decoder_input_ids=prompt(7), use_cache=True)
@@ -118,25 +134,59 @@ def load_seq2seq(folder):
 
 def test_layers_dropped_in_training_are_no_breach(tmp_path):
     from encoder_decoders import CONFIGS
+
     config = CONFIGS["bart"]()
     config.decoder_layerdrop = 0.9
-    spec = {side: {"base_width": [20, 20], "rank": [7, 7], "alignment": True} for side in ("keys", "values")}
+    spec = {
+        side: {"base_width": [20, 20], "rank": [7, 7], "alignment": True}
+        for side in ("keys", "values")
+    }
     config_class, _, model_class = ENCODER_DECODERS["bart"]
-    model = model_class(config_class(**{**config.to_dict(), "lrkv": spec, "lrkv_cross": spec, "model_type": "lrkv_bart"})).train()
+    model = model_class(
+        config_class(
+            **{**config.to_dict(), "lrkv": spec, "lrkv_cross": spec, "model_type": "lrkv_bart"}
+        )
+    ).train()
     for seed in range(4):
         torch.manual_seed(seed)
         model(prompt(9), decoder_input_ids=prompt(7), use_cache=True)
 
 
-# ------------------------------------------------------------------------------------------------ positions
+# ---------------------------------------------------------------------------------------- positions
 
-@pytest.mark.parametrize("change, says", [
-    (drop(["position_embeddings"]), "no position embeddings"),
-    (lambda a: a.update(position_embeddings=tuple(t[..., :10] for t in a["position_embeddings"])), "another layout"),
-    (lambda a: a.update(position_embeddings=tuple(t[..., :10].repeat_interleave(2, -1) for t in a["position_embeddings"])), "another layout"),
-    (lambda a: a.update(position_embeddings=tuple(t[:, :-1] for t in a["position_embeddings"])), "another layout"),
-    (lambda a: a.update(position_embeddings=a["position_embeddings"][0]), "no pair"),
-    (lambda a: a.update(position_embeddings=torch.complex(*a["position_embeddings"])), "no pair")], ids=["none", "halves", "neighbours", "shorter", "one", "complex"])
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (drop(["position_embeddings"]), "no position embeddings"),
+        (
+            lambda a: a.update(
+                position_embeddings=tuple(t[..., :10] for t in a["position_embeddings"])
+            ),
+            "another layout",
+        ),
+        (
+            lambda a: a.update(
+                position_embeddings=tuple(
+                    t[..., :10].repeat_interleave(2, -1) for t in a["position_embeddings"]
+                )
+            ),
+            "another layout",
+        ),
+        (
+            lambda a: a.update(
+                position_embeddings=tuple(t[:, :-1] for t in a["position_embeddings"])
+            ),
+            "another layout",
+        ),
+        (lambda a: a.update(position_embeddings=a["position_embeddings"][0]), "no pair"),
+        (
+            lambda a: a.update(position_embeddings=torch.complex(*a["position_embeddings"])),
+            "no pair",
+        ),
+    ],
+    ids=["none", "halves", "neighbours", "shorter", "one", "complex"],
+)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_positions_of_another_kind(change, says, use_cache, converted, monkeypatch):
     model = load(converted())
@@ -146,7 +196,8 @@ def test_positions_of_another_kind(change, says, use_cache, converted, monkeypat
     assert says in one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ masks
+# -------------------------------------------------------------------------------------------- masks
+
 
 def padded() -> dict:
     mask = torch.ones(2, 40, dtype=torch.long)
@@ -154,7 +205,11 @@ def padded() -> dict:
     return dict(input_ids=prompt(batch=2), attention_mask=mask)
 
 
-@pytest.mark.parametrize("attention, given", [("sdpa", padded), ("eager", lambda: dict(input_ids=prompt()))], ids=["padding", "eager"])
+@pytest.mark.parametrize(
+    "attention, given",
+    [("sdpa", padded), ("eager", lambda: dict(input_ids=prompt()))],
+    ids=["padding", "eager"],
+)
 def test_a_mask_that_does_not_reach_attention(attention, given, converted, monkeypatch):
     model = load(converted(), attn_implementation=attention)
     attention_with(monkeypatch, model, drop(["attention_mask"]))
@@ -163,22 +218,38 @@ def test_a_mask_that_does_not_reach_attention(attention, given, converted, monke
     assert "no mask" in one_line(error)
 
 
-@pytest.mark.parametrize("change", [
-    lambda mask: {"full_attention": mask}, lambda mask: mask.mT[:, :, :5], lambda mask: mask[..., :-1], lambda mask: mask[:, 0], lambda mask: mask.long(),
-    lambda mask: mask.repeat(3, 1, 1, 1)], ids=["dict", "rows", "columns", "three dimensions", "integers", "batch"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: {"full_attention": mask},
+        lambda mask: mask.mT[:, :, :5],
+        lambda mask: mask[..., :-1],
+        lambda mask: mask[:, 0],
+        lambda mask: mask.long(),
+        lambda mask: mask.repeat(3, 1, 1, 1),
+    ],
+    ids=["dict", "rows", "columns", "three dimensions", "integers", "batch"],
+)
 def test_a_mask_of_another_shape(change, converted, monkeypatch):
     model = load(converted())
-    attention_with(monkeypatch, model, lambda a: a.update(attention_mask=change(a["attention_mask"])))
+    attention_with(
+        monkeypatch, model, lambda a: a.update(attention_mask=change(a["attention_mask"]))
+    )
     with pytest.raises(BrokenContract) as error:
         model(**padded(), use_cache=True)
     one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ attention functions, signatures, versions
+# -------------------------------------------------------- attention functions, signatures, versions
+
 
 def test_an_attention_function_that_answers_in_another_order(converted, monkeypatch):
     folder, before = converted(), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kwargs: (before(*args, **kwargs)[0].transpose(1, 2), None))
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *args, **kwargs: (before(*args, **kwargs)[0].transpose(1, 2), None),
+    )
     with pytest.raises(BrokenContract) as error:
         load(folder)(prompt())
     assert "gives" in one_line(error)
@@ -187,8 +258,11 @@ def test_an_attention_function_that_answers_in_another_order(converted, monkeypa
 def test_an_attention_function_that_knows_no_scaling(converted, monkeypatch):
     folder = converted()
 
-    def sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scale=None, **kwargs):
+    def sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=0.0, scale=None, **kwargs
+    ):
         raise AssertionError("must not be reached")
+
     sdpa_attention_forward.__module__ = "transformers.integrations.sdpa_attention"
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_attention_forward)
     with pytest.raises(BrokenContract) as error:
@@ -197,20 +271,35 @@ def test_an_attention_function_that_knows_no_scaling(converted, monkeypatch):
 
 
 def test_an_attention_function_of_the_users_own_may_take_what_it_likes(converted):
-    transformers.AttentionInterface.register("mine", lambda *args, **kwargs: ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs))
+    transformers.AttentionInterface.register("mine", ALL_ATTENTION_FUNCTIONS["sdpa"])
     transformers.AttentionMaskInterface.register("mine", transformers.masking_utils.sdpa_mask)
     ids = prompt()
-    mine, sdpa = (load(converted(), attn_implementation=name)(ids).logits for name in ("mine", "sdpa"))
+    mine, sdpa = (
+        load(converted(), attn_implementation=name)(ids).logits for name in ("mine", "sdpa")
+    )
     assert torch.equal(mine, sdpa)
 
 
-@pytest.mark.parametrize("gone", [["attention_mask"], ["position_embeddings", "position_ids"], list(CACHE_NAMES)], ids=str)
-def test_attention_that_takes_other_arguments_is_refused_when_the_model_is_built(gone, converted, monkeypatch):
-    folder, known = converted(), inspect.signature(LlamaAttention.forward)      # converted before anything is acted out
+@pytest.mark.parametrize(
+    "gone",
+    [["attention_mask"], ["position_embeddings", "position_ids"], list(CACHE_NAMES)],
+    ids=str,
+)
+def test_attention_that_takes_other_arguments_is_refused_when_the_model_is_built(
+    gone, converted, monkeypatch
+):
+    # converted before anything is acted out
+    folder, known = converted(), inspect.signature(LlamaAttention.forward)
 
     def forward(self, *args, **kwargs):
         raise AssertionError("must not be reached")
-    forward.__signature__ = known.replace(parameters=[p.replace(name=f"new_{p.name}") if p.name in gone else p for p in known.parameters.values()])
+
+    forward.__signature__ = known.replace(
+        parameters=[
+            p.replace(name=f"new_{p.name}") if p.name in gone else p
+            for p in known.parameters.values()
+        ]
+    )
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     with pytest.raises(BrokenContract) as error:
         load(folder)
@@ -219,13 +308,18 @@ def test_attention_that_takes_other_arguments_is_refused_when_the_model_is_built
 
 def test_a_newer_release_is_named_once(monkeypatch, caplog):
     from transformers.utils import logging
+
     logging.enable_propagation()
     try:
         for version, expected in ((contract_lrkv.TESTED[1], 0), ("5.99.1", 1)):
             monkeypatch.setattr(transformers, "__version__", version)
             contract_lrkv.say_if_newer()
             contract_lrkv.say_if_newer()
-            said = [record.message for record in caplog.records if "LRKV modelling files" in record.message]
+            said = [
+                record.message
+                for record in caplog.records
+                if "LRKV modelling files" in record.message
+            ]
             assert len(said) == expected
         assert contract_lrkv.TESTED[1] in said[0] and "5.99.1" in said[0]
     finally:
@@ -237,18 +331,37 @@ def test_the_command_line_says_both_in_a_line(tiny, converted, monkeypatch):
     source, folder = tiny(), converted()
     monkeypatch.setattr(transformers, "__version__", "5.99.1")
     result = CliRunner().invoke(app, ["convert", str(source), "--out", "never", "--rank", "99"])
-    assert [line[:6] for line in result.stderr.splitlines()] == ["note: ", "error:"] and "5.99.1" in result.stderr
+    assert [line[:6] for line in result.stderr.splitlines()] == [
+        "note: ",
+        "error:",
+    ] and "5.99.1" in result.stderr
     monkeypatch.setattr(transformers, "__version__", contract_lrkv.TESTED[1])
-    monkeypatch.setattr(contract_lrkv.Written, "check", lambda self: (_ for _ in ()).throw(BrokenContract("did not hand the cache on")))
+    monkeypatch.setattr(
+        contract_lrkv.Written,
+        "check",
+        lambda self: (_ for _ in ()).throw(BrokenContract("did not hand the cache on")),
+    )
     result = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "64"])
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "did not hand the cache on" in result.stderr
+    assert (
+        result.exit_code == 1
+        and len(result.stderr.splitlines()) == 1
+        and "did not hand the cache on" in result.stderr
+    )
 
 
 def test_every_family_says_what_it_is_handed():
-    """The table in contract_lrkv.py is what `require_arguments` asks of every family under this release."""
-    for model_type, (config_class, base_class, head_class) in FAMILIES.items():
+    """The table in contract_lrkv.py is what `require_arguments` asks of every family under this
+    release.
+    """
+    for _, base_class, _ in FAMILIES.values():
         module = importlib.import_module(base_class.__module__)
-        [attention] = [cls for name, cls in vars(module).items() if name.startswith("Lrkv") and name.endswith("Attention") and cls.__module__ == module.__name__]
+        [attention] = [
+            cls
+            for name, cls in vars(module).items()
+            if name.startswith("Lrkv")
+            and name.endswith("Attention")
+            and cls.__module__ == module.__name__
+        ]
         contract_lrkv.require_arguments(attention, hasattr(base_class, "rotation"))
 
 
@@ -259,4 +372,6 @@ def test_two_caches_are_one_too_many(converted):
 
 def test_arguments_by_position_are_the_familys(converted):
     model, given = load(converted()), padded()
-    assert torch.equal(model.model(given["input_ids"], given["attention_mask"])[0], model.model(**given)[0])
+    assert torch.equal(
+        model.model(given["input_ids"], given["attention_mask"])[0], model.model(**given)[0]
+    )

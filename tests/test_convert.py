@@ -1,4 +1,7 @@
-"""The output folder: what is in it, that it is the same from every form of the source, and that it loads anywhere."""
+"""The output folder: what is in it, that it is the same from every form of the source, and that it
+loads anywhere.
+"""
+
 import hashlib
 import json
 import os
@@ -24,14 +27,28 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({folder!r}, **{options})
 ids = torch.tensor([{ids}])
 print(type(model).__name__, type(model).__module__)
-print(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
+print(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None,
+    pad_token_id=258).tolist())
 """
 
 
 def fresh(folder, tmp_path, blocked, imported, **options):
-    code = LOAD.format(blocked=blocked, imported=imported, folder=str(folder), options=options, ids=prompt(12)[0].tolist())
+    code = LOAD.format(
+        blocked=blocked,
+        imported=imported,
+        folder=str(folder),
+        options=options,
+        ids=prompt(12)[0].tolist(),
+    )
     env = dict(os.environ, HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, cwd=tmp_path)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
@@ -41,7 +58,11 @@ def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_pa
     module, tokens = done.stdout.splitlines()[-2:]
     assert " transformers_modules" in module
     here = AutoModelForCausalLM.from_pretrained(converted(family))
-    assert tokens == str(here.generate(prompt(12), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258).tolist())
+    assert tokens == str(
+        here.generate(
+            prompt(12), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258
+        ).tolist()
+    )
 
 
 def test_loads_without_trust_where_this_package_is_imported(converted, tmp_path):
@@ -53,31 +74,61 @@ def test_loads_without_trust_where_this_package_is_imported(converted, tmp_path)
 def test_without_package_and_trust_loading_fails_clearly(converted, tmp_path):
     done = fresh(converted(), tmp_path, blocked=True, imported=False)
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
-    assert "Lrkv" not in done.stdout and "[[" not in done.stdout     # no model, no tokens
+    assert "Lrkv" not in done.stdout and "[[" not in done.stdout  # no model, no tokens
 
 
 def test_the_folder_holds_what_it_should(family, converted, tiny):
     folder = converted(family)
     names = {p.name for p in folder.iterdir()}
     modeling = f"modeling_lrkv_{family.split('-')[0]}.py"
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "lrkv.json", "README.md", "cache.png",
-            "attention_lrkv.py", "cache_lrkv.py", "contract_lrkv.py", "factors_lrkv.py", "kernel_lrkv.py", "models_lrkv.py", modeling} == names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "lrkv.json",
+        "README.md",
+        "cache.png",
+        "attention_lrkv.py",
+        "cache_lrkv.py",
+        "contract_lrkv.py",
+        "factors_lrkv.py",
+        "kernel_lrkv.py",
+        "models_lrkv.py",
+        modeling,
+    } == names
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "lrkv_" + family.split("-")[0]
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert len(config["lrkv"]["keys"]["rank"]) == config.get("num_hidden_layers", config.get("n_layer"))
+    assert len(config["lrkv"]["keys"]["rank"]) == config.get(
+        "num_hidden_layers", config.get("n_layer")
+    )
 
 
 def test_the_record_tells_how_to_reproduce_it(converted, tiny):
     record = json.loads((converted() / "lrkv.json").read_text())
-    assert record["source"]["sha256"] == hashlib.sha256((tiny() / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        record["source"]["sha256"]
+        == hashlib.sha256((tiny() / "model.safetensors").read_bytes()).hexdigest()
+    )
     assert record["recipe"]["rank"] == 7 and record["recipe"]["base"] == "joint"
     assert record["cache"]["kv_ratio"] == pytest.approx((20 + 3 * 7) / (3 * 20))
     assert [layer["keys"]["rank"] for layer in record["layers"]] == [7, 7]
-    assert all(0 < layer[side]["error"] < 1 for layer in record["layers"] for side in ("keys", "values"))
+    assert all(
+        0 < layer[side]["error"] < 1 for layer in record["layers"] for side in ("keys", "values")
+    )
     [text] = record["calibration"]["texts"]
-    assert text["name"] == "built-in" and len(text["sha256"]) == 64 and record["calibration"]["tokens"] == 1024
-    assert record["versions"]["torch"] == torch.__version__ and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
+    assert (
+        text["name"] == "built-in"
+        and len(text["sha256"]) == 64
+        and record["calibration"]["tokens"] == 1024
+    )
+    assert (
+        record["versions"]["torch"] == torch.__version__
+        and record["seconds"] > 0
+        and record["peak_memory_bytes"] > 0
+    )
 
 
 def test_the_model_card_states_the_cache(converted):
@@ -101,18 +152,31 @@ def test_sharded_in_and_out(tiny, converted, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(shards) > 2 and {s.name for s in shards} == set(index["weight_map"].values())
     ids = prompt()
-    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted())))
+    assert torch.equal(
+        *(
+            AutoModelForCausalLM.from_pretrained(f)(ids).logits
+            for f in (tmp_path / "out", converted())
+        )
+    )
 
 
 def test_bare_gpt2_names_and_mask_buffers_are_understood(tiny, converted, tmp_path):
     """As OpenAI's own upload: no "transformer." prefix, mask buffers beside the weights."""
     source = build("gpt2", tmp_path / "source")
-    tensors = {n.removeprefix("transformer."): t for n, t in load_file(source / "model.safetensors").items()}
+    tensors = {
+        n.removeprefix("transformer."): t
+        for n, t in load_file(source / "model.safetensors").items()
+    }
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     save_file(tensors, source / "model.safetensors")
     convert(str(source), tmp_path / "out", rank=7, calibration_tokens=1024)
     ids = prompt()
-    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted("gpt2"))))
+    assert torch.equal(
+        *(
+            AutoModelForCausalLM.from_pretrained(f)(ids).logits
+            for f in (tmp_path / "out", converted("gpt2"))
+        )
+    )
 
 
 def test_pickled_weights_are_read_as_weights_only(tiny, converted, tmp_path):
@@ -121,15 +185,20 @@ def test_pickled_weights_are_read_as_weights_only(tiny, converted, tmp_path):
     (source / "model.safetensors").unlink()
     convert(str(source), tmp_path / "out", rank=7, calibration_tokens=1024)
     ids = prompt()
-    assert torch.equal(*(AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tmp_path / "out", converted())))
+    assert torch.equal(
+        *(
+            AutoModelForCausalLM.from_pretrained(f)(ids).logits
+            for f in (tmp_path / "out", converted())
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_dtype_is_the_sources_unless_asked(dtype, tiny, tmp_path):
     done = convert(str(tiny()), tmp_path / "out", rank=7, calibration=[], dtype=dtype)
-    assert done.record["recipe"]["metric"] == "attention"       # without text there is no gradient
+    assert done.record["recipe"]["metric"] == "attention"  # without text there is no gradient
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
-        found = {handle.get_tensor(name).dtype for name in handle.keys()}
+        found = {handle.get_tensor(name).dtype for name in handle.keys()}  # noqa: SIM118
     assert found == {torch.float32 if dtype == "auto" else torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype in found
 
@@ -137,7 +206,12 @@ def test_dtype_is_the_sources_unless_asked(dtype, tiny, tmp_path):
 def test_bf16_factors_cost_little(tiny, converted, tmp_path):
     convert(str(tiny()), tmp_path / "out", rank=7, calibration_tokens=1024, dtype="bfloat16")
     ids = prompt(200)
-    full, half = (torch.log_softmax(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits, -1) for f in (converted(), tmp_path / "out"))
+    full, half = (
+        torch.log_softmax(
+            AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits, -1
+        )
+        for f in (converted(), tmp_path / "out")
+    )
     original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny())(ids).logits, -1)
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1).mean().item()
     assert kl(full, half) < 0.1 * kl(original, full)
@@ -161,13 +235,40 @@ def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
 
 
 def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
-    """Each step of the method is closer to the original than the one before, on text it did not see."""
+    """Each step of the method is closer to the original than the one before, on text it did not
+    see.
+    """
     from lrkv_convert.texts import Text, windows
-    ids = windows([Text("held out", "The quick brown fox jumps over the lazy dog; 3.14159 is not a rational number. " * 30)], tiny_tokenizer(), 256, 1024)
+
+    ids = windows(
+        [
+            Text(
+                "held out",
+                "The quick brown fox jumps over the lazy dog; 3.14159 is not a rational number. "
+                * 30,
+            )
+        ],
+        tiny_tokenizer(),
+        256,
+        1024,
+    )
     original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
     kls = []
-    for options in (dict(base="mean", calibration=()), dict(base="joint", calibration=()), dict(base="joint", refit=False), dict(base="joint")):
-        model = AutoModelForCausalLM.from_pretrained(converted("gpt2", **{**options, **({"calibration_tokens": 8192} if "calibration" not in options else {})}))
+    for options in (
+        dict(base="mean", calibration=()),
+        dict(base="joint", calibration=()),
+        dict(base="joint", refit=False),
+        dict(base="joint"),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            converted(
+                "gpt2",
+                **{
+                    **options,
+                    **({"calibration_tokens": 8192} if "calibration" not in options else {}),
+                },
+            )
+        )
         logp = torch.log_softmax(model(ids).logits, -1)
         kls.append((original.exp() * (original - logp)).sum(-1).mean().item())
     assert kls == sorted(kls, reverse=True), kls
@@ -184,26 +285,41 @@ def test_a_cache_ratio_is_met_by_the_live_cache(ratio, tiny, tmp_path):
 def test_half_the_cache_is_the_default(tiny, tmp_path):
     plan = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration_tokens=1024).plan
     assert 0.42 < plan.ratio <= 0.5 and not (tmp_path / "out").exists()
-    uniform = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[]).plan     # nothing to plan with
+    # nothing to plan with
+    uniform = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[]).plan
     assert uniform.ratio <= 0.5 and uniform.layers[0].key_rank < uniform.layers[0].value_rank
 
 
 @pytest.mark.parametrize("width, rank", [(0, 12), (40, 0), (33, 3)])
 def test_the_base_width_opens_the_family(width, rank, tiny, tmp_path):
-    """From per-head (m = 0) to one joint latent (r = 0): converts, and generates the same with and without its cache."""
+    """From per-head (m = 0) to one joint latent (r = 0): converts, and generates the same with and
+    without its cache.
+    """
     convert(str(tiny()), tmp_path / "out", base_width=width, rank=rank, calibration_tokens=1024)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert cache_bytes(model(prompt(10)).past_key_values) == 10 * 4 * 2 * 2 * (width + 3 * rank)
     greedy = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=258)
-    assert torch.equal(model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy))
+    assert torch.equal(
+        model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy)
+    )
 
 
-@pytest.mark.parametrize("options", [{"base": "pooled", "base_width": 20, "rank": 0}, {"base": "grouped", "base_width": 24, "rank": 0},
-                                     {"base": "joint", "base_width": 0, "rank": 8, "metric": "whitened"}, {"rank": 7, "metric": "plain"},
-                                     {"rank": 7, "metric": "attention"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "pooled", "base_width": 20, "rank": 0},
+        {"base": "grouped", "base_width": 24, "rank": 0},
+        {"base": "joint", "base_width": 0, "rank": 8, "metric": "whitened"},
+        {"rank": 7, "metric": "plain"},
+        {"rank": 7, "metric": "attention"},
+    ],
+    ids=str,
+)
 def test_peers_methods_convert_and_load(options, tiny, tmp_path):
     convert(str(tiny()), tmp_path / "out", calibration_tokens=1024, **options)
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt()).logits).all()
+    assert torch.isfinite(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt()).logits
+    ).all()
 
 
 def test_gguf_is_read(tmp_path):
@@ -211,6 +327,7 @@ def test_gguf_is_read(tmp_path):
     gguf = pytest.importorskip("gguf")
     from gguf_fixture import write_gguf
     from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
     config = CONFIGS["llama"]()
     config.head_dim, config.hidden_size = 8, 48
@@ -218,50 +335,98 @@ def test_gguf_is_read(tmp_path):
     write_gguf(gguf, model, tmp_path / "tiny.gguf")
     convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", rank=8, force=True, calibration=[])
     ids = prompt(30)
-    ours, theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model.eval()(ids).logits
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits,
+        model.eval()(ids).logits,
+    )
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-    assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["source"]["path"].endswith("tiny.gguf")
+    assert json.loads((tmp_path / "out" / "lrkv.json").read_text())["source"]["path"].endswith(
+        "tiny.gguf"
+    )
 
 
-KEY_FORMS = [dict(keys="per-head", rank=9), dict(keys="rotary", rank=7), dict(keys="rotary", rank=0), dict(keys="full", rank_v=7),
-             dict(keys="rotary", cache_ratio=0.6), dict(keys="full", cache_ratio=0.7), dict(keys="per-head", cache_ratio=0.5)]
+KEY_FORMS = [
+    dict(keys="per-head", rank=9),
+    dict(keys="rotary", rank=7),
+    dict(keys="rotary", rank=0),
+    dict(keys="full", rank_v=7),
+    dict(keys="rotary", cache_ratio=0.6),
+    dict(keys="full", cache_ratio=0.7),
+    dict(keys="per-head", cache_ratio=0.5),
+]
 
 
 @pytest.mark.parametrize("options", KEY_FORMS, ids=str)
 def test_every_form_of_keys_is_planned_cached_and_decoded(options, tiny, tmp_path):
-    plan = convert(str(tiny("llama-bias")), tmp_path / "out", calibration_tokens=1024, **options).plan
+    plan = convert(
+        str(tiny("llama-bias")), tmp_path / "out", calibration_tokens=1024, **options
+    ).plan
     assert plan.keys == options["keys"] and plan.ratio <= options.get("cache_ratio", 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert cache_bytes(model(prompt(10)).past_key_values) == 10 * plan.bytes_after
     greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
-    assert torch.equal(model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy))
-    assert torch.equal(model.generate(prompt(9), cache_implementation="static", **greedy), model.generate(prompt(9), **greedy))
+    assert torch.equal(
+        model.generate(prompt(9), **greedy), model.generate(prompt(9), use_cache=False, **greedy)
+    )
+    assert torch.equal(
+        model.generate(prompt(9), cache_implementation="static", **greedy),
+        model.generate(prompt(9), **greedy),
+    )
     alone, padded = prompt(9), torch.cat((torch.full((1, 4), 258), prompt(9)), 1)
     mask = (padded != 258).long()
-    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 13:], model.generate(alone, **greedy)[:, 9:])
+    assert torch.equal(
+        model.generate(padded, attention_mask=mask, **greedy)[:, 13:],
+        model.generate(alone, **greedy)[:, 9:],
+    )
 
 
 @pytest.mark.parametrize("keys", ["rotary", "full"])
 @pytest.mark.parametrize("family", ["llama-bias", "llama-mha-yarn", "mistral", "qwen2"])
 def test_rotated_cached_keys_are_exact(keys, family, tiny, tmp_path):
-    """At full rank, with left padding and cached in two steps past the sliding window: the original's logits."""
-    convert(str(tiny(family)), tmp_path / "out", keys=keys, force=True, calibration=[], **({"rank": 20} if keys == "rotary" else {"rank_v": 20}))
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", tiny(family)))
+    """At full rank, with left padding and cached in two steps past the sliding window: the
+    original's logits.
+    """
+    convert(
+        str(tiny(family)),
+        tmp_path / "out",
+        keys=keys,
+        force=True,
+        calibration=[],
+        **({"rank": 20} if keys == "rotary" else {"rank_v": 20}),
+    )
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", tiny(family))
+    )
     ids, mask = prompt(40, batch=2), torch.ones(2, 40, dtype=torch.long)
     mask[1, :5] = 0
     cached = []
     for model in (ours, theirs):
         first = model(ids[:, :31], attention_mask=mask[:, :31], use_cache=True)
-        rest = [model(ids[:, i:i + 1], attention_mask=mask[:, :i + 1], past_key_values=first.past_key_values).logits for i in range(31, 40)]
+        rest = [
+            model(
+                ids[:, i : i + 1],
+                attention_mask=mask[:, : i + 1],
+                past_key_values=first.past_key_values,
+            ).logits
+            for i in range(31, 40)
+        ]
         cached.append(torch.cat([first.logits, *rest], 1)[mask.bool()])
     assert (cached[0] - cached[1]).abs().max() < 1e-4 * cached[1].abs().max()
 
 
 def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
-    """Flops to read a token back: full < rotary < per-head < joint at the same bytes of keys; before: two products of H G d."""
-    plans = {keys: convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[], **options).plan for keys, options in {
-        "joint": dict(rank=7), "rotary": dict(keys="rotary", rank=7), "per-head": dict(keys="per-head", rank_k=14, rank_v=7),
-        "full": dict(keys="full", rank_v=7)}.items()}
+    """Flops to read a token back: full < rotary < per-head < joint at the same bytes of keys;
+    before: two products of H G d.
+    """
+    plans = {
+        keys: convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[], **options).plan
+        for keys, options in {
+            "joint": dict(rank=7),
+            "rotary": dict(keys="rotary", rank=7),
+            "per-head": dict(keys="per-head", rank_k=14, rank_v=7),
+            "full": dict(keys="full", rank_v=7),
+        }.items()
+    }
     flops = {keys: plan.flops_after for keys, plan in plans.items()}
     assert flops["full"] < flops["rotary"] < flops["per-head"] < flops["joint"]
     H, G, d, L = 3, 2, 20, 2
@@ -270,28 +435,49 @@ def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
 
 
 def test_calibration_on_the_models_own_text(tiny, tmp_path):
-    done = convert(str(tiny()), tmp_path / "out", rank=7, calibration=["self"], calibration_tokens=1024)
-    again = convert(str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024)
-    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record["calibration"]["tokens"] == 1024
-    assert done.record["calibration"]["texts"] == again.record["calibration"]["texts"]       # sampling is seeded
+    done = convert(
+        str(tiny()), tmp_path / "out", rank=7, calibration=["self"], calibration_tokens=1024
+    )
+    again = convert(
+        str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024
+    )
+    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record[
+        "calibration"
+    ]["tokens"] == 1024
+    # sampling is seeded
+    assert done.record["calibration"]["texts"] == again.record["calibration"]["texts"]
 
 
 def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
-    """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings; the same when its gradients are taken."""
+    """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings;
+    the same when its gradients are taken.
+    """
     import lrkv_convert.sensitivity as sensitivity
     from lrkv_convert.metrics import MetricSums
     from lrkv_convert.skeleton import Skeleton
+
     made, seen = [], []
     build, add, backward = Skeleton.__init__, MetricSums.add, sensitivity._backward
 
     def look():
         model = made[-1].model
-        there = {name.split(".")[2] for name, p in model.named_parameters() if name.startswith("model.layers.") and not p.is_meta}
-        assert len(there) == 1 and all(p.is_meta for name, p in model.named_parameters() if not name.startswith("model.layers."))
+        there = {
+            name.split(".")[2]
+            for name, p in model.named_parameters()
+            if name.startswith("model.layers.") and not p.is_meta
+        }
+        assert len(there) == 1 and all(
+            p.is_meta
+            for name, p in model.named_parameters()
+            if not name.startswith("model.layers.")
+        )
         seen.append(*there)
 
-    monkeypatch.setattr(Skeleton, "__init__", lambda self, *a: (build(self, *a), made.append(self))[0])
+    monkeypatch.setattr(
+        Skeleton, "__init__", lambda self, *a: (build(self, *a), made.append(self))[0]
+    )
     monkeypatch.setattr(MetricSums, "add", lambda self, *a: (look(), add(self, *a))[1])
     monkeypatch.setattr(sensitivity, "_backward", lambda *a: (look(), backward(*a))[1])
     convert(str(tiny("llama-bias")), tmp_path / "out", rank=7, calibration_tokens=1024)
-    assert seen == ["0", "0", "1", "1", "1", "0"]       # two windows forward, then each layer once backward
+    # two windows forward, then each layer once backward
+    assert seen == ["0", "0", "1", "1", "1", "0"]

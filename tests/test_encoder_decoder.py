@@ -1,4 +1,7 @@
-"""Encoder-decoders: what must hold for every family, in decoder self- and cross-attention; tiny models of odd sizes whose stacks differ in depth and heads."""
+"""Encoder-decoders: what must hold for every family, in decoder self- and cross-attention; tiny
+models of odd sizes whose stacks differ in depth and heads.
+"""
+
 import json
 import shutil
 from functools import lru_cache
@@ -6,26 +9,42 @@ from functools import lru_cache
 import pytest
 import torch
 from conftest import relative
-from encoder_decoders import CONFIGS, FLOAT32, FLOAT64, STEPS, build, converted, data, load, logits, source, stepwise, target, tiny, write_little
+from encoder_decoders import (
+    CONFIGS,
+    FLOAT32,
+    FLOAT64,
+    STEPS,
+    build,
+    load,
+    logits,
+    source,
+    stepwise,
+    target,
+)
 from safetensors.torch import load_file, save_file
 
 from lrkv_convert import convert
 from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
-from lrkv_convert.source import open_checkpoint
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
 from lrkv_convert.sensitivity import SEED, draw
 from lrkv_convert.seq2seq import conversion as story
 from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
 from lrkv_convert.seq2seq.compare import compare
 from lrkv_convert.seq2seq.skeleton import StackSkeleton
+from lrkv_convert.source import open_checkpoint
 from lrkv_convert.store import Store
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_positions_that_the_checkpoint_holds_are_read(stack, shift, tiny, tmp_path):
-    """Old Marian checkpoints hold the sinusoids that the class makes; others are kept, as transformers reads them."""
-    folder, name = shutil.copytree(tiny("marian"), tmp_path / "in"), f"model.{stack}.embed_positions.weight"
+    """Old Marian checkpoints hold the sinusoids that the class makes; others are kept, as
+    transformers reads them.
+    """
+    folder, name = (
+        shutil.copytree(tiny("marian"), tmp_path / "in"),
+        f"model.{stack}.embed_positions.weight",
+    )
     held = load(folder).get_submodule(name.rpartition(".")[0]).create_weight() + shift
     weights = load_file(folder / "model.safetensors") | {name: held}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -38,8 +57,13 @@ def test_positions_that_the_checkpoint_holds_are_read(stack, shift, tiny, tmp_pa
 @pytest.mark.parametrize("family", ["t5-gated", "bart"])
 @pytest.mark.parametrize("kept", [("encoder",), ("decoder",), ("encoder", "decoder")], ids=str)
 def test_copies_of_an_embedding_that_is_not_there(family, kept, tiny, tmp_path):
-    """The first that is there counts for all that are like it; an output layer of its own does not become it."""
-    folder, base = shutil.copytree(tiny(family), tmp_path / "in"), "" if family == "t5-gated" else "model."
+    """The first that is there counts for all that are like it; an output layer of its own does not
+    become it.
+    """
+    folder, base = (
+        shutil.copytree(tiny(family), tmp_path / "in"),
+        ("" if family == "t5-gated" else "model."),
+    )
     weights = load_file(folder / "model.safetensors")
     embedding = weights.pop(f"{base}shared.weight")
     head = {"lm_head.weight": torch.randn(embedding.shape) / 7}
@@ -53,38 +77,59 @@ def test_copies_of_an_embedding_that_is_not_there(family, kept, tiny, tmp_path):
 @pytest.mark.parametrize("family", CONFIGS)
 class TestFamily:
     def test_heads_are_those_that_the_model_makes(self, family, tiny):
-        """Queries, keys and values of every head, from the adapter's weights, equal what the model's own projections give; so does the output."""
+        """Queries, keys and values of every head, from the adapter's weights, equal what the
+        model's own projections give; so does the output.
+        """
         model, checkpoint = load(tiny(family)), open_checkpoint(str(tiny(family)))
         kinds = ENCODER_DECODERS[checkpoint.config.model_type].kinds
         for kind in KINDS:
             adapter, seen = kinds[kind], {}
             attention = model.get_submodule(adapter.module(1).rstrip("."))
-            hooks = [attention.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
-                     for name in (*adapter.projections, adapter.output)]
+            hooks = [
+                attention.get_submodule(name).register_forward_hook(
+                    lambda m, args, out, name=name: seen.update({name: (args[0], out)})
+                )
+                for name in (*adapter.projections, adapter.output)
+            ]
             logits(model, target())
             for hook in hooks:
                 hook.remove()
             weights = adapter.split(checkpoint.tensor, 1, checkpoint.config)
-            for name, W, b in zip(adapter.projections, (weights.W_Q[:, 0], weights.W_K, weights.W_V), (weights.b_Q, weights.b_K, weights.b_V)):
+            for name, W, b in zip(
+                adapter.projections,
+                (weights.W_Q[:, 0], weights.W_K, weights.W_V),
+                (weights.b_Q, weights.b_K, weights.b_V),
+            ):
                 x, made = seen[name]
-                ours = torch.einsum("ntd,hde->nthe", x, W) + (0 if b is None else b.reshape(W.shape[0], -1))
+                ours = torch.einsum("ntd,hde->nthe", x, W) + (
+                    0 if b is None else b.reshape(W.shape[0], -1)
+                )
                 assert relative(ours.flatten(2), made) < 1e-5
             x, made = seen[adapter.output]
             bias = attention.get_submodule(adapter.output).bias
-            assert relative(x @ weights.W_O.flatten(0, 2) + (0 if bias is None else bias), made) < 1e-5
-            assert adapter.geometry(checkpoint.config).kv_heads == 3 and adapter.geometry(checkpoint.config).head_dim == 20
+            assert (
+                relative(x @ weights.W_O.flatten(0, 2) + (0 if bias is None else bias), made) < 1e-5
+            )
+            assert (
+                adapter.geometry(checkpoint.config).kv_heads == 3
+                and adapter.geometry(checkpoint.config).head_dim == 20
+            )
 
     def test_full_rank_is_exact(self, family, tiny, converted):
         ours, original = load(converted(family, rank=20, force=True)), load(tiny(family))
         assert relative(logits(ours, target()), logits(original, target())) < FLOAT32
         given, greedy = source(original, 2), dict(max_new_tokens=8, do_sample=False, num_beams=1)
-        assert torch.equal(ours.generate(**given, **greedy), original.generate(**given, **greedy, use_cache=False))     # T5's cache has as many layers as its encoder
+        # T5's cache has as many layers as its encoder
+        assert torch.equal(
+            ours.generate(**given, **greedy), original.generate(**given, **greedy, use_cache=False)
+        )
 
     def test_full_rank_is_exact_in_float64(self, family, tmp_path, monkeypatch):
         original = build(family, tmp_path / "source", dtype=torch.float64)
         convert(str(original), tmp_path / "out", rank=20, force=True, calibration=[])
         models = [load(folder) for folder in (tmp_path / "out", original)]
-        monkeypatch.setattr(torch, "float32", torch.float64)        # norms and softmax are rounded to float32, which would hide the algebra
+        # norms and softmax are rounded to float32, which would hide the algebra
+        monkeypatch.setattr(torch, "float32", torch.float64)
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         assert relative(*(logits(model, target()) for model in models)) < FLOAT64
 
@@ -103,7 +148,10 @@ class TestFamily:
         for path in ("rebuild", "split"):
             for implementation in ("eager", "sdpa"):
                 model = load(folder, lrkv_path=path, attn_implementation=implementation)
-                assert relative(logits(model, ids), expected) < STEPS and relative(stepwise(model, ids, 5)[0], expected) < STEPS
+                assert (
+                    relative(logits(model, ids), expected) < STEPS
+                    and relative(stepwise(model, ids, 5)[0], expected) < STEPS
+                )
 
     def test_padding_changes_nothing(self, family, converted):
         """Sources are padded on the right, what the decoder was given on the left."""
@@ -113,27 +161,48 @@ class TestFamily:
         if "input_ids" in given:
             mask = torch.ones_like(given["input_ids"])
             mask[1, -pad:] = 0
-        short = {name: value if mask is None else value[:, :-pad] for name, value in source(model, 2).items()}
+        short = {
+            name: value if mask is None else value[:, :-pad]
+            for name, value in source(model, 2).items()
+        }
         out, _ = stepwise(model, ids, 5, given=given, mask=mask)
         alone = logits_of(model, {name: value[1:] for name, value in short.items()}, ids[1:])
         assert relative(out[1:], alone) < STEPS
-        if family.startswith("t5"):             # in the others what lies before a token counts as its position, padding or not, as in the original
-            padded, seen = torch.cat((torch.full((2, pad), 258), ids), dim=1), torch.cat((torch.zeros(2, pad), torch.ones(2, 12)), dim=1).long()
-            assert relative(stepwise(model, padded, pad + 5, decoder_mask=seen, given=given, mask=mask)[0][:, pad:], out) < STEPS
+        # in the others what lies before a token counts as its position, padding or not, as in the
+        # original
+        if family.startswith("t5"):
+            padded, seen = (
+                torch.cat((torch.full((2, pad), 258), ids), dim=1),
+                torch.cat((torch.zeros(2, pad), torch.ones(2, 12)), dim=1).long(),
+            )
+            assert (
+                relative(
+                    stepwise(model, padded, pad + 5, decoder_mask=seen, given=given, mask=mask)[0][
+                        :, pad:
+                    ],
+                    out,
+                )
+                < STEPS
+            )
 
     def test_it_generates_the_same_with_and_without_a_cache(self, family, converted):
         model = load(converted(family))
         given, plain = source(model, 2), dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
         for beams in (1, 3):
-            assert torch.equal(model.generate(**given, **plain, num_beams=beams), model.generate(**given, **plain, num_beams=beams, use_cache=False))
-        static = model.generate(**given, **plain, num_beams=1, cache_implementation="static", disable_compile=True)
+            assert torch.equal(
+                model.generate(**given, **plain, num_beams=beams),
+                model.generate(**given, **plain, num_beams=beams, use_cache=False),
+            )
+        static = model.generate(
+            **given, **plain, num_beams=1, cache_implementation="static", disable_compile=True
+        )
         assert torch.equal(static, model.generate(**given, **plain, num_beams=1))
 
     def test_allocated_bytes_equal_the_formula(self, family, converted):
         """Cross-attention's are written once, whatever the number of steps."""
         model, ids = load(converted(family, attention="self,cross")), target(2, 12)
         formula = formula_bytes_by_kind(model.config, 4)
-        assert formula == {kind: 4 * 2 * 2 * (20 + 3 * 7) for kind in KINDS}
+        assert formula == dict.fromkeys(KINDS, 4 * 2 * 2 * (20 + 3 * 7))
         _, cache = stepwise(model, ids, 3)
         positions = 50 if family == "whisper" else 11
         assert cache_bytes(cache.self_attention_cache) == 2 * 12 * formula["self"]
@@ -146,8 +215,13 @@ class TestFamily:
         loss = lambda: model(**source(model, 2), labels=ids).loss
         before = loss()
         before.backward()
-        still = [name for name, p in model.named_parameters() if (".keys." in name or ".values." in name) and (p.grad is None or not p.grad.any())]
-        assert not [name for name in still if not name.endswith("keys.bias")]       # a bias of keys without rotation changes no softmax
+        still = [
+            name
+            for name, p in model.named_parameters()
+            if (".keys." in name or ".values." in name) and (p.grad is None or not p.grad.any())
+        ]
+        # a bias of keys without rotation changes no softmax
+        assert not [name for name in still if not name.endswith("keys.bias")]
         torch.optim.SGD(model.parameters(), lr=1e-4).step()
         assert loss() < before
 
@@ -157,43 +231,68 @@ def logits_of(model, given, ids):
     return model(**given, decoder_input_ids=ids, use_cache=False).logits
 
 
-# ------------------------------------------------------------------------------------------------ calibration
+# -------------------------------------------------------------------------------------- calibration
+
 
 @pytest.fixture(scope="module")
 def observed(tiny, tmp_path_factory):
-    """observed(family) -> (skeleton, model, sources, targets, store) after calibration and gradients on three examples of different lengths."""
+    """observed(family) -> (skeleton, model, sources, targets, store) after calibration and
+    gradients on three examples of different lengths.
+    """
+
     def get(family: str):
         checkpoint = open_checkpoint(str(tiny(family)))
-        skeleton = StackSkeleton(checkpoint, ENCODER_DECODERS[checkpoint.config.model_type], torch.device("cpu"))
+        skeleton = StackSkeleton(
+            checkpoint, ENCODER_DECODERS[checkpoint.config.model_type], torch.device("cpu")
+        )
         model = load(tiny(family), attn_implementation="eager")
         sources = [next(iter(source(model, 1, length).values())) for length in (7, 11, 5)]
         targets = [target(1, length)[0] for length in (6, 4, 9)]
         store = Store(tmp_path_factory.mktemp("store") / "work", {})
-        calibrate(skeleton, KINDS, sources, targets, {"fisher", "attention", "whitened"}, store, [0, 1, 2])
+        calibrate(
+            skeleton, KINDS, sources, targets, {"fisher", "attention", "whitened"}, store, [0, 1, 2]
+        )
         head_moments(skeleton, KINDS, [0, 1, 2], store)
         return skeleton, model, sources, targets, store
+
     return lru_cache(None)(get)
 
 
 @pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
 def test_sums_are_those_of_the_whole_model(family, observed):
-    """Streamed layer by layer, and from what the whole model attends to, in both kinds of attention."""
+    """Streamed layer by layer, and from what the whole model attends to, in both kinds of
+    attention.
+    """
     skeleton, model, sources, targets, store = observed(family)
     H, tokens = 3, sum(map(len, targets))
     expected = {kind: {"keys": 0, "values": 0, "queries": 0, "inputs": 0} for kind in KINDS}
     for x, ids in zip(sources, targets):
         seen = {}
-        hooks = [model.get_submodule(adapter.module(1) + adapter.projections[0]).register_forward_hook(lambda m, args, out, kind=kind: seen.update({kind: (args[0][0], out[0])}))
-                 for kind, adapter in skeleton.family.kinds.items()]
+        hooks = [
+            model.get_submodule(adapter.module(1) + adapter.projections[0]).register_forward_hook(
+                lambda m, args, out, kind=kind: seen.update({kind: (args[0][0], out[0])})
+            )
+            for kind, adapter in skeleton.family.kinds.items()
+        ]
         with torch.no_grad():
-            out = model(**{model.main_input_name: x}, decoder_input_ids=ids[None], output_attentions=True, use_cache=False)
+            out = model(
+                **{model.main_input_name: x},
+                decoder_input_ids=ids[None],
+                output_attentions=True,
+                use_cache=False,
+            )
         for hook in hooks:
             hook.remove()
-        for kind, attention in (("self", out.decoder_attentions[1][0]), ("cross", out.cross_attentions[1][0])):        # (H, T, S)
+        # (H, T, S)
+        for kind, attention in (
+            ("self", out.decoder_attentions[1][0]),
+            ("cross", out.cross_attentions[1][0]),
+        ):
             states = out.encoder_last_hidden_state[0] if kind == "cross" else seen[kind][0]
             sums = expected[kind]
             sums["keys"] = sums["keys"] + torch.einsum("hts,sd,se->de", attention, states, states)
-            z = attention @ states                                                          # (H, T, D)
+            # (H, T, D)
+            z = attention @ states
             sums["values"] = sums["values"] + torch.einsum("htd,hte->de", z, z)
             q = seen[kind][1].view(len(ids), H, -1)
             sums["queries"] = sums["queries"] + torch.einsum("thd,the->hde", q, q)
@@ -207,45 +306,72 @@ def test_sums_are_those_of_the_whole_model(family, observed):
 
 @pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
 def test_moments_are_those_of_the_whole_model(family, observed):
-    """Gradients of the loss of tokens drawn from the model, layer by layer and through all of it at once."""
+    """Gradients of the loss of tokens drawn from the model, layer by layer and through all of it at
+    once.
+    """
     skeleton, model, sources, targets, store = observed(family)
     generator, expected = torch.Generator().manual_seed(SEED), {}
     for x, ids in zip(sources, targets):
         seen, hooks = {}, []
         for kind, adapter in skeleton.family.kinds.items():
             attention = model.get_submodule(adapter.module(0).rstrip("."))
-            hooks.append(attention.get_submodule(adapter.key_projection).register_forward_hook(lambda m, args, out, kind=kind: seen.update({(kind, 0): out})))
-            hooks.append(attention.get_submodule(adapter.output).register_forward_pre_hook(lambda m, args, kind=kind: seen.update({(kind, 1): args[0]})))
-        logits = model.requires_grad_(True)(**{model.main_input_name: x}, decoder_input_ids=ids[None], use_cache=False).logits[0]
+            hooks.append(
+                attention.get_submodule(adapter.key_projection).register_forward_hook(
+                    lambda m, args, out, kind=kind: seen.update({(kind, 0): out})
+                )
+            )
+            hooks.append(
+                attention.get_submodule(adapter.output).register_forward_pre_hook(
+                    lambda m, args, kind=kind: seen.update({(kind, 1): args[0]})
+                )
+            )
+        logits = model.requires_grad_(True)(
+            **{model.main_input_name: x}, decoder_input_ids=ids[None], use_cache=False
+        ).logits[0]
         for hook in hooks:
             hook.remove()
         change = logits.detach().softmax(-1)
-        change.scatter_add_(1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype))
+        change.scatter_add_(
+            1, drawn := draw(change, generator), torch.full_like(drawn, -1, dtype=change.dtype)
+        )
         for name, g in zip(seen, torch.autograd.grad(logits, list(seen.values()), change)):
             g = g[0].view(-1, 3, 20)
-            expected[name] = expected.get(name, 0) + torch.einsum("nhd,nhe->hde", g, g) / sum(map(len, targets))
+            expected[name] = expected.get(name, 0) + torch.einsum("nhd,nhe->hde", g, g) / sum(
+                map(len, targets)
+            )
     for kind in KINDS:
         moments = calibrated_layer(skeleton, kind, store, 0).moments
-        assert relative(moments.keys.float(), expected[kind, 0]) < 1e-3 and relative(moments.values.float(), expected[kind, 1]) < 1e-3
+        assert (
+            relative(moments.keys.float(), expected[kind, 0]) < 1e-3
+            and relative(moments.values.float(), expected[kind, 1]) < 1e-3
+        )
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
-    """The original's attention, called as the refit calls the converted one, gives the heads that were noted."""
+    """The original's attention, called as the refit calls the converted one, gives the heads that
+    were noted.
+    """
     skeleton, model, _, _, store = observed(family)
     for kind, adapter in skeleton.family.kinds.items():
         attention, noted = model.get_submodule(adapter.module(1).rstrip(".")), []
-        hook = attention.get_submodule(adapter.output).register_forward_pre_hook(lambda module, args: noted.append(args[0]))
-        for x, arguments, heads in calibrated_layer(skeleton, kind, store, 1).calls(torch.device("cpu")):
+        hook = attention.get_submodule(adapter.output).register_forward_pre_hook(
+            lambda module, args: noted.append(args[0])
+        )
+        for x, arguments, heads in calibrated_layer(skeleton, kind, store, 1).calls(
+            torch.device("cpu")
+        ):
             with torch.no_grad():
                 attention(x, **arguments)
-            assert relative(noted.pop(), heads) < 0.05        # both went through bfloat16
+            assert relative(noted.pop(), heads) < 0.05  # both went through bfloat16
         hook.remove()
 
 
 @pytest.mark.parametrize("step", ["calibrate", "moments", "fit"])
 def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_path, monkeypatch):
-    """Stopped in its second layer, wherever that is, it ends with the same bytes; finished layers are not done again."""
+    """Stopped in its second layer, wherever that is, it ends with the same bytes; finished layers
+    are not done again.
+    """
     options = dict(calibration=[data("bart")], cache_ratio=0.6)
     whole = convert(str(tiny("bart")), tmp_path / "whole", **options).out
 
@@ -257,18 +383,25 @@ def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_pa
             if len(calls) == call:
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
+
         monkeypatch.setattr(owner, name, stopping)
         return calls
 
     from lrkv_convert.seq2seq import calibrate as module
-    place = {"calibrate": (StackSkeleton, "layer", 3), "moments": (module, "_backward", 2), "fit": (story, "convert_layer", 3)}[step]     # the encoder's layer comes first
+
+    # the encoder's layer comes first
+    place = {
+        "calibrate": (StackSkeleton, "layer", 3),
+        "moments": (module, "_backward", 2),
+        "fit": (story, "convert_layer", 3),
+    }[step]
     stop_at(*place)
     with pytest.raises(KeyboardInterrupt, match="same command"):
         convert(str(tiny("bart")), tmp_path / "out", **options)
     monkeypatch.undo()
     again = stop_at(story, "convert_layer", 0)
     convert(str(tiny("bart")), tmp_path / "out", **options)
-    assert len(again) == (2 if step == "fit" else 4)        # two kinds in two layers
+    assert len(again) == (2 if step == "fit" else 4)  # two kinds in two layers
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert not (tmp_path / "out.partial").exists()
@@ -277,22 +410,52 @@ def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_pa
 @pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
 class TestCalibrated:
     def test_calibrated_and_planned(self, family, tiny, converted, data):
-        """A plan within each budget, recorded for each kind, that is nearer to the original than one from the weights alone in as many bytes."""
+        """A plan within each budget, recorded for each kind, that is nearer to the original than
+        one from the weights alone in as many bytes.
+        """
         folder = converted(family, calibrated=True, cache_ratio=0.6)
         record = json.loads((folder / "lrkv.json").read_text())
-        assert set(record["attention"]) == set(KINDS) and record["recipe"]["metric"] == "fisher" and record["calibration"]["tokens"] > 50
+        assert (
+            set(record["attention"]) == set(KINDS)
+            and record["recipe"]["metric"] == "fisher"
+            and record["calibration"]["tokens"] > 50
+        )
         for kind in KINDS:
             fitted = record["attention"][kind]
             assert fitted["cache"]["kv_ratio"] <= 0.6 and len(fitted["layers"]) == 2
         plain = converted(family, metric="plain", rank_k=7, rank_v=7)
-        result = compare([str(tiny(family)), str(folder), str(plain)], **{"audio" if family == "whisper" else "pairs": [data(family)]}, device=torch.device("cpu"))
+        result = compare(
+            [str(tiny(family)), str(folder), str(plain)],
+            **{"audio" if family == "whisper" else "pairs": [data(family)]},
+            device=torch.device("cpu"),
+        )
         base, ours, other = result["models"]
-        assert base["ratio"] == 1 and base["same_words"] == (1 if base["words"] else None) and base["kl"] == 0
+        assert (
+            base["ratio"] == 1
+            and base["same_words"] == (1 if base["words"] else None)
+            and base["kl"] == 0
+        )
         assert 0 < ours["kl"] < other["kl"]
-        assert ours["self_bytes"] == ours["self_bytes_allocated"] and ours["cross_bytes"] == ours["cross_bytes_allocated"] <= 0.6 * base["cross_bytes"]
+        assert (
+            ours["self_bytes"] == ours["self_bytes_allocated"]
+            and ours["cross_bytes"] == ours["cross_bytes_allocated"] <= 0.6 * base["cross_bytes"]
+        )
 
     def test_refit_brings_the_output_nearer(self, family, tiny, data, tmp_path):
         option = {"audio" if family == "whisper" else "pairs": [data(family)]}
-        folders = [str(convert(str(tiny(family)), tmp_path / str(refit), rank=4, calibration=[data(family)], refit=refit).out) for refit in (True, False)]
-        refitted, plain = compare([str(tiny(family)), *folders], **option, device=torch.device("cpu"))["models"][1:]
+        folders = [
+            str(
+                convert(
+                    str(tiny(family)),
+                    tmp_path / str(refit),
+                    rank=4,
+                    calibration=[data(family)],
+                    refit=refit,
+                ).out
+            )
+            for refit in (True, False)
+        ]
+        refitted, plain = compare(
+            [str(tiny(family)), *folders], **option, device=torch.device("cpu")
+        )["models"][1:]
         assert refitted["kl"] < plain["kl"]

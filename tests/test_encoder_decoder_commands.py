@@ -1,4 +1,5 @@
 """Encoder-decoders: what is written, what the commands print, and what is refused."""
+
 import json
 import shutil
 import subprocess
@@ -8,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refused, relative, run, tiny_tokenizer
-from encoder_decoders import CONFIGS, FLOAT32, PAIRS, STEPS, build, converted, data, load, logits, source, speech, stepwise, target, tiny, write_little
+from encoder_decoders import (
+    CONFIGS,
+    FLOAT32,
+    PAIRS,
+    STEPS,
+    load,
+    logits,
+    source,
+    stepwise,
+    target,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutomaticSpeechRecognitionPipeline, WhisperFeatureExtractor
 
@@ -28,52 +39,87 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSe
 out = {}
 for folder in sys.argv[1:]:
     speech = "whisper" in json.load(open(folder + "/config.json"))["model_type"]
-    model = (AutoModelForSpeechSeq2Seq if speech else AutoModelForSeq2SeqLM).from_pretrained(folder, trust_remote_code=True).eval()
+    model = (AutoModelForSpeechSeq2Seq if speech else AutoModelForSeq2SeqLM).from_pretrained(
+        folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     generator = torch.Generator().manual_seed(1)
-    given = torch.randn(1, 8, 100, generator=generator, dtype=torch.float64).float() if speech else torch.randint(0, 256, (1, 11), generator=generator)
+    given = torch.randn(1, 8, 100, generator=generator,
+        dtype=torch.float64).float() if speech else torch.randint(0, 256, (1, 11),
+        generator=generator)
     with torch.no_grad():
-        out[folder] = model(given, decoder_input_ids=torch.tensor([[256, 1, 2, 3]])).logits[0, -1].tolist()
+        out[folder] = model(given, decoder_input_ids=torch.tensor([[256, 1, 2, 3]])).logits[0,
+            -1].tolist()
 print(json.dumps(out))
 """
 
 
 def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     """Also one that was loaded and saved once more."""
-    folders = {str(converted(family)): family for family in ("bart", "marian", "pegasus", "t5", "whisper")}
+    folders = {
+        str(converted(family)): family for family in ("bart", "marian", "pegasus", "t5", "whisper")
+    }
     load(converted("whisper")).save_pretrained(tmp_path / "again")
     folders[str(tmp_path / "again")] = "whisper"
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", LOAD, *folders], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PATH": "/usr/bin",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *folders],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     for folder, last in json.loads(result.stdout.strip().splitlines()[-1]).items():
         expected = logits(load(converted(folders[folder])), torch.tensor([[256, 1, 2, 3]]))[0, -1]
         assert relative(torch.tensor(last), expected) < FLOAT32, folder
 
 
-UNEVEN = {"keys": {"base_width": [0, 16, 20], "rank": [7, 0, 7], "alignment": True}, "values": {"base_width": [40, 0, 0], "rank": [0, 9, 7], "alignment": True}}
+UNEVEN = {
+    "keys": {"base_width": [0, 16, 20], "rank": [7, 0, 7], "alignment": True},
+    "values": {"base_width": [40, 0, 0], "rank": [0, 9, 7], "alignment": True},
+}
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "whisper"])
 def test_layers_without_base_or_residual(family):
-    """Of keys or of values, as planned conversions have them: what was written of cross-attention is read back as it was."""
+    """Of keys or of values, as planned conversions have them: what was written of cross-attention
+    is read back as it was.
+    """
     fields = {**CONFIGS[family]().to_dict(), "decoder_layers": 3, "num_decoder_layers": 3}
     config_class, _, model_class = ENCODER_DECODER_CLASSES[fields.pop("model_type")]
     torch.manual_seed(0)
-    model, ids = model_class(config_class(**fields, lrkv=UNEVEN, lrkv_cross=UNEVEN)).eval(), target(2, 9)
+    model, ids = (
+        model_class(config_class(**fields, lrkv=UNEVEN, lrkv_cross=UNEVEN)).eval(),
+        target(2, 9),
+    )
     out, cache = stepwise(model, ids, 4)
     assert relative(out, logits(model, ids)) < STEPS
-    assert cache_bytes(cache.cross_attention_cache) == 2 * (50 if family == "whisper" else 11) * formula_bytes_by_kind(model.config, 4)["cross"]
+    assert (
+        cache_bytes(cache.cross_attention_cache)
+        == 2 * (50 if family == "whisper" else 11) * formula_bytes_by_kind(model.config, 4)["cross"]
+    )
     plain = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1)
-    static = model.generate(**source(model, 2), **plain, cache_implementation="static", disable_compile=True)
+    static = model.generate(
+        **source(model, 2), **plain, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(static, model.generate(**source(model, 2), **plain, use_cache=False))
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_the_kernel_reads_both_caches(family, converted):
-    """In a step of one token; T5's self-attention, with a bias for each head, goes through the split path."""
+    """In a step of one token; T5's self-attention, with a bias for each head, goes through the
+    split path.
+    """
     folder, ids = converted(family), target(1, 5)
-    assert relative(stepwise(load(folder, lrkv_path="kernel"), ids, 4)[0], logits(load(folder), ids)) < STEPS
+    assert (
+        relative(stepwise(load(folder, lrkv_path="kernel"), ids, 4)[0], logits(load(folder), ids))
+        < STEPS
+    )
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
@@ -81,45 +127,78 @@ def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
     model, taken = load(converted(family)), set()
 
     def on_a_gpu(asked, **situation):
-        taken.add(choose_path(asked, **situation | {"device": torch.device("cuda"), "dtype": torch.bfloat16}))
+        taken.add(
+            choose_path(
+                asked, **situation | {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+            )
+        )
         return "split"
 
     monkeypatch.setattr(attention_lrkv, "choose_path", on_a_gpu)
     monkeypatch.setattr(attention_lrkv, "missing_for_kernel", lambda *_: None)
     with torch.no_grad():
         stepwise(model, target(1, 3), 1)
-    assert taken == {"kernel" if adapter.kernel else "split" for adapter in ENCODER_DECODERS[family].kinds.values()}
+    assert taken == {
+        "kernel" if adapter.kernel else "split"
+        for adapter in ENCODER_DECODERS[family].kinds.values()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_finite_behind_padding(dtype, converted):
     """T5 adds its position bias to a mask of the smallest numbers there are."""
     model, ids, pad = load(converted("t5"), dtype), target(2, 8), 3
-    padded, seen = torch.cat((torch.full((2, pad), 258), ids), dim=1), torch.cat((torch.zeros(2, pad), torch.ones(2, 8)), dim=1).long()
+    padded, seen = (
+        torch.cat((torch.full((2, pad), 258), ids), dim=1),
+        torch.cat((torch.zeros(2, pad), torch.ones(2, 8)), dim=1).long(),
+    )
     assert torch.isfinite(stepwise(model, padded, pad + 4, decoder_mask=seen)[0]).all()
 
 
 def test_a_reloaded_model_says_nothing_is_missing(converted):
     for family in CONFIGS:
         model_type = family.split("-")[0]
-        _, info = auto_class(model_type).from_pretrained(converted(family), output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        _, info = auto_class(model_type).from_pretrained(
+            converted(family), output_loading_info=True
+        )
+        assert (
+            not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        )
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_commands(family, tiny, data, tmp_path):
     """convert shows both kinds, compare their caches and the words, --card writes them down."""
     out, option = tmp_path / "out", "--audio" if family == "whisper" else "--pairs"
-    dry = run("convert", tiny(family), "--out", out, "--calibration", data(family), "--dry-run").output
-    assert "decoder self-attention" in dry and "cross-attention" in dry and "numbers/encoder position" in dry and not out.exists()
-    shown = run("convert", tiny(family), "--out", out, "--attention", "cross", "--calibration", data(family)).output
-    assert "cross-attention" in shown and "decoder self-attention" not in shown and f"{option} F" in shown
+    dry = run(
+        "convert", tiny(family), "--out", out, "--calibration", data(family), "--dry-run"
+    ).output
+    assert (
+        "decoder self-attention" in dry
+        and "cross-attention" in dry
+        and "numbers/encoder position" in dry
+        and not out.exists()
+    )
+    shown = run(
+        "convert", tiny(family), "--out", out, "--attention", "cross", "--calibration", data(family)
+    ).output
+    assert (
+        "cross-attention" in shown
+        and "decoder self-attention" not in shown
+        and f"{option} F" in shown
+    )
     assert json.loads((out / "config.json").read_text())["lrkv"] is None
     result = tmp_path / "result.json"
-    compared = run("compare", tiny(family), out, option, data(family), "--json", result, "--card").output
+    compared = run(
+        "compare", tiny(family), out, option, data(family), "--json", result, "--card"
+    ).output
     assert "same words" in compared and "cross/position" in compared
     rows = json.loads(result.read_text())["models"]
-    assert rows[1]["self_ratio"] == 1 and rows[1]["cross_ratio"] <= 0.5 and rows[0]["word_error_rate"] > 0
+    assert (
+        rows[1]["self_ratio"] == 1
+        and rows[1]["cross_ratio"] <= 0.5
+        and rows[0]["word_error_rate"] > 0
+    )
     card = (out / "README.md").read_text()
     assert "same words" in card and "--attention cross" in card and str(tmp_path) not in card
     assert ("automatic-speech-recognition" in card) == (family == "whisper")
@@ -127,105 +206,255 @@ def test_commands(family, tiny, data, tmp_path):
 
 
 def test_without_targets_the_model_writes_them(tiny, tmp_path):
-    """For calibration and for comparison, and the record says so; a text's paragraphs are sources, cut where the model can read no more."""
-    (tmp_path / "text.txt").write_text("A first paragraph of five words.\n\nHeading\n\n" + "word " * 60)
-    done = convert(str(tiny("bart")), tmp_path / "out", rank=7, calibration=[str(tmp_path / "text.txt")])
-    assert done.record["calibration"]["targets_by_the_model"] == done.record["calibration"]["examples"] == 5        # one, and 300 tokens in windows of 78
-    result = compare([str(tiny("bart")), str(done.out)], pairs=[str(tmp_path / "text.txt")], device=torch.device("cpu"))
-    assert result["texts"][0]["targets_by_the_first_model"] == 5 and result["models"][0]["word_error_rate"] is None
+    """For calibration and for comparison, and the record says so; a text's paragraphs are sources,
+    cut where the model can read no more.
+    """
+    (tmp_path / "text.txt").write_text(
+        "A first paragraph of five words.\n\nHeading\n\n" + "word " * 60
+    )
+    done = convert(
+        str(tiny("bart")), tmp_path / "out", rank=7, calibration=[str(tmp_path / "text.txt")]
+    )
+    # one, and 300 tokens in windows of 78
+    assert (
+        done.record["calibration"]["targets_by_the_model"]
+        == done.record["calibration"]["examples"]
+        == 5
+    )
+    result = compare(
+        [str(tiny("bart")), str(done.out)],
+        pairs=[str(tmp_path / "text.txt")],
+        device=torch.device("cpu"),
+    )
+    assert (
+        result["texts"][0]["targets_by_the_first_model"] == 5
+        and result["models"][0]["word_error_rate"] is None
+    )
     assert "written by the source model itself" in (done.out / "README.md").read_text()
 
 
 def test_built_in_text_is_the_default_of_text_models(tiny, tmp_path):
     done = convert(str(tiny("t5")), tmp_path / "out", rank=7, calibration_tokens=600)
-    assert done.record["calibration"]["texts"][0]["name"] == "built-in" and done.record["calibration"]["examples"] > 1
+    assert (
+        done.record["calibration"]["texts"][0]["name"] == "built-in"
+        and done.record["calibration"]["examples"] > 1
+    )
 
 
 def test_old_names_are_read(tiny, tmp_path):
-    """Checkpoints of the base model alone, and those that hold tied tensors under another of their names."""
+    """Checkpoints of the base model alone, and those that hold tied tensors under another of their
+    names.
+    """
     folder = Path(shutil.copytree(tiny("bart"), tmp_path / "source"))
     state = load_file(folder / "model.safetensors")
     assert "model.shared.weight" in state
     state["model.encoder.embed_tokens.weight"] = state.pop("model.shared.weight")
-    save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
-    assert relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("bart")), target())) < FLOAT32
+    assert (
+        relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("bart")), target()))
+        < FLOAT32
+    )
 
 
 def test_positions_that_no_checkpoint_holds_are_made(tiny, tmp_path):
     folder = Path(shutil.copytree(tiny("pegasus"), tmp_path / "source"))
     state = load_file(folder / "model.safetensors")
-    save_file({name: tensor for name, tensor in state.items() if "embed_positions" not in name}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in state.items() if "embed_positions" not in name},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     convert(str(folder), tmp_path / "out", rank=20, force=True, calibration=[])
-    assert relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("pegasus")), target())) < FLOAT32
+    assert (
+        relative(logits(load(tmp_path / "out"), target()), logits(load(tiny("pegasus")), target()))
+        < FLOAT32
+    )
 
 
 class TestRefusals:
     def test_kinds_of_attention(self, tiny, tmp_path):
-        refused(tiny("bart"), tmp_path / "out", "--attention", "encoder", says="unknown attention 'encoder'")
+        refused(
+            tiny("bart"),
+            tmp_path / "out",
+            "--attention",
+            "encoder",
+            says="unknown attention 'encoder'",
+        )
 
     def test_decoders_have_no_cross_attention(self, tmp_path):
         from conftest import build as build_decoder
+
         source = build_decoder("gpt2", tmp_path / "source")
         refused(source, tmp_path / "out", "--attention", "self,cross", says="no cross-attention")
 
     def test_speech_needs_speech(self, tiny, data, tmp_path):
         refused(tiny("whisper"), tmp_path / "out", says="a speech model is calibrated on speech")
-        refused(tiny("whisper"), tmp_path / "out", "--calibration", data("bart"), says="no folder of .wav files")
-        refused(tiny("bart"), tmp_path / "out", "--calibration", "self", says="an encoder-decoder reads something before it writes")
+        refused(
+            tiny("whisper"),
+            tmp_path / "out",
+            "--calibration",
+            data("bart"),
+            says="no folder of .wav files",
+        )
+        refused(
+            tiny("bart"),
+            tmp_path / "out",
+            "--calibration",
+            "self",
+            says="an encoder-decoder reads something before it writes",
+        )
         folder = Path(shutil.copytree(tiny("whisper"), tmp_path / "source"))
         (folder / "preprocessor_config.json").unlink()
-        refused(folder, tmp_path / "out", "--calibration", data("whisper"), says="no feature extractor")
+        refused(
+            folder, tmp_path / "out", "--calibration", data("whisper"), says="no feature extractor"
+        )
 
     def test_keys_that_turn(self, tiny, tmp_path):
-        refused(tiny("t5"), tmp_path / "out", "--keys", "rotary", "--calibration", "none", says="needs RoPE")
+        refused(
+            tiny("t5"),
+            tmp_path / "out",
+            "--keys",
+            "rotary",
+            "--calibration",
+            "none",
+            says="needs RoPE",
+        )
 
     def test_too_long_a_source(self, tiny, tmp_path):
         (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "x" * 100, "target": "y"}))
-        assert "pairs.jsonl:1" in refused(tiny("bart"), tmp_path / "out", "--calibration", str(tmp_path / "pairs.jsonl"), says="more than the 80 the model reads")
+        assert "pairs.jsonl:1" in refused(
+            tiny("bart"),
+            tmp_path / "out",
+            "--calibration",
+            str(tmp_path / "pairs.jsonl"),
+            says="more than the 80 the model reads",
+        )
 
-    @pytest.mark.parametrize("command", [("inspect",), ("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")])
+    @pytest.mark.parametrize(
+        "command",
+        [("inspect",), ("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")],
+    )
     def test_commands_for_decoders(self, command, tiny, converted, tmp_path):
         (tmp_path / "text.txt").write_text("some words " * 400)
         name, *option = command
         folder = converted("bart") if name == "heal" else tiny("bart")
         models = [folder, converted("bart")] if name in ("compare", "bench") else [folder]
         more = ["--out", tmp_path / "out"] if name in ("heal", "sweep", "inspect") else []
-        error = run(name, *models, *((option[0], tmp_path / "text.txt") if option else ()), *more, code=1).stderr.strip()
+        error = run(
+            name, *models, *((option[0], tmp_path / "text.txt") if option else ()), *more, code=1
+        ).stderr.strip()
         assert len(error.splitlines()) == 1 and "encoder-decoder" in error, error
 
     def test_comparing_with_the_wrong_thing(self, tiny, data, converted, tmp_path):
-        for family, option, other in (("bart", "--audio", "whisper"), ("whisper", "--pairs", "bart")):
-            error = run("compare", tiny(family), converted(family), option, data(other), code=1).stderr
+        for family, option, other in (
+            ("bart", "--audio", "whisper"),
+            ("whisper", "--pairs", "bart"),
+        ):
+            error = run(
+                "compare", tiny(family), converted(family), option, data(other), code=1
+            ).stderr
             assert "reads text" in error or "reads speech" in error
-        assert "does not go with" in run("compare", tiny("bart"), converted("bart"), "--pairs", data("bart"), "--prompt", "x", code=1).stderr
-        assert "than the first model" in run("compare", tiny("bart"), converted("whisper"), "--pairs", data("bart"), code=1).stderr
+        assert (
+            "does not go with"
+            in run(
+                "compare",
+                tiny("bart"),
+                converted("bart"),
+                "--pairs",
+                data("bart"),
+                "--prompt",
+                "x",
+                code=1,
+            ).stderr
+        )
+        assert (
+            "than the first model"
+            in run(
+                "compare", tiny("bart"), converted("whisper"), "--pairs", data("bart"), code=1
+            ).stderr
+        )
 
 
 def test_the_pipeline_of_transformers_takes_a_converted_whisper_for_what_transcribes(converted):
     model = load(converted("whisper"))
     tokenizer, features = tiny_tokenizer(), WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    transcribe = AutomaticSpeechRecognitionPipeline(model=model, tokenizer=tokenizer, feature_extractor=features)
+    transcribe = AutomaticSpeechRecognitionPipeline(
+        model=model, tokenizer=tokenizer, feature_extractor=features
+    )
     assert transcribe.type == "seq2seq"
-    assert isinstance(transcribe({"raw": torch.zeros(16000).numpy(), "sampling_rate": 16000}, generate_kwargs={"max_new_tokens": 4})["text"], str)
+    assert isinstance(
+        transcribe(
+            {"raw": torch.zeros(16000).numpy(), "sampling_rate": 16000},
+            generate_kwargs={"max_new_tokens": 4},
+        )["text"],
+        str,
+    )
 
 
-@pytest.mark.parametrize("command, says", [
-    (["compare", "{whisper}", "{whisper}", "--text", "{text}"], "an encoder-decoder, which reads speech; lrkv compare takes it with --audio FOLDER"), (["compare", "{t5}", "{t5}"], "--pairs FILE"),
-    (["compare", "{t5}", "{t5}", "--pairs", "{pairs}", "--cache", "fp8"], "--cache does not go with"), (["serve", "{t5}"], "--pairs FILE"), (["eval", "{bart}"], "--pairs FILE"),
-    (["convert", "{t5}", "--out", "{t5}-out", "--attention", "both"], "self,cross for both")])
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        (
+            ["compare", "{whisper}", "{whisper}", "--text", "{text}"],
+            "an encoder-decoder, which reads speech; lrkv compare takes it with --audio FOLDER",
+        ),
+        (["compare", "{t5}", "{t5}"], "--pairs FILE"),
+        (
+            ["compare", "{t5}", "{t5}", "--pairs", "{pairs}", "--cache", "fp8"],
+            "--cache does not go with",
+        ),
+        (["serve", "{t5}"], "--pairs FILE"),
+        (["eval", "{bart}"], "--pairs FILE"),
+        (["convert", "{t5}", "--out", "{t5}-out", "--attention", "both"], "self,cross for both"),
+    ],
+)
 def test_commands_say_what_such_a_model_reads(command, says, tiny, data):
-    names = {"whisper": tiny("whisper"), "t5": tiny("t5"), "bart": tiny("bart"), "pairs": data("t5"), "text": __file__}
+    names = {
+        "whisper": tiny("whisper"),
+        "t5": tiny("t5"),
+        "bart": tiny("bart"),
+        "pairs": data("t5"),
+        "text": __file__,
+    }
     result = run(*(part.format(**names) for part in command), code=1)
     assert says in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_figures_on_what_a_model_was_calibrated_on_say_so(tiny, data, tmp_path):
-    run("convert", tiny("bart"), "--out", tmp_path / "half", "--rank", 7, "--calibration", data("bart"))
+    run(
+        "convert",
+        tiny("bart"),
+        "--out",
+        tmp_path / "half",
+        "--rank",
+        7,
+        "--calibration",
+        data("bart"),
+    )
     seen = run("compare", tiny("bart"), tmp_path / "half", "--pairs", data("bart"), "--card")
-    assert "half was calibrated on pairs.jsonl" in seen.stdout and "**Calibrated on pairs.jsonl" in (tmp_path / "half" / "README.md").read_text()
+    assert (
+        "half was calibrated on pairs.jsonl" in seen.stdout
+        and "**Calibrated on pairs.jsonl" in (tmp_path / "half" / "README.md").read_text()
+    )
 
 
 def test_little_to_calibrate_on_is_said(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
-    assert "fewer than the model is wide" in run("convert", tiny("bart"), "--out", tmp_path / "out", "--rank", 7, "--calibration", tmp_path / "pairs.jsonl").stdout
+    assert (
+        "fewer than the model is wide"
+        in run(
+            "convert",
+            tiny("bart"),
+            "--out",
+            tmp_path / "out",
+            "--rank",
+            7,
+            "--calibration",
+            tmp_path / "pairs.jsonl",
+        ).stdout
+    )

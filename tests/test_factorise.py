@@ -1,13 +1,18 @@
-"""Theorems of the factorisation. float64 throughout, so tolerances are those of decompositions, not of data."""
+"""Theorems of the factorisation. float64 throughout, so tolerances are those of decompositions, not
+of data.
+"""
+
+import itertools
+
 import pytest
 import torch
 
 from lrkv_convert.factorise import BASES, aligned, error_curve, grouped, joint, mean, pooled
 from lrkv_convert.metrics import Metric, square_root
 
-EXACT = 1e-9        # float64 eigendecompositions of well-conditioned matrices a few dozen wide
+EXACT = 1e-9  # float64 eigendecompositions of well-conditioned matrices a few dozen wide
 H, D, d, r = 3, 48, 20, 7
-RESIDUAL = ("joint", "aligned", "mean")      # bases that take residuals
+RESIDUAL = ("joint", "aligned", "mean")  # bases that take residuals
 
 
 def random_problem(seed: int = 0, rotary: bool = False):
@@ -15,7 +20,10 @@ def random_problem(seed: int = 0, rotary: bool = False):
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     shared = draw(D, d)
     W = torch.stack([0.5 * shared @ draw(d, d) / d**0.5 + draw(D, d) for _ in range(H)])
-    X, Q = draw(200, D) * torch.logspace(0, -1.5, D, dtype=torch.float64), draw(H, 100, d) * torch.linspace(1, 0.2, d, dtype=torch.float64)
+    X, Q = (
+        draw(200, D) * torch.logspace(0, -1.5, D, dtype=torch.float64),
+        draw(H, 100, d) * torch.linspace(1, 0.2, d, dtype=torch.float64),
+    )
     M = Q.mT @ Q
     if rotary:
         half = M.diagonal(dim1=-2, dim2=-1)[:, : d // 2]
@@ -47,7 +55,9 @@ def test_full_rank_is_exact(base, rotary):
 def test_reported_error_is_the_error(base):
     W, metric = random_problem(rotary=True)
     factors = BASES[base](W, metric, d, r, rotary=True)
-    assert factors.error == pytest.approx(error(W, factors.heads(), metric) / norm(W, metric), rel=1e-12)
+    assert factors.error == pytest.approx(
+        error(W, factors.heads(), metric) / norm(W, metric), rel=1e-12
+    )
 
 
 def test_rank_zero_of_the_mean_is_multi_query_attention():
@@ -60,7 +70,9 @@ def test_rank_zero_of_the_mean_is_multi_query_attention():
 def test_without_base_the_error_is_the_discarded_singular_values():
     W, metric = random_problem()
     factors = joint(W, metric, 0, r)
-    discarded = torch.linalg.svdvals(root(metric) @ W @ metric.M.root)[:, r:].square().sum().sqrt().item()
+    discarded = (
+        torch.linalg.svdvals(root(metric) @ W @ metric.M.root)[:, r:].square().sum().sqrt().item()
+    )
     assert error(W, factors.heads(), metric) == pytest.approx(discarded, rel=EXACT)
 
 
@@ -76,7 +88,7 @@ def test_error_never_rises_over_sweeps():
     W, metric = random_problem()
     history = joint(W, metric, d, r, sweeps=30).history
     assert len(history) > 3
-    assert all(later <= earlier * (1 + EXACT) for earlier, later in zip(history, history[1:]))
+    assert all(later <= earlier * (1 + EXACT) for earlier, later in itertools.pairwise(history))
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -84,13 +96,16 @@ def test_error_never_rises_over_sweeps():
 def test_error_never_rises_with_rank(base, rotary):
     W, metric = random_problem(rotary=rotary)
     errors = [BASES[base](W, metric, d, rank, rotary=rotary).error for rank in (0, 3, 7, 12, 20)]
-    assert all(later <= earlier * (1 + 1e-4) + EXACT for earlier, later in zip(errors, errors[1:]))     # alternation stops at 1e-5
+    # alternation stops at 1e-5
+    assert all(
+        later <= earlier * (1 + 1e-4) + EXACT for earlier, later in itertools.pairwise(errors)
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_at_equal_bytes_joint_lies_between_joint_latent_and_per_head(seed):
     W, metric = random_problem(seed)
-    m, rank = 9, 5                                                      # m + H r = 24 = 3 * 8
+    m, rank = 9, 5  # m + H r = 24 = 3 * 8
     between = joint(W, metric, m, rank).error
     assert joint(W, metric, m + H * rank, 0).error <= between * (1 + EXACT)
     assert between <= joint(W, metric, 0, (m + H * rank) // H).error
@@ -98,7 +113,9 @@ def test_at_equal_bytes_joint_lies_between_joint_latent_and_per_head(seed):
 
 def test_joint_beats_aligned_and_aligned_beats_mean():
     W, metric = random_problem(rotary=True)
-    errors = [BASES[base](W, metric, d, r, rotary=True).error for base in ("joint", "aligned", "mean")]
+    errors = [
+        BASES[base](W, metric, d, r, rotary=True).error for base in ("joint", "aligned", "mean")
+    ]
     assert errors == sorted(errors)
 
 
@@ -107,17 +124,24 @@ def test_a_rotary_gauge_commutes_with_rope():
     gauge = aligned(W, metric, d, r, rotary=True).gauge
     angles = torch.linspace(0.3, 2.0, d // 2, dtype=torch.float64)
     c, s = torch.diag(angles.cos()), torch.diag(angles.sin())
-    rotation = torch.cat((torch.cat((c, s), 1), torch.cat((-s, c), 1)))  # acts on row vectors, half-split layout
+    # acts on row vectors, half-split layout
+    rotation = torch.cat((torch.cat((c, s), 1), torch.cat((-s, c), 1)))
     assert torch.allclose(gauge @ rotation, rotation @ gauge, atol=1e-12)
 
 
 def test_zero_weights_and_singular_metrics_stay_finite():
     W, metric = random_problem()
-    flat = Metric(torch.zeros(D, D, dtype=torch.float64), square_root(torch.diag(torch.arange(d) < 3).double().expand(H, -1, -1)))
+    flat = Metric(
+        torch.zeros(D, D, dtype=torch.float64),
+        square_root(torch.diag(torch.arange(d) < 3).double().expand(H, -1, -1)),
+    )
     for problem in ((torch.zeros_like(W), metric), (W, flat)):
         for base, rank in [(name, r) for name in RESIDUAL] + [("pooled", 0), ("grouped", 0)]:
             factors = BASES[base](*problem, d, rank)
-            assert all(torch.isfinite(t).all() for t in (factors.W_shared, factors.U, factors.B, factors.heads()))
+            assert all(
+                torch.isfinite(t).all()
+                for t in (factors.W_shared, factors.U, factors.B, factors.heads())
+            )
 
 
 def test_bases_other_than_joint_refuse_another_width():
@@ -135,7 +159,8 @@ def test_pooling_all_heads_into_one_is_the_mean_without_residual():
 
 def test_grouped_latents_are_truncated_within_their_groups():
     W, metric = random_problem()
-    factors = grouped(W, metric, 24, 0)                                 # heads 0, 1 and head 2, twelve numbers each
+    # heads 0, 1 and head 2, twelve numbers each
+    factors = grouped(W, metric, 24, 0)
     A = root(metric) @ W @ metric.M.root
     parts = [A[:2].transpose(0, 1).reshape(D, -1), A[2]]
     discarded = sum(torch.linalg.svdvals(part)[12:].square().sum() for part in parts).sqrt().item()
@@ -146,7 +171,11 @@ def test_grouped_latents_are_truncated_within_their_groups():
 def test_at_equal_bytes_lrkv_lies_between_joint_latent_and_mean(seed):
     W, metric = random_problem(seed)
     for rank in (2, 7, 11):
-        latent, lrkv, plain = joint(W, metric, d + H * rank, 0), joint(W, metric, d, rank), mean(W, metric, d, rank)
+        latent, lrkv, plain = (
+            joint(W, metric, d + H * rank, 0),
+            joint(W, metric, d, rank),
+            mean(W, metric, d, rank),
+        )
         assert latent.error <= lrkv.error * (1 + EXACT) and lrkv.error <= plain.error
 
 
@@ -154,17 +183,25 @@ def test_the_curve_is_the_squared_error_of_the_fit():
     W, metric = random_problem()
     shapes = [(8, 0), (20, 0), (20, 4), (60, 0)]
     for (m, rank), found in zip(shapes, error_curve(W, metric, shapes, sweeps=12)):
-        assert found == pytest.approx(error(W, joint(W, metric, m, rank).heads(), metric) ** 2, rel=1e-6, abs=1e-9)
+        assert found == pytest.approx(
+            error(W, joint(W, metric, m, rank).heads(), metric) ** 2, rel=1e-6, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("m, rank", [(8, 3), (20, 0), (20, 7), (0, 5)])
 def test_subspace_iteration_finds_what_the_eigendecomposition_finds(m, rank, monkeypatch):
-    """Wide models take the iterative way: within a per mille of the exact fit, never rising, and exact in what it reports."""
+    """Wide models take the iterative way: within a per mille of the exact fit, never rising, and
+    exact in what it reports.
+    """
     W, metric = random_problem()
     exact = joint(W, metric, m, rank, sweeps=30)
     monkeypatch.setattr("lrkv_convert.factorise.EIGH_UP_TO", 0)
     found = joint(W, metric, m, rank, sweeps=30)
     assert found.error == pytest.approx(exact.error, rel=1e-3)
-    assert all(later <= earlier * (1 + EXACT) for earlier, later in zip(found.history, found.history[1:]))
-    assert found.error == pytest.approx(error(W, found.heads(), metric) / norm(W, metric), rel=1e-12)
+    assert all(
+        later <= earlier * (1 + EXACT) for earlier, later in zip(found.history, found.history[1:])
+    )
+    assert found.error == pytest.approx(
+        error(W, found.heads(), metric) / norm(W, metric), rel=1e-12
+    )
     assert (joint(W, metric, m, d).heads() - W).abs().max() < EXACT * W.abs().max()

@@ -31,7 +31,9 @@ LAYOUTS = ("safetensors", "sharded", "bin", "legacy", "sharded bin")
 def drawn(round_: int) -> tuple[str, dict]:
     """A family, and ways to leave it: each usual one half of the time."""
     draw = random.Random(round_)
-    some = lambda choices: draw.choice(list(choices)) if draw.random() < 0.5 else list(choices)[0]
+    some = lambda choices: (
+        draw.choice(list(choices)) if draw.random() < 0.5 else next(iter(choices))
+    )
     return ("llama", "gpt2", "qwen2")[round_ % 3], dict(
         layout=LAYOUTS[round_ % 5],
         leftover=draw.choice(list(LEFTOVERS)),
@@ -379,7 +381,11 @@ def test_every_expert_is_looked_at(family, part, change, tiny, tmp_path):
     "family, old, new",
     [
         ("gpt_neox", "embed_out.weight", "lm_head.weight"),
-        ("mixtral", "model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.mlp.gate.weight"),
+        (
+            "mixtral",
+            "model.layers.1.block_sparse_moe.gate.weight",
+            "model.layers.1.mlp.gate.weight",
+        ),
         (
             "mixtral",
             "model.layers.0.block_sparse_moe.experts.0.w2.weight",

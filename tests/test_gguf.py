@@ -3,6 +3,7 @@ damaged files are refused in one line."""
 
 import math
 import struct
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def divisors(model) -> torch.Tensor:
     return (plain(model) / model.model.rotary_emb.inv_freq.double()).float()
 
 
-def written(model, path, keys=lambda writer: None, tensors: dict = {}):
+def written(model, path, keys=lambda writer: None, tensors=MappingProxyType({})):
     write_gguf(gguf, model, path, keys, tensors)
     return path
 

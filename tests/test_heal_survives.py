@@ -1,4 +1,7 @@
-"""Healing that is stopped: checkpoints are whole whatever happens, and a resumed run ends with the same bytes as one that was not stopped."""
+"""Healing that is stopped: checkpoints are whole whatever happens, and a resumed run ends with the
+same bytes as one that was not stopped.
+"""
+
 import json
 import os
 import signal
@@ -42,7 +45,8 @@ elif moment == "in a step":
 elif moment == "in mid-checkpoint":         # weights are written, the rest is not
     dies(run, "write_json", 3)              # heal.json, then state.json of every checkpoint
 elif moment == "before a checkpoint has its name":
-    dies(run.os, "replace", 6)              # heal.json, windows.json, then state.json and the checkpoint itself, twice
+    # heal.json, windows.json, then state.json and the checkpoint itself, twice
+    dies(run.os, "replace", 6)
 elif moment == "before old checkpoints go":
     dies(run.shutil, "rmtree", 6, after=True)
 elif moment == "while the result is written":
@@ -56,7 +60,15 @@ heal({model!r}, {out!r}, [{data!r}], resume={resume}, **{options})
 
 
 def child(moment, model, out, data, resume=False, **options):
-    code = KILLED.format(moment=moment, model=str(model), out=str(out), data=str(data), resume=resume, options=SHORT | {"keep": 1} | options, threads=torch.get_num_threads())
+    code = KILLED.format(
+        moment=moment,
+        model=str(model),
+        out=str(out),
+        data=str(data),
+        resume=resume,
+        options=SHORT | {"keep": 1} | options,
+        threads=torch.get_num_threads(),
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
@@ -67,56 +79,116 @@ def whole(converted, sheep, tmp_path_factory):
 
 
 def timeless(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log(folder)]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in log(folder)
+    ]
 
 
-@pytest.mark.parametrize("moment", ["in a step", "in mid-checkpoint", "before a checkpoint has its name", "before old checkpoints go",
-                                    "while the result is written", "before the result has its name"])
-def test_killed_at_any_moment_the_run_resumes_to_the_same_bytes(moment, whole, converted, sheep, tmp_path):
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "in a step",
+        "in mid-checkpoint",
+        "before a checkpoint has its name",
+        "before old checkpoints go",
+        "while the result is written",
+        "before the result has its name",
+    ],
+)
+def test_killed_at_any_moment_the_run_resumes_to_the_same_bytes(
+    moment, whole, converted, sheep, tmp_path
+):
     out = tmp_path / "out"
     assert child(moment, converted(), out, sheep).returncode == -signal.SIGKILL
     assert not out.exists()
-    for checkpoint in (tmp_path / "out.partial" / "work").glob("checkpoint-??????"):        # those that bear a name are whole
-        assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[-6:])
-        assert load_file(checkpoint / "model.safetensors") and (checkpoint / "optimizer.bin").stat().st_size
-    with pytest.raises(LrkvError, match="holds a run that stopped after step [246].*--resume goes on"):
+    # those that bear a name are whole
+    for checkpoint in (tmp_path / "out.partial" / "work").glob("checkpoint-??????"):
+        assert json.loads((checkpoint / "state.json").read_text())["step"] == int(
+            checkpoint.name[-6:]
+        )
+        assert (
+            load_file(checkpoint / "model.safetensors")
+            and (checkpoint / "optimizer.bin").stat().st_size
+        )
+    with pytest.raises(
+        LrkvError, match="holds a run that stopped after step [246].*--resume goes on"
+    ):
         heal(converted(), out, [str(sheep)], **SHORT)
     assert not out.exists()
-    if moment == "in a step":       # as users do, in a fresh process
+    if moment == "in a step":  # as users do, in a fresh process
         done = child(None, converted(), out, sheep, resume=True)
         assert done.returncode == 0, done.stderr
     else:
         heal(converted(), out, [str(sheep)], resume=True, **SHORT)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert timeless(out) == timeless(whole)
-    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()} and {p.name for p in tmp_path.iterdir()} == {"out"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()} and {
+        p.name for p in tmp_path.iterdir()
+    } == {"out"}
 
 
 def test_killed_at_the_very_end_the_result_is_whole(whole, converted, sheep, tmp_path):
-    assert child("after the result has its name", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (
+        child("after the result has its name", converted(), tmp_path / "out", sheep).returncode
+        == -signal.SIGKILL
+    )
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
-def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_it_begins_anew(whole, converted, sheep, tmp_path):
-    assert child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
+def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_it_begins_anew(
+    whole, converted, sheep, tmp_path
+):
+    assert (
+        child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
+        == -signal.SIGKILL
+    )
     said = []
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, notice=said.append, **SHORT)
     assert len(said) == 1 and "no checkpoint" in said[0]
     with pytest.raises(LrkvError, match="is finished: there is nothing to resume"):
         heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path):
     """Through the command line, with checkpoints far apart: the one it leaves is of the signal."""
-    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = ['lrkv'] + sys.argv[1:]; "
-            "from lrkv_cli.main import app; app()")
-    command = [sys.executable, "-c", code, "heal", str(converted()), "--data", str(sheep), "--out", str(tmp_path / "out"), "--tokens", str(4 * 64 * 500), "--set",
-               "seq_len=64", "validation_tokens=64", "checkpoint_every=100000", "validate_every=1000", "precision=fp32", "tracker=none"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv ="
+        " ['lrkv'] + sys.argv[1:]; from lrkv_cli.main import app; app()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "heal",
+        str(converted()),
+        "--data",
+        str(sheep),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokens",
+        str(4 * 64 * 500),
+        "--set",
+        "seq_len=64",
+        "validation_tokens=64",
+        "checkpoint_every=100000",
+        "validate_every=1000",
+        "precision=fp32",
+        "tracker=none",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
+    )
     follow, until = tmp_path / "out.partial" / "heal.jsonl", time.time() + 120
-    while not (follow.is_file() and len(follow.read_text().splitlines()) > 3) and time.time() < until:
+    while (
+        not (follow.is_file() and len(follow.read_text().splitlines()) > 3) and time.time() < until
+    ):
         time.sleep(0.05)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
@@ -124,11 +196,18 @@ def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path
     last = stderr.strip().splitlines()[-1]
     [checkpoint] = (tmp_path / "out.partial" / "work").glob("checkpoint-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert last.startswith(f"interrupted after step {step} of 500, which {tmp_path}") and "--resume" in last and "Traceback" not in stderr
+    assert (
+        last.startswith(f"interrupted after step {step} of 500, which {tmp_path}")
+        and "--resume" in last
+        and "Traceback" not in stderr
+    )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(converted, sheep, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(
+    converted, sheep, tmp_path, monkeypatch
+):
     from lrkv_convert.heal import loop
+
     real, calls = loop.divergence, []
 
     def spoilt(*args):
@@ -139,21 +218,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkp
     monkeypatch.setattr(loop, "divergence", spoilt)
     with pytest.raises(LrkvError, match="the loss is nan at step 5, windows ") as refusal:
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
-    assert "checkpoint-000004" in str(refusal.value) and len(str(refusal.value).split("windows ")[1].split(" (")[0].split(",")) == 4
+    assert (
+        "checkpoint-000004" in str(refusal.value)
+        and len(str(refusal.value).split("windows ")[1].split(" (")[0].split(",")) == 4
+    )
     monkeypatch.setattr(loop, "divergence", real)
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(converted, sheep, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(
+    converted, sheep, tmp_path, monkeypatch
+):
     from accelerate import Accelerator
+
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *a, **k: float("inf"))
-    with pytest.raises(LrkvError, match="the gradient's norm is inf at step 1.*there is no checkpoint yet"):
+    with pytest.raises(
+        LrkvError, match="the gradient's norm is inf at step 1.*there is no checkpoint yet"
+    ):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_way_to_go_on(whole, converted, sheep, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_way_to_go_on(
+    whole, converted, sheep, tmp_path, monkeypatch
+):
     from accelerate import Accelerator
+
     save, saved = Accelerator.save_state, []
 
     def full(self, folder, *args, **kwargs):
@@ -166,16 +256,26 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_way_to_go_on(whole, 
         return save(self, folder, *args, **kwargs)
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    with pytest.raises(LrkvError, match="cannot save the checkpoint of step 4: .*No space left.*checkpoint-000002; make room"):
+    with pytest.raises(
+        LrkvError,
+        match="cannot save the checkpoint of step 4: .*No space left.*checkpoint-000002; make room",
+    ):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
-    assert [p.name for p in (tmp_path / "out.partial" / "work").glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert [p.name for p in (tmp_path / "out.partial" / "work").glob("checkpoint-*")] == [
+        "checkpoint-000002"
+    ]
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
     assert log(tmp_path / "out")[-1]["step"] == 6
 
 
-def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(converted, sheep, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(
+    converted, sheep, tmp_path, monkeypatch
+):
     from lrkv_convert.heal import result
-    monkeypatch.setattr(result, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    monkeypatch.setattr(
+        result, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(LrkvError, match="No space left on device.*checkpoint-000006.*--resume"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     monkeypatch.undo()
@@ -185,30 +285,63 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(converted, she
 
 def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Run, "save", lambda self, step, state, real=Run.save: (real(self, step, state), seen.append([p.name[-2:] for p in self.checkpoints()])))
+    monkeypatch.setattr(
+        Run,
+        "save",
+        lambda self, step, state, real=Run.save: (
+            real(self, step, state),
+            seen.append([p.name[-2:] for p in self.checkpoints()]),
+        ),
+    )
     heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "checkpoint_every": 1, "keep": 3})
-    assert seen == [["01"], ["01", "02"], ["01", "02", "03"], ["02", "03", "04"], ["03", "04", "05"], ["04", "05", "06"]]
+    assert seen == [
+        ["01"],
+        ["01", "02"],
+        ["01", "02", "03"],
+        ["02", "03", "04"],
+        ["03", "04", "05"],
+        ["04", "05", "06"],
+    ]
 
 
-def test_a_resume_may_pass_through_the_batch_in_another_way(converted, sheep, tmp_path, whole, monkeypatch):
+def test_a_resume_may_pass_through_the_batch_in_another_way(
+    converted, sheep, tmp_path, whole, monkeypatch
+):
     from lrkv_convert.heal import loop
+
     step = loop.Trainer.step
-    monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 0))
+    monkeypatch.setattr(
+        loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 0)
+    )
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 1 of 6"):
         heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "micro_batch_size": 2})
     monkeypatch.undo()
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
-    assert [line["loss"] for line in log(tmp_path / "out") if "loss" in line] == pytest.approx([line["loss"] for line in log(whole) if "loss" in line], rel=1e-4)
+    assert [line["loss"] for line in log(tmp_path / "out") if "loss" in line] == pytest.approx(
+        [line["loss"] for line in log(whole) if "loss" in line], rel=1e-4
+    )
     a, b = load_file(tmp_path / "out" / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-3) for name in a)
 
 
-@pytest.mark.parametrize("changed, says", [({"muon_lr": 1e-3}, "muon_lr 0.0005, not 0.001"), ({"tokens": 8 * 4 * 64}, "tokens"), ({"data": "other"}, "data"),
-                                           ({"model": "other"}, "begun from other weights")])
-def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(changed, says, converted, sheep, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"muon_lr": 1e-3}, "muon_lr 0.0005, not 0.001"),
+        ({"tokens": 8 * 4 * 64}, "tokens"),
+        ({"data": "other"}, "data"),
+        ({"model": "other"}, "begun from other weights"),
+    ],
+)
+def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(
+    changed, says, converted, sheep, tmp_path, monkeypatch
+):
     from lrkv_convert.heal import loop
+
     step = loop.Trainer.step
-    monkeypatch.setattr(loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3))
+    monkeypatch.setattr(
+        loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3)
+    )
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of 6, which"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     monkeypatch.undo()
@@ -218,13 +351,22 @@ def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(changed, say
     data = [str(other)] if changed.pop("data", None) else [str(sheep)]
     with pytest.raises(LrkvError, match=says):
         heal(model, tmp_path / "out", data, resume=True, **{**SHORT, **changed})
-    heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **{**SHORT, "checkpoint_every": 1, "micro_batch_size": 2})        # these may differ
+    # these may differ
+    heal(
+        converted(),
+        tmp_path / "out",
+        [str(sheep)],
+        resume=True,
+        **{**SHORT, "checkpoint_every": 1, "micro_batch_size": 2},
+    )
 
 
 def test_overwrite_begins_anew(converted, sheep, tmp_path, whole):
     assert child("in a step", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
     heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
 def test_what_is_not_ours_is_not_removed(converted, sheep, tmp_path):
@@ -238,6 +380,7 @@ def test_what_is_not_ours_is_not_removed(converted, sheep, tmp_path):
 
 def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, tmp_path):
     from lrkv_convert.store import Store
+
     Store(tmp_path / "out.partial" / "work", {}).save("fitted-0", 1)
     with pytest.raises(LrkvError, match="is in the way"):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
@@ -246,30 +389,42 @@ def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, t
 
 def test_two_runs_do_not_write_one_folder(converted, sheep, tmp_path):
     from lrkv_convert.heal.loop import Trainer
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda *a: heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT))
+        patch.setattr(
+            Trainer,
+            "train",
+            lambda *a: heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT),
+        )
         with pytest.raises(LrkvError, match="another process is writing"):
             heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
 
 
 def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, monkeypatch):
-    assert child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
+    assert (
+        child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
+        == -signal.SIGKILL
+    )
     from lrkv_convert.heal import healing
+
     monkeypatch.setattr(healing, "pack", lambda *a, **k: pytest.fail("packed again"))
     heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "keep": 1})
 
 
 def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path, monkeypatch):
     from lrkv_convert.heal import loop
+
     step = loop.Trainer.step
 
     def twice(self, n, run, stop):
         if n == 4:
-            raise KeyboardInterrupt         # as the handler does when the signal comes again
+            raise KeyboardInterrupt  # as the handler does when the signal comes again
         return step(self, n, run, stop)
 
     monkeypatch.setattr(loop.Trainer, "step", twice)
-    with pytest.raises(KeyboardInterrupt, match="checkpoint-000004; the same command with --resume"):
+    with pytest.raises(
+        KeyboardInterrupt, match="checkpoint-000004; the same command with --resume"
+    ):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
 
 
@@ -283,7 +438,12 @@ def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
 
 def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path, monkeypatch):
     from lrkv_convert.heal import loop
-    monkeypatch.setattr(loop.Trainer, "losses", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+
+    monkeypatch.setattr(
+        loop.Trainer,
+        "losses",
+        lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    )
     with pytest.raises(LrkvError, match="out of memory at step 1: .*smaller micro_batch_size"):
         heal(converted(), tmp_path / "new" / "deep" / "out", [str(sheep)], **SHORT)
     assert not list(tmp_path.iterdir())

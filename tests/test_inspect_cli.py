@@ -1,4 +1,5 @@
 """`lrkv inspect` as it is typed: its tables at every width, what it writes, what it refuses."""
+
 import json
 import os
 import re
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import run
+from lrkv_cli.main import app
 from typer.testing import CliRunner
 
-from lrkv_cli.main import app
 from lrkv_convert.inspection import inspect, save
 
 
@@ -24,23 +25,52 @@ def test_a_look_ahead_from_the_command_line(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny().parent)
     shown = run("inspect", "model", "--calibration-tokens", 1024, "--out", tmp_path / "look").stdout
     result = json.loads((tmp_path / "look" / "inspect.json").read_text())
-    assert max(map(len, lines_without_commands(shown))) <= 100 and "\x1b" not in shown and "…" not in shown
-    assert f"{result['ranks'][3]['predicted_kl']:.3f}" in shown and "fidelity" in shown and "ceiling 83.3%" in shown
-    assert len(result["layers"]) == 2 and len(result["layers"][0]["keys"]["singular_values"]) == 3 and len(result["layers"][0]["values"]["outside_base"]) == 3
+    assert (
+        max(map(len, lines_without_commands(shown))) <= 100
+        and "\x1b" not in shown
+        and "…" not in shown
+    )
+    assert (
+        f"{result['ranks'][3]['predicted_kl']:.3f}" in shown
+        and "fidelity" in shown
+        and "ceiling 83.3%" in shown
+    )
+    assert (
+        len(result["layers"]) == 2
+        and len(result["layers"][0]["keys"]["singular_values"]) == 3
+        and len(result["layers"][0]["values"]["outside_base"]) == 3
+    )
     assert str(tiny().parent) not in json.dumps(result)
     pytest.importorskip("matplotlib")
     assert (tmp_path / "look" / "heads.png").stat().st_size > 10_000
 
 
-def test_a_converted_folder_beside_its_original_from_the_command_line(tiny, converted, tmp_path, monkeypatch):
+def test_a_converted_folder_beside_its_original_from_the_command_line(
+    tiny, converted, tmp_path, monkeypatch
+):
     monkeypatch.chdir(converted().parent)
     shown = run("inspect", "model", "--max-tokens", 64, "--out", tmp_path / "look").stdout
     result = json.loads((tmp_path / "look" / "inspect.json").read_text())
     assert max(map(len, lines_without_commands(shown))) <= 100 and "\x1b" not in shown
-    assert f"similarity {result['similarity']:.3f}" in shown and "calibrated on" in shown and result["tokens"] == 64
-    assert str(tiny().parent) not in json.dumps(result) and str(converted().parent) not in json.dumps(result)
+    assert (
+        f"similarity {result['similarity']:.3f}" in shown
+        and "calibrated on" in shown
+        and result["tokens"] == 64
+    )
+    assert str(tiny().parent) not in json.dumps(result) and str(
+        converted().parent
+    ) not in json.dumps(result)
     (tmp_path / "other.txt").write_text("Nobody has calibrated on this. " * 9)
-    shown = run("inspect", "model", "--original", tiny(), "--text", tmp_path / "other.txt", "--max-tokens", 64).stdout
+    shown = run(
+        "inspect",
+        "model",
+        "--original",
+        tiny(),
+        "--text",
+        tmp_path / "other.txt",
+        "--max-tokens",
+        64,
+    ).stdout
     assert "calibrated on" not in shown and "other.txt" in shown
     pytest.importorskip("matplotlib")
     assert (tmp_path / "look" / "heads.png").stat().st_size > 10_000
@@ -49,11 +79,24 @@ def test_a_converted_folder_beside_its_original_from_the_command_line(tiny, conv
 @pytest.mark.parametrize("which", ["original", "converted"])
 def test_a_narrow_terminal_loses_no_figure(which, tiny, converted, tmp_path):
     env = dict(os.environ, COLUMNS="60", FORCE_COLOR="1", TERM="xterm-256color")
-    model = [str(tiny()), "--calibration-tokens", "512"] if which == "original" else [str(converted()), "--max-tokens", "64"]
-    done = subprocess.run([sys.executable, "-m", "lrkv_cli.main", "inspect", *model], capture_output=True, text=True, env=env)
+    model = (
+        [str(tiny()), "--calibration-tokens", "512"]
+        if which == "original"
+        else [str(converted()), "--max-tokens", "64"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lrkv_cli.main", "inspect", *model],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    assert max(map(len, lines_without_commands(plain))) <= 60 and "…" not in plain and "diversity" in plain.lower()
+    assert (
+        max(map(len, lines_without_commands(plain))) <= 60
+        and "…" not in plain
+        and "diversity" in plain.lower()
+    )
 
 
 def test_without_matplotlib_the_json_is_written(tiny, tmp_path, monkeypatch):
@@ -71,11 +114,19 @@ def refusal(*arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize("options, says", [
-    (["--ranks", "5", "21"], "rank 21 is out of range"), (["--ranks", "5,x"], "not numbers"), (["--ablate"], "--text"),
-    (["--original", "somewhere"], "is not converted"), (["--calibration", "nowhere.txt"], "cannot read"),
-    (["--calibration", "none"], "without calibration text"), (["--text", "nowhere.txt", "--ablate"], "cannot read"),
-    (["--device", "abacus"], "cannot be used")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--ranks", "5", "21"], "rank 21 is out of range"),
+        (["--ranks", "5,x"], "not numbers"),
+        (["--ablate"], "--text"),
+        (["--original", "somewhere"], "is not converted"),
+        (["--calibration", "nowhere.txt"], "cannot read"),
+        (["--calibration", "none"], "without calibration text"),
+        (["--text", "nowhere.txt", "--ablate"], "cannot read"),
+        (["--device", "abacus"], "cannot be used"),
+    ],
+)
 def test_what_cannot_be_looked_at_is_refused_in_one_line(options, says, tiny):
     assert says in refusal(tiny(), *options)
 

@@ -13,7 +13,7 @@ from conftest import refused, run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from lrkv_convert import LrkvError, convert
+from lrkv_convert import LrkvError
 from lrkv_convert.card import model_card, source_metadata
 from lrkv_convert.markup import block, cell, code, literal, prose, quoted
 
@@ -62,9 +62,11 @@ HOSTILE = [
 def inline(markdown: str) -> str:
     """The text a reader sees, where nothing is anything but text or code."""
     [_, token, _] = MARKDOWN.parse(markdown)
-    assert {child.type for child in token.children} <= {"text", "code_inline", "text_special"}, (
-        token.children
-    )
+    assert {child.type for child in token.children} <= {
+        "text",
+        "code_inline",
+        "text_special",
+    }, token.children
     return "".join(child.content for child in token.children)
 
 
@@ -233,7 +235,6 @@ def test_a_broken_record_is_one_line_before_anything_is_measured(
     for option in (["--card"], ["--report", tmp_path / "r.html"], []):
         result = run("compare", tiny(), folder, "--text", sheep, *option, code=1)
         assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
-
 
 
 @pytest.mark.parametrize(

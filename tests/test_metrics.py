@@ -1,4 +1,7 @@
-"""The metrics are what their definitions say, and calibration feeds them what the original model computes."""
+"""The metrics are what their definitions say, and calibration feeds them what the original model
+computes.
+"""
+
 import pytest
 import torch
 from conftest import prompt, relative
@@ -8,12 +11,19 @@ from lrkv_convert import metrics
 from lrkv_convert.adapters import AttentionWeights, Geometry
 from lrkv_convert.calibrate import calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.metrics import FLOOR, HeadMoments, LayerMetrics, rotation_average, shrunk, square_root
+from lrkv_convert.metrics import (
+    FLOOR,
+    HeadMoments,
+    LayerMetrics,
+    rotation_average,
+    shrunk,
+    square_root,
+)
 from lrkv_convert.skeleton import Skeleton
 from lrkv_convert.store import Store
 
-FLOAT32 = 1e-5      # sums are float32 products
-BFLOAT16 = 2**-8    # activations are kept in bfloat16
+FLOAT32 = 1e-5  # sums are float32 products
+BFLOAT16 = 2**-8  # activations are kept in bfloat16
 
 
 def test_square_root_squares_back_and_inverts():
@@ -30,12 +40,15 @@ def test_zero_energy_directions_do_not_blow_up():
 
 
 def test_shrinkage_adds_a_share_of_the_mean_eigenvalue():
-    assert torch.allclose(shrunk(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+    assert torch.allclose(
+        shrunk(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0]))
+    )
 
 
 def test_rotation_average_is_the_mean_over_angles():
     M = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    M, mean, steps = M @ M.mT, 0, 8                 # a product of two rotations is averaged exactly by 3 or more equal steps
+    # a product of two rotations is averaged exactly by 3 or more equal steps
+    M, mean, steps = M @ M.mT, 0, 8
     for a in range(steps):
         for b in range(steps):
             angle = 2 * torch.pi * torch.tensor([a, b], dtype=torch.float64) / steps
@@ -47,10 +60,15 @@ def test_rotation_average_is_the_mean_over_angles():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
-    """Layer by layer on the skeleton = straight from the original model's hidden states and attention weights."""
+    """Layer by layer on the skeleton = straight from the original model's hidden states and
+    attention weights.
+    """
     checkpoint, adapter = open_model(str(tiny(family)))
     geometry, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    skeleton, store = Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    skeleton, store = (
+        Skeleton(checkpoint, adapter, torch.device("cpu")),
+        Store(tmp_path / "store", {}),
+    )
     calibrate(skeleton, geometry, tokens, {"fisher", "attention", "whitened"}, store)
     layers = [calibrated_layer(skeleton, store, i) for i in range(geometry.layers)]
     seen = [layer.sums for layer in layers]
@@ -58,15 +76,24 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
     out = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(seen) == geometry.layers
     for i, sums in enumerate(seen):
-        norm = model.get_submodule(adapter.layer_path)[i].get_submodule("ln_1" if family == "gpt2" else "input_layernorm")
-        x = norm(out.hidden_states[i]).double()                                         # (N, T, D)
+        norm = model.get_submodule(adapter.layer_path)[i].get_submodule(
+            "ln_1" if family == "gpt2" else "input_layernorm"
+        )
+        x = norm(out.hidden_states[i]).double()  # (N, T, D)
         assert relative(torch.cat(layers[i].inputs), x) < BFLOAT16
-        a = out.attentions[i].double()                                                  # (N, H G, T, T)
+        # (N, H G, T, T)
+        a = out.attentions[i].double()
         z = torch.einsum("nhst,ntd->nhsd", a, x)
-        keys, values = torch.einsum("nhst,ntd,nte->de", a, x, x), torch.einsum("nhsd,nhse->de", z, z)
+        keys, values = (
+            torch.einsum("nhst,ntd,nte->de", a, x, x),
+            torch.einsum("nhsd,nhse->de", z, z),
+        )
         assert relative(sums["keys"], keys) < FLOAT32 and relative(sums["values"], values) < FLOAT32
         assert relative(sums["inputs"], torch.einsum("ntd,nte->de", x, x)) < FLOAT32
-        z = (z @ metrics.head_basis(layers[i].weights.W_V)).unflatten(1, (geometry.kv_heads, geometry.groups))                # (N, H, G, T, k)
+        # (N, H, G, T, k)
+        z = (z @ metrics.head_basis(layers[i].weights.W_V)).unflatten(
+            1, (geometry.kv_heads, geometry.groups)
+        )
         assert relative(sums["heads"], torch.einsum("nhgsa,nhgsb->hab", z, z)) < FLOAT32
         q = torch.einsum("ntD,hgDd->nhgtd", x, layers[i].weights.W_Q.double())
         if layers[i].weights.b_Q is not None:
@@ -76,26 +103,47 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
 
 
 def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
-    """Also where runs of heads share one: Q^T Sigma_V Q is the mean of what each head has, shrinkage included."""
+    """Also where runs of heads share one: Q^T Sigma_V Q is the mean of what each head has,
+    shrinkage included.
+    """
     checkpoint, adapter = open_model(str(tiny("llama")))
-    geometry, skeleton, store = adapter.geometry(checkpoint.config), Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    geometry, skeleton, store = (
+        adapter.geometry(checkpoint.config),
+        Skeleton(checkpoint, adapter, torch.device("cpu")),
+        Store(tmp_path / "store", {}),
+    )
     for count in (2, 3):
         store = Store(tmp_path / f"{count}", {})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics, "RUNS", count)
             calibrate(skeleton, geometry, prompt(24, batch=2), {"attention", "whitened"}, store)
         layer = calibrated_layer(skeleton, store, 1)
-        metric, basis = layer.metrics(geometry, "attention").values, metrics.head_basis(layer.weights.W_V)
-        sizes = torch.tensor([heads.stop - heads.start for heads in metrics.runs(3, count)], dtype=torch.float64)
+        metric, basis = (
+            layer.metrics(geometry, "attention").values,
+            metrics.head_basis(layer.weights.W_V),
+        )
+        sizes = torch.tensor(
+            [heads.stop - heads.start for heads in metrics.runs(3, count)], dtype=torch.float64
+        )
         assert metric.grams.shape[0] == count
-        assert relative(torch.einsum("r,rab->ab", sizes / 3, metric.grams), basis.T @ metric.sigma @ basis) < FLOAT32
-    assert layer.metrics(geometry, "whitened").values.grams is None and layer.metrics(geometry, "attention").keys.grams is None
+        assert (
+            relative(
+                torch.einsum("r,rab->ab", sizes / 3, metric.grams), basis.T @ metric.sigma @ basis
+            )
+            < FLOAT32
+        )
+    assert (
+        layer.metrics(geometry, "whitened").values.grams is None
+        and layer.metrics(geometry, "attention").keys.grams is None
+    )
 
 
 def test_a_dead_head_counts_for_next_to_nothing():
     """Zero moments among tiny ones (gradients squared) must not weigh like the identity."""
     weights = AttentionWeights(*(torch.zeros(()) for _ in range(4)))
     moments = torch.stack([torch.zeros(4, 4), 1e-6 * torch.eye(4)]).double()
-    found = LayerMetrics(weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments))
+    found = LayerMetrics(
+        weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments)
+    )
     for M in (found.keys.M, found.values.M):
         assert M.root[0].norm() < 1e-3 * M.root[1].norm() and torch.isfinite(M.inverse).all()

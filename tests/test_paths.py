@@ -1,4 +1,7 @@
-"""Rebuild, split and kernel paths compute the same attention, and the choice between them is the documented one."""
+"""Rebuild, split and kernel paths compute the same attention, and the choice between them is the
+documented one.
+"""
+
 import os
 import subprocess
 import sys
@@ -7,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import THOROUGH, prompt, relative
-from transformers import AutoModelForCausalLM, DynamicCache
 from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrkv_convert.evaluate.step import Layer, Shape
 from lrkv_convert.modeling import attention_lrkv, factors_lrkv, reference
@@ -16,11 +19,14 @@ from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.modeling.kernel_lrkv import decode, missing
 
-# of the root mean square, against float64; bfloat16 rounds each factor to 8 bits and the weights of the softmax once more
+# of the root mean square, against float64; bfloat16 rounds each factor to 8 bits and the weights of
+# the softmax once more
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CPU = torch.device("cpu")
 # where the kernel runs: TRITON_INTERPRET=0 on a machine with a GPU takes it there
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu")
+DEVICE = torch.device(
+    "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+)
 
 # keys (m, r, alignment, form), values (m, r), G, biases, width of RoPE, QK-norm; H = 3, d = 20
 CASES = {
@@ -50,38 +56,66 @@ class Norm(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width) + 0.5, requires_grad=False), 1e-5
+        self.weight, self.variance_epsilon = (
+            nn.Parameter(torch.rand(width) + 0.5, requires_grad=False),
+            1e-5,
+        )
 
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
 
-def problem(case: str, tokens: int, batch: int = 2, masked: bool = True, dtype=torch.float32) -> dict:
+def problem(
+    case: str, tokens: int, batch: int = 2, masked: bool = True, dtype=torch.float32
+) -> dict:
     """Random weights, queries and caches; the arguments of `decode`."""
     (m, r, alignment, form), (v_m, v_r), G, biased, turning, normed = CASES[case]
     torch.manual_seed(tokens)
     H, d = 3, 20
-    keys, values = LowRankHeads(8, H, d, m, r, alignment, biased, form), LowRankHeads(8, H, d, v_m, v_r, True, biased)
+    keys, values = (
+        LowRankHeads(8, H, d, m, r, alignment, biased, form),
+        LowRankHeads(8, H, d, v_m, v_r, True, biased),
+    )
     for parameter in [*keys.parameters(), *values.parameters()]:
         nn.init.normal_(parameter, std=0.3)
     new = lambda *shape: torch.randn(shape).to(dtype)
     rotation = mask = None
     if turning:
-        angles = torch.arange(tokens)[:, None] * 100.0 ** (-torch.arange(turning // 2) / (turning // 2))
+        angles = torch.arange(tokens)[:, None] * 100.0 ** (
+            -torch.arange(turning // 2) / (turning // 2)
+        )
         angles = torch.cat((angles, angles), dim=-1)[None]
         rotation = angles.cos().to(dtype), angles.sin().to(dtype)
     if masked:
         hidden = torch.rand(batch, 1, 1, tokens) < 0.3
         hidden[..., -1] = False
-        mask = torch.zeros(batch, 1, 1, tokens, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-    return {"keys": keys.to(dtype).requires_grad_(False), "values": values.to(dtype).requires_grad_(False), "query": new(batch, H, G, d),
-            "cached_keys": (new(batch, 1, tokens, m), new(batch, H, tokens, r)), "cached_values": (new(batch, 1, tokens, v_m), new(batch, H, tokens, v_r)),
-            "rotation": rotation, "mask": mask, "scale": d**-0.5, "norm": Norm(d).to(dtype) if normed else None}
+        mask = torch.zeros(batch, 1, 1, tokens, dtype=dtype).masked_fill(
+            hidden, torch.finfo(dtype).min
+        )
+    return {
+        "keys": keys.to(dtype).requires_grad_(False),
+        "values": values.to(dtype).requires_grad_(False),
+        "query": new(batch, H, G, d),
+        "cached_keys": (new(batch, 1, tokens, m), new(batch, H, tokens, r)),
+        "cached_values": (new(batch, 1, tokens, v_m), new(batch, H, tokens, v_r)),
+        "rotation": rotation,
+        "mask": mask,
+        "scale": d**-0.5,
+        "norm": Norm(d).to(dtype) if normed else None,
+    }
 
 
 def kernel(**given) -> torch.Tensor:
     """`decode` on DEVICE."""
-    move = lambda v: tuple(map(move, v)) if isinstance(v, tuple) else v.to(DEVICE) if isinstance(v, (torch.Tensor, nn.Module)) else v
+    move = lambda v: (
+        tuple(map(move, v))
+        if isinstance(v, tuple)
+        else v.to(DEVICE)
+        if isinstance(v, (torch.Tensor, nn.Module))
+        else v
+    )
     found = decode(**{name: move(value) for name, value in given.items()}).cpu()
     for name in ("keys", "values"):
         given[name].cpu()
@@ -94,7 +128,10 @@ def split(keys, values, query, cached_keys, cached_values, rotation, mask, scale
 
 
 def rebuild(keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm):
-    k, v = keys.rebuild(*cached_keys, rotation, norm if keys.form != "full" else None), values.rebuild(*cached_values)
+    k, v = (
+        keys.rebuild(*cached_keys, rotation, norm if keys.form != "full" else None),
+        values.rebuild(*cached_values),
+    )
     scores = query @ k.mT * scale
     return (scores if mask is None else scores + mask).softmax(-1) @ v
 
@@ -121,7 +158,9 @@ def test_the_kernel_equals_the_reference(case, tokens):
     assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("case", ["position-free-bias-groups", "rope", "rope-qk-norm-groups", "rotary", "full"])
+@pytest.mark.parametrize(
+    "case", ["position-free-bias-groups", "rope", "rope-qk-norm-groups", "rotary", "full"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_in_half_precision(case, dtype):
     given = problem(case, 130, batch=1, masked=False, dtype=dtype)
@@ -130,8 +169,11 @@ def test_the_kernel_in_half_precision(case, dtype):
 
 @pytest.mark.parametrize("case", ["position-free", "rope-bias-groups"])
 def test_the_kernel_joins_many_chunks(case, monkeypatch):
-    """With one program wanted the sequence is one chunk, with many it is cut as finely as tiles allow: the result is the same."""
+    """With one program wanted the sequence is one chunk, with many it is cut as finely as tiles
+    allow: the result is the same.
+    """
     from lrkv_convert.modeling import kernel_lrkv
+
     given = problem(case, 1000, batch=1)
     fine = kernel(**given)
     monkeypatch.setattr(kernel_lrkv, "PROGRAMS", 1)
@@ -140,9 +182,14 @@ def test_the_kernel_joins_many_chunks(case, monkeypatch):
 
 
 def test_the_kernel_reads_caches_that_are_slices():
-    """A static cache grown beyond what is used, and a batch taken from a larger one, are not contiguous."""
+    """A static cache grown beyond what is used, and a batch taken from a larger one, are not
+    contiguous.
+    """
     given = problem("rope", 63)
-    widened = [tuple(torch.cat((t, torch.full_like(t, float("nan"))), dim=2)[:, :, :63] for t in side) for side in (given["cached_keys"], given["cached_values"])]
+    widened = [
+        tuple(torch.cat((t, torch.full_like(t, float("nan"))), dim=2)[:, :, :63] for t in side)
+        for side in (given["cached_keys"], given["cached_values"])
+    ]
     assert not widened[0][1].is_contiguous()
     found = kernel(**{**given, "cached_keys": widened[0], "cached_values": widened[1]})
     assert torch.equal(found, kernel(**given))
@@ -152,14 +199,22 @@ def test_the_kernel_writes_all_it_allocates(monkeypatch):
     """Buffers that start as NaN end without one."""
     given = problem("rope-bias-groups", 111)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
+    )
     assert torch.isfinite(kernel(**given)).all()
 
 
-# ------------------------------------------------------------------------------------------------ in models
+# ---------------------------------------------------------------------------------------- in models
 
-FORMS = [{}, {"rank_k": 0, "rank_v": 12}, {"base": "aligned"}, {"keys": "per-head", "cache_ratio": 0.7}, {"keys": "rotary", "cache_ratio": 0.8},
-         {"keys": "full", "cache_ratio": 0.8}]
+FORMS = [
+    {},
+    {"rank_k": 0, "rank_v": 12},
+    {"base": "aligned"},
+    {"keys": "per-head", "cache_ratio": 0.7},
+    {"keys": "rotary", "cache_ratio": 0.8},
+    {"keys": "full", "cache_ratio": 0.8},
+]
 
 
 @torch.no_grad()
@@ -169,12 +224,18 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
     pieces = [model(ids[:, :first], past_key_values=cache, attention_mask=mask[:, :first]).logits]
     for t in range(first, ids.shape[1]):
-        pieces.append(model(ids[:, t:t + 1], past_key_values=cache, attention_mask=mask[:, :t + 1]).logits)
+        pieces.append(
+            model(ids[:, t : t + 1], past_key_values=cache, attention_mask=mask[:, : t + 1]).logits
+        )
     return torch.cat(pieces, dim=1)
 
 
 # a model without RoPE has no rotary form of keys, and is refused one (test_refusals.py)
-@pytest.mark.parametrize("family, options", [(f, o) for f in THOROUGH for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"], ids=str)
+@pytest.mark.parametrize(
+    "family, options",
+    [(f, o) for f in THOROUGH for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"],
+    ids=str,
+)
 def test_forced_paths_give_the_same_logits(family, options, converted):
     options = {"rank": None, **options} if "cache_ratio" in options else options
     model = AutoModelForCausalLM.from_pretrained(converted(family, **options)).eval()
@@ -183,18 +244,33 @@ def test_forced_paths_give_the_same_logits(family, options, converted):
     expected = decoded(model, "rebuild", ids, mask)
     for path in ("split", "kernel", "auto"):
         found = decoded(model, path, ids, mask)
-        assert relative(found[0], expected[0]) < 1e-4 and relative(found[1, 9:], expected[1, 9:]) < 1e-4, path
+        assert (
+            relative(found[0], expected[0]) < 1e-4
+            and relative(found[1, 9:], expected[1, 9:]) < 1e-4
+        ), path
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_split_prefill_and_chunks_equal_rebuilding(family, attention, converted):
-    """The split path forced on several tokens at once, with and without tokens before them, sees what rebuilding sees."""
-    model = AutoModelForCausalLM.from_pretrained(converted(family), attn_implementation=attention).eval()
+    """The split path forced on several tokens at once, with and without tokens before them, sees
+    what rebuilding sees.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        converted(family), attn_implementation=attention
+    ).eval()
     ids, out = prompt(40, batch=2), []
     for path in ("rebuild", "split"):
         model.config.lrkv_path, cache = path, DynamicCache(config=model.config)
         with torch.no_grad():
-            out.append(torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 5, 18], dim=1)], dim=1))
+            out.append(
+                torch.cat(
+                    [
+                        model(part, past_key_values=cache).logits
+                        for part in ids.split([17, 5, 18], dim=1)
+                    ],
+                    dim=1,
+                )
+            )
     assert relative(*out) < 1e-4
 
 
@@ -204,12 +280,18 @@ def test_eager_attention_weights_come_from_either_path(converted):
     for path in ("rebuild", "split"):
         model.config.lrkv_path, cache = path, DynamicCache(config=model.config)
         model(prompt(20), past_key_values=cache)
-        seen.append(torch.stack(model(prompt(1), past_key_values=cache, output_attentions=True).attentions))
+        seen.append(
+            torch.stack(model(prompt(1), past_key_values=cache, output_attentions=True).attentions)
+        )
     assert seen[0].shape == (2, 1, 6, 1, 21) and relative(*seen) < 1e-5
 
 
-def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(family, converted, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(converted(family), attn_implementation="eager").eval()
+def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(
+    family, converted, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(
+        converted(family), attn_implementation="eager"
+    ).eval()
     ids, mask, out = prompt(36, batch=3), torch.ones(3, 36, dtype=torch.long), []
     mask[1, :5] = 0
     for scores, chunk in ((1 << 21, 1 << 19), (1, 600)):
@@ -220,12 +302,23 @@ def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(family,
 
 
 def test_a_padding_query_in_half_precision_gives_no_nan():
-    """It sees masked keys only; where all its scores are far below zero, adding the mask in float16 would leave nothing but -inf."""
+    """It sees masked keys only; where all its scores are far below zero, adding the mask in float16
+    would leave nothing but -inf.
+    """
     layer = Layer(Shape(2, 1, 16, (0, 16), (16, 4), form="full"), 1, 5, CPU, torch.float16)
     layer.cached[0][1].fill_(1)
     layer.query.fill_(-20)
-    output, weights = layer.read_in_place("split", layer.query, *layer.cached, torch.full((1, 1, 1, 5), torch.finfo(torch.float16).min), None, with_weights=True)
-    assert torch.isfinite(output).all() and torch.allclose(weights, torch.full_like(weights, 0.2), atol=1e-3)
+    output, weights = layer.read_in_place(
+        "split",
+        layer.query,
+        *layer.cached,
+        torch.full((1, 1, 1, 5), torch.finfo(torch.float16).min),
+        None,
+        with_weights=True,
+    )
+    assert torch.isfinite(output).all() and torch.allclose(
+        weights, torch.full_like(weights, 0.2), atol=1e-3
+    )
 
 
 def test_gradients_flow_through_a_cached_step(converted):
@@ -242,10 +335,16 @@ def test_gradients_flow_through_a_cached_step(converted):
 
 
 def test_gradients_reach_one_factor_alone(converted):
-    """With all else frozen the query carries no gradient, and the kernel must step aside all the same."""
+    """With all else frozen the query carries no gradient, and the kernel must step aside all the
+    same.
+    """
     grads = []
     for path in ("rebuild", "kernel"):
-        model = AutoModelForCausalLM.from_pretrained(converted(), lrkv_path=path).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_pretrained(converted(), lrkv_path=path)
+            .eval()
+            .requires_grad_(False)
+        )
         factor = model.model.layers[0].self_attn.keys.B.requires_grad_(True)
         cache = DynamicCache(config=model.config)
         model(prompt(20), past_key_values=cache)
@@ -266,21 +365,44 @@ def test_autocast_reaches_the_kernel(converted):
 
 
 def test_the_path_is_chosen_as_documented():
-    usual = dict(asked="auto", queries=2, tokens=1, implementation="sdpa", mask=None, training=False, cached=True, device=CPU, dtype=torch.float32)
+    usual = dict(
+        asked="auto",
+        queries=2,
+        tokens=1,
+        implementation="sdpa",
+        mask=None,
+        training=False,
+        cached=True,
+        device=CPU,
+        dtype=torch.float32,
+    )
     choose = lambda **changed: choose_path(**{**usual, **changed})
     assert choose() == "split"
-    assert choose(queries=64, tokens=32) == choose(training=True) == choose(cached=False) == "rebuild"
+    assert (
+        choose(queries=64, tokens=32) == choose(training=True) == choose(cached=False) == "rebuild"
+    )
     assert choose(asked="split", queries=64, tokens=32) == "split"
     assert choose(asked="split", training=True) == choose(asked="rebuild") == "rebuild"
     assert choose(implementation="flash_attention_2") == "split"
-    assert choose(asked="split", implementation="paged|sdpa", cached=False) == choose(implementation="my_own") == "rebuild"
-    assert choose(implementation="flash_attention_2", tokens=4) == choose(implementation="flash_attention_2", outside_window=True) == "rebuild"
-    assert choose(mask=object()) == "rebuild"           # flex attention's block mask
+    assert (
+        choose(asked="split", implementation="paged|sdpa", cached=False)
+        == choose(implementation="my_own")
+        == "rebuild"
+    )
+    assert (
+        choose(implementation="flash_attention_2", tokens=4)
+        == choose(implementation="flash_attention_2", outside_window=True)
+        == "rebuild"
+    )
+    assert choose(mask=object()) == "rebuild"  # flex attention's block mask
     assert choose(asked="kernel") == "kernel" and choose(asked="kernel", tokens=2) == "split"
-    assert choose(asked="kernel", mask=torch.zeros(1, 6, 1, 9)) == "split"      # a mask per head
+    assert choose(asked="kernel", mask=torch.zeros(1, 6, 1, 9)) == "split"  # a mask per head
     cuda = dict(device=torch.device("cuda"), dtype=torch.bfloat16)
     assert choose(**cuda, differentiable=True) == choose(**cuda, implementation="eager") == "split"
-    assert choose(**cuda) == "kernel" and choose(**cuda, tokens=2) == choose(**{**cuda, "dtype": torch.float64}) == "split"
+    assert (
+        choose(**cuda) == "kernel"
+        and choose(**cuda, tokens=2) == choose(**{**cuda, "dtype": torch.float64}) == "split"
+    )
     with pytest.raises(ValueError, match="must be one of"):
         choose(asked="fastest")
     with pytest.raises(ValueError, match="float64"):
@@ -288,12 +410,16 @@ def test_the_path_is_chosen_as_documented():
 
 
 def test_the_path_can_be_given_when_loading(converted):
-    assert AutoModelForCausalLM.from_pretrained(converted(), lrkv_path="rebuild").config.lrkv_path == "rebuild"
+    assert (
+        AutoModelForCausalLM.from_pretrained(converted(), lrkv_path="rebuild").config.lrkv_path
+        == "rebuild"
+    )
 
 
 def test_without_triton_the_kernel_says_what_it_lacks(monkeypatch):
     from lrkv_convert.modeling import kernel_lrkv
-    assert missing(CPU, torch.float32) is None          # interpreted
+
+    assert missing(CPU, torch.float32) is None  # interpreted
     monkeypatch.setattr(kernel_lrkv, "INTERPRETED", False)
     assert "no cpu backend" in missing(CPU, torch.bfloat16)
     assert "half precision" in missing(torch.device("cuda"), torch.float32)
@@ -301,12 +427,18 @@ def test_without_triton_the_kernel_says_what_it_lacks(monkeypatch):
     assert "not installed" in missing(torch.device("cuda"), torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------ ahead of time
+# ------------------------------------------------------------------------------------ ahead of time
+
 
 def test_the_kernel_compiles_without_spilling():
     """Every launch of the table for sm_80 and sm_90; no GPU needed."""
     script = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 1 + 2 * 27
@@ -314,9 +446,17 @@ def test_the_kernel_compiles_without_spilling():
 
 def test_a_spill_would_be_seen():
     """The same kernel held to 32 registers spills, and the table says so."""
-    code = ("import sys; sys.path.insert(0, 'benchmarks')\n"
-            "import torch, kernel_resources as k\n"
-            "kernel, args, options = k.launches(k.CASES['RoPE joint, 32 heads, r 60'], torch.bfloat16)[0]\n"
-            "print(k.resources(k.compiled(kernel, args, options, 80, maxnreg=32))[2])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, env={**os.environ, "TRITON_INTERPRET": "0"})
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks')\nimport torch, kernel_resources as k\nkernel,"
+        " args, options = k.launches(k.CASES['RoPE joint, 32 heads, r 60'],"
+        " torch.bfloat16)[0]\nprint(k.resources(k.compiled(kernel, args, options, 80,"
+        " maxnreg=32))[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     assert done.returncode == 0 and int(done.stdout) > 0, done.stdout + done.stderr

@@ -1,4 +1,5 @@
 """The joint fit with a Sigma per head, or per run of heads. float64 throughout."""
+
 import math
 
 import pytest
@@ -7,14 +8,26 @@ import torch
 from lrkv_convert import per_head
 from lrkv_convert.adapters import AttentionWeights, Geometry
 from lrkv_convert.factorise import joint
-from lrkv_convert.metrics import GRAM_NUMBERS, SHRINKAGE, LayerMetrics, Metric, MetricSums, head_basis, run_count, runs, square_root
+from lrkv_convert.metrics import (
+    GRAM_NUMBERS,
+    SHRINKAGE,
+    LayerMetrics,
+    Metric,
+    MetricSums,
+    head_basis,
+    run_count,
+    runs,
+    square_root,
+)
 
 H, D, d, m, r = 4, 48, 10, 12, 3
 EXACT = 1e-9
 
 
 def problem(count: int, alike: bool = False, seed: int = 0):
-    """W (H, D, d), the Sigma of every head (H, D, D), and the metric: `count` runs of heads share one."""
+    """W (H, D, d), the Sigma of every head (H, D, D), and the metric: `count` runs of heads share
+    one.
+    """
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     shared = draw(D, d)
@@ -30,7 +43,14 @@ def problem(count: int, alike: bool = False, seed: int = 0):
 
 
 def error(W, What, sigmas, metric) -> float:
-    return sum((square_root(S).root @ E @ M).square().sum() for S, E, M in zip(sigmas, W - What, metric.M.root)).sqrt().item()
+    return (
+        sum(
+            (square_root(S).root @ E @ M).square().sum()
+            for S, E, M in zip(sigmas, W - What, metric.M.root)
+        )
+        .sqrt()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -38,9 +58,18 @@ def error(W, What, sigmas, metric) -> float:
 def test_reported_error_is_the_error_and_no_more_than_with_one_sigma(count, m, r):
     W, sigmas, metric = problem(count)
     alone, shared = joint(W, metric, m, r), joint(W, Metric(metric.sigma, metric.M), m, r)
-    assert alone.error == pytest.approx(error(W, alone.heads(), sigmas, metric) / error(W, torch.zeros_like(W), sigmas, metric), rel=1e-6)
-    assert error(W, alone.heads(), sigmas, metric) < 0.999 * error(W, shared.heads(), sigmas, metric)
-    ended = len(alone.history) == per_head.SWEEPS or m == 0 or 1 - (alone.history[-1] / alone.history[-2]) ** 2 < per_head.STOP
+    assert alone.error == pytest.approx(
+        error(W, alone.heads(), sigmas, metric) / error(W, torch.zeros_like(W), sigmas, metric),
+        rel=1e-6,
+    )
+    assert error(W, alone.heads(), sigmas, metric) < 0.999 * error(
+        W, shared.heads(), sigmas, metric
+    )
+    ended = (
+        len(alone.history) == per_head.SWEEPS
+        or m == 0
+        or 1 - (alone.history[-1] / alone.history[-2]) ** 2 < per_head.STOP
+    )
     assert ended, "a round raised the error, and the one before was kept"
     assert len(alone.history) > 1 or m == 0
 
@@ -50,8 +79,12 @@ def test_heads_that_are_alike_gain_nothing(monkeypatch):
     W, _, metric = problem(4, alike=True)
     monkeypatch.setattr(per_head, "SWEEPS", 400)
     monkeypatch.setattr(per_head, "STOP", 1e-7)
-    alone, shared = joint(W, metric, m, r), joint(W, Metric(metric.sigma, metric.M), m, r, sweeps=1000)
-    assert alone.error == pytest.approx(shared.error, rel=0.02)       # alternations stop at slightly different places
+    alone, shared = (
+        joint(W, metric, m, r),
+        joint(W, Metric(metric.sigma, metric.M), m, r, sweeps=1000),
+    )
+    # alternations stop at slightly different places
+    assert alone.error == pytest.approx(shared.error, rel=0.02)
 
 
 def test_full_rank_is_exact():
@@ -62,8 +95,17 @@ def test_full_rank_is_exact():
 
 def test_without_base_the_error_is_the_discarded_singular_values_of_each_head():
     W, sigmas, metric = problem(4)
-    beyond = sum(torch.linalg.svdvals(square_root(S).root @ w @ M)[r:].square().sum() for S, w, M in zip(sigmas, W, metric.M.root)).sqrt().item()
-    assert error(W, joint(W, metric, 0, r).heads(), sigmas, metric) == pytest.approx(beyond, rel=1e-9)
+    beyond = (
+        sum(
+            torch.linalg.svdvals(square_root(S).root @ w @ M)[r:].square().sum()
+            for S, w, M in zip(sigmas, W, metric.M.root)
+        )
+        .sqrt()
+        .item()
+    )
+    assert error(W, joint(W, metric, 0, r).heads(), sigmas, metric) == pytest.approx(
+        beyond, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("m, r", [(m, r), (m, 0)])
@@ -73,34 +115,54 @@ def test_it_ends_near_where_the_alternation_would_end(m, r, monkeypatch):
     monkeypatch.setattr(per_head, "SWEEPS", 500)
     monkeypatch.setattr(per_head, "STOP", 0.0)
     last = joint(W, metric, m, r).history
-    assert len(last) > len(fit) and fit[-1] - last[-1] < 0.25 * (fit[0] - last[-1]), (fit[0], fit[-1], last[-1])
+    assert len(last) > len(fit) and fit[-1] - last[-1] < 0.25 * (fit[0] - last[-1]), (
+        fit[0],
+        fit[-1],
+        last[-1],
+    )
 
 
 @pytest.mark.parametrize("spread", [1, 1e-3, 1e-6])
 def test_sums_in_float32_are_enough(spread):
-    """Also where some directions of the heads are far weaker than others, and one token far larger: W is square, as in multi-head attention."""
+    """Also where some directions of the heads are far weaker than others, and one token far larger:
+    W is square, as in multi-head attention.
+    """
     g, D, T = torch.Generator().manual_seed(0), H * d, 64
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     left, right = (torch.linalg.qr(draw(D, D))[0] for _ in range(2))
-    W = (left * torch.logspace(0, math.log10(spread), D, dtype=torch.float64) @ right).reshape(D, H, d).transpose(0, 1).contiguous()
+    W = (
+        (left * torch.logspace(0, math.log10(spread), D, dtype=torch.float64) @ right)
+        .reshape(D, H, d)
+        .transpose(0, 1)
+        .contiguous()
+    )
     weights = AttentionWeights(draw(H, 1, D, d), draw(H, D, d), W, draw(H, 1, d, D))
     geometry = Geometry(1, D, H, 1, d, 0)
-    sums, exact = MetricSums(weights, geometry, {"attention"}, torch.device("cpu")), torch.zeros(H, D, D, dtype=torch.float64)
+    sums, exact = (
+        MetricSums(weights, geometry, {"attention"}, torch.device("cpu")),
+        torch.zeros(H, D, D, dtype=torch.float64),
+    )
     for _ in range(6):
         x = draw(T, D)
         x[0] *= 100
-        attention = torch.softmax(torch.full((H, T, T), -torch.inf).double().triu(1) + 3 * draw(H, T, T), -1)
+        attention = torch.softmax(
+            torch.full((H, T, T), -torch.inf).double().triu(1) + 3 * draw(H, T, T), -1
+        )
         sums.add(x.float(), attention.float())
         z = attention @ x
         exact += z.mT @ z
     metric = LayerMetrics(weights, geometry, "attention", sums.state()).values
-    exact = exact / (6 * T) + SHRINKAGE * exact.diagonal(dim1=1, dim2=2).mean() / (6 * T) * torch.eye(D, dtype=torch.float64)
+    exact = exact / (6 * T) + SHRINKAGE * exact.diagonal(dim1=1, dim2=2).mean() / (
+        6 * T
+    ) * torch.eye(D, dtype=torch.float64)
     for m, r in ((12, 3), (20, 0)):
         fit = joint(W, metric, m, r)
         true = error(W, fit.heads(), exact, metric) / error(W, torch.zeros_like(W), exact, metric)
         assert fit.error == pytest.approx(true, rel=1e-2)
         shared = joint(W, Metric(metric.sigma, metric.M), m, r)
-        assert true < error(W, shared.heads(), exact, metric) / error(W, torch.zeros_like(W), exact, metric)
+        assert true < error(W, shared.heads(), exact, metric) / error(
+            W, torch.zeros_like(W), exact, metric
+        )
 
 
 def test_dead_heads_and_singular_metrics_stay_finite():
@@ -117,6 +179,9 @@ def test_a_single_sigma_is_not_summed_twice():
 
 
 def test_memory_decides_how_many_heads_share_a_sigma():
-    counts = {(H, d): run_count(Geometry(1, H * d, H, 1, d)) for H, d in ((3, 64), (8, 128), (12, 64), (32, 80), (32, 128))}
+    counts = {
+        (H, d): run_count(Geometry(1, H * d, H, 1, d))
+        for H, d in ((3, 64), (8, 128), (12, 64), (32, 80), (32, 128))
+    }
     assert counts == {(3, 64): 3, (8, 128): 8, (12, 64): 8, (32, 80): 5, (32, 128): 0}
-    assert all(count * (H * d)**2 <= GRAM_NUMBERS for (H, d), count in counts.items())
+    assert all(count * (H * d) ** 2 <= GRAM_NUMBERS for (H, d), count in counts.items())

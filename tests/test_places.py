@@ -224,7 +224,11 @@ def test_a_name_that_was_taken_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("file", ["thesis.txt", "lrkv.json"])
 def test_a_previous_of_somebody_else_is_not_used(file, tmp_path):
     """A model that the user set aside is not one that this package did."""
-    for name, content in (("out", "lrkv.json"), ("out.partial", "lrkv.json"), ("out.previous", file)):
+    for name, content in (
+        ("out", "lrkv.json"),
+        ("out.partial", "lrkv.json"),
+        ("out.previous", file),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / content).write_text(name)
     publish(tmp_path / "out.partial", tmp_path / "out")
@@ -234,7 +238,9 @@ def test_a_previous_of_somebody_else_is_not_used(file, tmp_path):
 
 
 def test_a_replacement_that_was_cut_short_is_taken_up(source, tmp_path):
-    """Killed when the old model was set aside and the new one had no name yet: the next run removes what was set aside, once it is whole itself."""
+    """Killed when the old model was set aside and the new one had no name yet: the next run removes
+    what was set aside, once it is whole itself.
+    """
     convert(str(source), tmp_path / "out", rank=7, calibration=[])
     (tmp_path / "out" / ".lrkv-replaced").touch()
     (tmp_path / "out").rename(tmp_path / "out.previous")

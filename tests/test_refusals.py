@@ -1,4 +1,5 @@
 """Bad input: one line with a hint, a non-zero exit, nothing left behind."""
+
 import json
 import os
 import shutil
@@ -7,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, refused
+from lrkv_cli.main import app
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
-
-from lrkv_cli.main import app
 
 runner = CliRunner()
 
@@ -72,7 +72,9 @@ def test_an_unsupported_family_names_the_nearest(source, tmp_path):
 
 
 def test_a_single_kv_head(tmp_path):
-    LlamaConfig(**{**CONFIGS["llama"]().to_dict(), "num_key_value_heads": 1}).save_pretrained(tmp_path / "mqa")
+    LlamaConfig(**{**CONFIGS["llama"]().to_dict(), "num_key_value_heads": 1}).save_pretrained(
+        tmp_path / "mqa"
+    )
     (tmp_path / "mqa" / "model.safetensors").touch()
     save_file({"x": torch.zeros(1)}, tmp_path / "mqa" / "model.safetensors")
     refused(tmp_path / "mqa", tmp_path / "out", says="one KV head")
@@ -82,7 +84,9 @@ def test_an_already_converted_model(converted, tmp_path):
     refused(converted(), tmp_path / "out", says="already an LRKV model")
 
 
-@pytest.mark.parametrize("rank, says", [("-1", "out of range"), ("21", "out of range"), ("14", "of the original cache")])
+@pytest.mark.parametrize(
+    "rank, says", [("-1", "out of range"), ("21", "out of range"), ("14", "of the original cache")]
+)
 def test_ranks_out_of_range(source, tmp_path, rank, says):
     line = refused(source, tmp_path / "out", "--rank", rank, says=says)
     assert "up to 13" in line
@@ -109,7 +113,9 @@ def test_a_missing_shard(source, tmp_path):
 
 def test_a_missing_tensor(source, tmp_path):
     edit(source, lambda t: t.pop("model.layers.1.self_attn.v_proj.weight"))
-    refused(source, tmp_path / "out", says="lacks the tensor model.layers.1.self_attn.v_proj.weight")
+    refused(
+        source, tmp_path / "out", says="lacks the tensor model.layers.1.self_attn.v_proj.weight"
+    )
 
 
 def test_a_wrong_shape(source, tmp_path):
@@ -140,7 +146,9 @@ def test_pickles_that_run_code(source, tmp_path, monkeypatch):
 
 def test_quantised_weights(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (source / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     refused(source, tmp_path / "out", says="quantised weights")
 
 
@@ -171,11 +179,23 @@ def test_unusable_calibration_text(source, tmp_path, content):
 
 def test_json_is_no_text(source, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}')
-    refused(source, tmp_path / "out", "--calibration", str(tmp_path / "pairs.jsonl"), says="is JSON, not text")
+    refused(
+        source,
+        tmp_path / "out",
+        "--calibration",
+        str(tmp_path / "pairs.jsonl"),
+        says="is JSON, not text",
+    )
 
 
 def test_a_missing_calibration_text(source, tmp_path):
-    refused(source, tmp_path / "out", "--calibration", str(tmp_path / "nowhere.txt"), says="cannot read the text")
+    refused(
+        source,
+        tmp_path / "out",
+        "--calibration",
+        str(tmp_path / "nowhere.txt"),
+        says="cannot read the text",
+    )
 
 
 def test_a_model_without_tokenizer(source, tmp_path):
@@ -184,18 +204,33 @@ def test_a_model_without_tokenizer(source, tmp_path):
     refused(source, tmp_path / "out", says="no tokenizer that loads")
 
 
-@pytest.mark.parametrize("options, says", [
-    (["--cache-ratio", "1.2"], "out of range"), (["--cache-ratio", "0.01"], "floor of this model"), (["--cache-ratio", "0.5", "--rank", "3"], "exclude each other"),
-    (["--cache-ratio", "0.5", "--base", "mean"], "plans the joint base only"), (["--base-width", "61"], "out of range"),
-    (["--cache-ratio", "0.5", "--calibration", "none"], "on calibration text"), (["--cache-ratio", "0.5", "--metric", "plain"], "gradient of the loss"),
-    (["--max-width-k", "20"], "a limit of --cache-ratio"), (["--cache-ratio", "0.5", "--max-width-v", "0"], "at least 1 wide"),
-    (["--metric", "whitened", "--calibration", "none"], "made of calibration text"), (["--calibration-tokens", "0"], "tokens are none"),
-    (["--base", "mean", "--base-width", "12"], "as wide as a head"), (["--base", "pooled", "--base-width", "20"], "rank 0"), (["--metric", "taste"], "unknown metric")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--cache-ratio", "1.2"], "out of range"),
+        (["--cache-ratio", "0.01"], "floor of this model"),
+        (["--cache-ratio", "0.5", "--rank", "3"], "exclude each other"),
+        (["--cache-ratio", "0.5", "--base", "mean"], "plans the joint base only"),
+        (["--base-width", "61"], "out of range"),
+        (["--cache-ratio", "0.5", "--calibration", "none"], "on calibration text"),
+        (["--cache-ratio", "0.5", "--metric", "plain"], "gradient of the loss"),
+        (["--max-width-k", "20"], "a limit of --cache-ratio"),
+        (["--cache-ratio", "0.5", "--max-width-v", "0"], "at least 1 wide"),
+        (["--metric", "whitened", "--calibration", "none"], "made of calibration text"),
+        (["--calibration-tokens", "0"], "tokens are none"),
+        (["--base", "mean", "--base-width", "12"], "as wide as a head"),
+        (["--base", "pooled", "--base-width", "20"], "rank 0"),
+        (["--metric", "taste"], "unknown metric"),
+    ],
+)
 def test_budgets_and_widths_out_of_range(source, tmp_path, options, says):
     refused(source, tmp_path / "out", *options, says=says)
 
 
-@pytest.mark.parametrize("option, value", [("--base", "median"), ("--dtype", "int8"), ("--device", "abacus"), ("--recipe", "nothing")])
+@pytest.mark.parametrize(
+    "option, value",
+    [("--base", "median"), ("--dtype", "int8"), ("--device", "abacus"), ("--recipe", "nothing")],
+)
 def test_unknown_choices(source, tmp_path, option, value):
     refused(source, tmp_path / "out", option, value, says=value)
 
@@ -207,7 +242,12 @@ def test_a_recipe_with_a_misspelt_field(source, tmp_path):
 
 def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
     import lrkv_convert.conversion as story
-    monkeypatch.setattr(story, "convert_layer", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    monkeypatch.setattr(
+        story,
+        "convert_layer",
+        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     refused(source, tmp_path / "new" / "deep" / "out", says="No space left")
     assert not (tmp_path / "new").exists()
 
@@ -217,21 +257,28 @@ def test_an_unwritable_place(source, tmp_path):
     refused(source, tmp_path / "file" / "out", says="cannot write")
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["{tiny}", "/nowhere"], "no such model"),
-    (["/nowhere"], "no such model"),
-    (["{tiny}", "{empty}"], "no config.json"),
-    (["{tiny}", "--seq-len", "2000"], "longer than"),
-    (["{tiny}", "--device", "abacus"], "abacus"),
-    (["{tiny}", "--dtype", "int3"], "int3"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["{tiny}", "/nowhere"], "no such model"),
+        (["/nowhere"], "no such model"),
+        (["{tiny}", "{empty}"], "no config.json"),
+        (["{tiny}", "--seq-len", "2000"], "longer than"),
+        (["{tiny}", "--device", "abacus"], "abacus"),
+        (["{tiny}", "--dtype", "int3"], "int3"),
+    ],
+)
 def test_compare_refuses_in_one_line(arguments, says, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("some text to measure on, long enough for a window or two")
     filled = [a.format(tiny=tiny(), empty=tmp_path / "empty") for a in arguments]
     command = "compare" if len(filled) > 1 and not filled[1].startswith("--") else "eval"
     result = runner.invoke(app, [command, *filled, "--text", str(tmp_path / "text.txt")])
-    assert result.exit_code == 1 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert (
+        result.exit_code == 1
+        and says in result.stderr
+        and len(result.stderr.strip().splitlines()) == 1
+    ), result.stderr
 
 
 def test_compare_refuses_incomplete_weights(converted, tmp_path):
@@ -248,22 +295,25 @@ def test_compare_refuses_an_empty_text(tiny, tmp_path):
     assert result.exit_code == 1 and "empty or too short" in result.stderr
 
 
-
-@pytest.mark.parametrize("options, says", [
-    (["--keys", "some"], "unknown form of keys"),
-    (["--keys", "rotary", "--base", "aligned"], "joint base only"),
-    (["--keys", "per-head", "--base-width-k", "20"], "how wide keys are"),
-    (["--keys", "full", "--rank-k", "3"], "how wide keys are"),
-    (["--keys", "full", "--cache-ratio", "0.4"], "below the smallest plan"),
-    (["--keys", "rotary", "--cache-ratio", "0.5", "--max-width-k", "20"], "how wide keys are"),
-    (["--max-shard-size", "5G"], "shard size"),
-])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--keys", "some"], "unknown form of keys"),
+        (["--keys", "rotary", "--base", "aligned"], "joint base only"),
+        (["--keys", "per-head", "--base-width-k", "20"], "how wide keys are"),
+        (["--keys", "full", "--rank-k", "3"], "how wide keys are"),
+        (["--keys", "full", "--cache-ratio", "0.4"], "below the smallest plan"),
+        (["--keys", "rotary", "--cache-ratio", "0.5", "--max-width-k", "20"], "how wide keys are"),
+        (["--max-shard-size", "5G"], "shard size"),
+    ],
+)
 def test_forms_of_keys_that_do_not_fit(source, tmp_path, options, says):
     refused(source, tmp_path / "out", *options, says=says)
 
 
 def test_rotary_keys_need_rope_that_stays(tiny, tmp_path):
     from lrkv_convert import LrkvError, convert
+
     with pytest.raises(LrkvError, match="needs RoPE"):
         convert(str(tiny("gpt2")), tmp_path / "out", keys="rotary", rank=7)
     copy = tmp_path / "model"
@@ -277,5 +327,6 @@ def test_rotary_keys_need_rope_that_stays(tiny, tmp_path):
 
 def test_a_base_width_alone_asks_for_a_rank(tiny, tmp_path):
     from lrkv_convert import LrkvError, convert
+
     with pytest.raises(LrkvError, match="needs a rank"):
         convert(str(tiny()), tmp_path / "out", base_width=33)

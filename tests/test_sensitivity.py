@@ -1,4 +1,7 @@
-"""Gradients taken layer by layer on the skeleton are those of the whole model, and their metric predicts the loss to second order."""
+"""Gradients taken layer by layer on the skeleton are those of the whole model, and their metric
+predicts the loss to second order.
+"""
+
 import pytest
 import torch
 from conftest import prompt, relative
@@ -11,32 +14,47 @@ from lrkv_convert.sensitivity import SEED, draw, head_moments
 from lrkv_convert.skeleton import Skeleton
 from lrkv_convert.store import Store
 
-FLOAT32 = 1e-4      # gradients through a few float32 layers
+FLOAT32 = 1e-4  # gradients through a few float32 layers
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "gpt2"])
 def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
     checkpoint, adapter = open_model(str(tiny(family)))
     g, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    skeleton, store = Skeleton(checkpoint, adapter, torch.device("cpu")), Store(tmp_path / "store", {})
+    skeleton, store = (
+        Skeleton(checkpoint, adapter, torch.device("cpu")),
+        Store(tmp_path / "store", {}),
+    )
     calibrate(skeleton, g, tokens, {"fisher"}, store, keep=torch.arange(2))
     head_moments(skeleton, g, tokens, store)
     found = [calibrated_layer(skeleton, store, i).moments for i in range(g.layers)]
 
-    model, generator = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval(), torch.Generator().manual_seed(SEED)
+    model, generator = (
+        AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval(),
+        torch.Generator().manual_seed(SEED),
+    )
     seen = {}
     for i, layer in enumerate(model.get_submodule(adapter.layer_path)):
         attention = layer.get_submodule(adapter.attention)
-        attention.get_submodule(adapter.key_projection).register_forward_hook(lambda m, a, out, i=i: seen.update({("keys", i): out}))
-        attention.get_submodule(adapter.output).register_forward_pre_hook(lambda m, a, i=i: seen.update({("values", i): a[0]}))
+        attention.get_submodule(adapter.key_projection).register_forward_hook(
+            lambda m, a, out, i=i: seen.update({("keys", i): out})
+        )
+        attention.get_submodule(adapter.output).register_forward_pre_hook(
+            lambda m, a, i=i: seen.update({("values", i): a[0]})
+        )
     sums = {}
     for row in tokens:
         logits = model(row.unsqueeze(0)).logits[0]
         drawn = draw(logits.detach().softmax(-1), generator).squeeze(1)
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for place, gradient in zip(seen, torch.autograd.grad(loss, list(seen.values()))):
-            gradient = adapter.keys(gradient[0], checkpoint.config).flatten(1) if place[0] == "keys" else gradient[0]
-            heads = gradient.view(24, g.kv_heads, -1, g.head_dim).double()              # (T, H, 1 or G, d)
+            gradient = (
+                adapter.keys(gradient[0], checkpoint.config).flatten(1)
+                if place[0] == "keys"
+                else gradient[0]
+            )
+            # (T, H, 1 or G, d)
+            heads = gradient.view(24, g.kv_heads, -1, g.head_dim).double()
             sums[place] = sums.get(place, 0) + torch.einsum("thgd,thge->hde", heads, heads)
     for i, moments in enumerate(found):
         assert relative(moments.keys, sums["keys", i] / tokens.numel()) < FLOAT32
@@ -44,14 +62,19 @@ def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
 
 
 def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
-    """As wide models on hardware that multiplies bfloat16 faster have them: the same up to its rounding, and kept in float64."""
+    """As wide models on hardware that multiplies bfloat16 faster have them: the same up to its
+    rounding, and kept in float64.
+    """
     checkpoint, adapter = open_model(str(tiny("llama")))
     g, tokens, found = adapter.geometry(checkpoint.config), prompt(24, batch=4), []
     skeleton = Skeleton(checkpoint, adapter, torch.device("cpu"))
     for width, name in ((g.width + 1, "float32"), (g.width, "bfloat16")):
         monkeypatch.setattr(sensitivity, "BF16_FROM", width)
         monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: True)
-        monkeypatch.setattr(sensitivity, "draw", lambda p, generator: torch.arange(len(p)).unsqueeze(1))      # rounded logits may draw others
+        # rounded logits may draw others
+        monkeypatch.setattr(
+            sensitivity, "draw", lambda p, generator: torch.arange(len(p)).unsqueeze(1)
+        )
         store = Store(tmp_path / name, {})
         calibrate(skeleton, g, tokens, {"fisher"}, store, torch.arange(4))
         head_moments(skeleton, g, tokens, store)
@@ -64,8 +87,11 @@ def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
 
 def test_tokens_are_drawn_by_their_probabilities():
     p = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    found = draw(p.expand(20000, -1), torch.Generator().manual_seed(0)).flatten().bincount(minlength=4) / 20000
-    assert found[1] == 0 and (found - p).abs().max() < 0.02       # five standard deviations
+    found = (
+        draw(p.expand(20000, -1), torch.Generator().manual_seed(0)).flatten().bincount(minlength=4)
+        / 20000
+    )
+    assert found[1] == 0 and (found - p).abs().max() < 0.02  # five standard deviations
 
 
 def test_the_fisher_metric_fits_closer_than_attention_alone(tiny, converted):
@@ -74,6 +100,11 @@ def test_the_fisher_metric_fits_closer_than_attention_alone(tiny, converted):
     original = torch.log_softmax(AutoModelForCausalLM.from_pretrained(tiny("gpt2"))(ids).logits, -1)
     kls = {}
     for metric in ("fisher", "attention", "plain"):
-        logp = torch.log_softmax(AutoModelForCausalLM.from_pretrained(converted("gpt2", metric=metric, calibration_tokens=8192))(ids).logits, -1)
+        logp = torch.log_softmax(
+            AutoModelForCausalLM.from_pretrained(
+                converted("gpt2", metric=metric, calibration_tokens=8192)
+            )(ids).logits,
+            -1,
+        )
         kls[metric] = (original.exp() * (original - logp)).sum(-1).mean().item()
     assert kls["fisher"] < kls["attention"] < kls["plain"], kls

@@ -1,4 +1,5 @@
 """A converted folder behind transformers' OpenAI-compatible server."""
+
 import json
 import os
 import socket
@@ -23,7 +24,9 @@ def free_port() -> int:
 
 
 def post(url: str, content: dict) -> dict:
-    request = urllib.request.Request(url, data=json.dumps(content).encode(), headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, data=json.dumps(content).encode(), headers={"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.loads(answer.read())
 
@@ -36,10 +39,26 @@ def test_a_chat_request_is_answered(tmp_path):
     tokenizer.save_pretrained(tmp_path / "source")
     convert(str(tmp_path / "source"), tmp_path / "out", rank=7, calibration=[])
     port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, "-c", "from lrkv_cli.main import app; app()", "serve", str(tmp_path / "out"), "--device", "cpu", "--host", "127.0.0.1",
-               "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        "from lrkv_cli.main import app; app()",
+        "serve",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with open(log, "w") as stream:
-        server = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        server = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
     try:
         for _ in range(240):
             try:
@@ -48,11 +67,21 @@ def test_a_chat_request_is_answered(tmp_path):
             except (urllib.error.URLError, OSError):
                 assert server.poll() is None, log.read_text()
                 time.sleep(0.5)
-        answer = post(f"http://127.0.0.1:{port}/v1/chat/completions",
-                      {"model": str(tmp_path / "out"), "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0})
+        answer = post(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            {
+                "model": str(tmp_path / "out"),
+                "messages": [{"role": "user", "content": "hi"}],
+                "max_tokens": 5,
+                "temperature": 0,
+            },
+        )
     finally:
         server.terminate()
         server.wait(20)
-    assert answer["object"] == "chat.completion" and answer["choices"][0]["message"]["role"] == "assistant", log.read_text()
+    assert (
+        answer["object"] == "chat.completion"
+        and answer["choices"][0]["message"]["role"] == "assistant"
+    ), log.read_text()
     assert "no chat template" not in log.read_text()
     assert answer["usage"]["completion_tokens"] == 5

@@ -1,4 +1,7 @@
-"""Reading speech, pairs and texts for encoder-decoders, prompts, and comparing what is written word by word."""
+"""Reading speech, pairs and texts for encoder-decoders, prompts, and comparing what is written word
+by word.
+"""
+
 import json
 import wave
 
@@ -9,9 +12,9 @@ from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtracto
 
 from lrkv_convert import LrkvError
 from lrkv_convert.adapters import ENCODER_DECODERS
-from lrkv_convert.seq2seq.words import align, words
 from lrkv_convert.seq2seq.data import RATE, Example, read_pairs, read_speech, read_wav, spread
 from lrkv_convert.seq2seq.reader import Reader
+from lrkv_convert.seq2seq.words import align, words
 
 
 def write_wav(file, samples: torch.Tensor, rate: int = RATE, channels: int = 1, width: int = 2):
@@ -52,7 +55,11 @@ class TestSound:
             write_wav(tmp_path / f"{name}.wav", tone(0.1))
         (tmp_path / "a.txt").write_text("beside\n")
         (tmp_path / "transcripts.tsv").write_text("b.wav\tin the table\n")
-        assert [(e.name, e.target) for e in read_speech(str(tmp_path)).examples] == [("a.wav", "beside"), ("b.wav", "in the table"), ("c.wav", None)]
+        assert [(e.name, e.target) for e in read_speech(str(tmp_path)).examples] == [
+            ("a.wav", "beside"),
+            ("b.wav", "in the table"),
+            ("c.wav", None),
+        ]
         (tmp_path / "transcripts.tsv").write_text("b.wav in the table\n")
         with pytest.raises(LrkvError, match="no transcript after"):
             read_speech(str(tmp_path))
@@ -72,10 +79,20 @@ class TestSound:
 class TestPairs:
     def test_lines(self, tmp_path):
         file = tmp_path / "p.jsonl"
-        file.write_text(json.dumps({"source": "one", "target": "uno"}) + "\n\n" + json.dumps({"source": "two"}) + "\n")
-        assert [(e.name, e.source, e.target) for e in read_pairs(str(file)).examples] == [("p.jsonl:1", "one", "uno"), ("p.jsonl:3", "two", None)]
+        file.write_text(
+            json.dumps({"source": "one", "target": "uno"})
+            + "\n\n"
+            + json.dumps({"source": "two"})
+            + "\n"
+        )
+        assert [(e.name, e.source, e.target) for e in read_pairs(str(file)).examples] == [
+            ("p.jsonl:1", "one", "uno"),
+            ("p.jsonl:3", "two", None),
+        ]
 
-    @pytest.mark.parametrize("line", ["{", '["a"]', '{"target": "x"}', '{"source": ""}', '{"source": "a", "target": 3}'])
+    @pytest.mark.parametrize(
+        "line", ["{", '["a"]', '{"target": "x"}', '{"source": ""}', '{"source": "a", "target": 3}']
+    )
     def test_broken_lines_are_named(self, tmp_path, line):
         file = tmp_path / "p.jsonl"
         file.write_text(json.dumps({"source": "one"}) + "\n" + line + "\n")
@@ -83,8 +100,13 @@ class TestPairs:
             read_pairs(str(file))
 
     def test_paragraphs_of_a_text(self, tmp_path):
-        (tmp_path / "t.txt").write_text("Title\n\nA paragraph of\ntwo lines.\n\n\nAnd then one more.\n")
-        assert [e.source for e in read_pairs(str(tmp_path / "t.txt")).examples] == ["A paragraph of two lines.", "And then one more."]
+        (tmp_path / "t.txt").write_text(
+            "Title\n\nA paragraph of\ntwo lines.\n\n\nAnd then one more.\n"
+        )
+        assert [e.source for e in read_pairs(str(tmp_path / "t.txt")).examples] == [
+            "A paragraph of two lines.",
+            "And then one more.",
+        ]
 
     def test_speech_is_no_text(self, tmp_path):
         (tmp_path / "a.WAV").touch()
@@ -98,7 +120,11 @@ class TestPairs:
                 read_pairs(str(tmp_path / name))
 
     def test_spread(self):
-        assert spread([10] * 8, 40) == [0, 2, 5, 7] and spread([10] * 3, 1000) == [0, 1, 2] and spread([10] * 3, 1) == [0]
+        assert (
+            spread([10] * 8, 40) == [0, 2, 5, 7]
+            and spread([10] * 3, 1000) == [0, 1, 2]
+            and spread([10] * 3, 1) == [0]
+        )
 
 
 class TestReader:
@@ -106,22 +132,40 @@ class TestReader:
         WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path)
         tokenizer = tiny_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|notimestamps|>"]})
-        config = WhisperConfig(vocab_size=260, eos_token_id=257, decoder_start_token_id=256, max_target_positions=80)
-        return Reader(tmp_path, ENCODER_DECODERS["whisper"], tokenizer, config, GenerationConfig(decoder_start_token_id=256, eos_token_id=257, **generation))
+        config = WhisperConfig(
+            vocab_size=260, eos_token_id=257, decoder_start_token_id=256, max_target_positions=80
+        )
+        return Reader(
+            tmp_path,
+            ENCODER_DECODERS["whisper"],
+            tokenizer,
+            config,
+            GenerationConfig(decoder_start_token_id=256, eos_token_id=257, **generation),
+        )
 
     def test_a_target_is_prompt_text_and_end(self, tmp_path):
         reader = self.reader(tmp_path)
         [prompt] = reader.prompts([torch.zeros(1, 8, 100)], None)
         sequence = reader.target("two words", prompt)
-        assert prompt == [256, reader.tokenizer.convert_tokens_to_ids("<|notimestamps|>")] and sequence[:2].tolist() == prompt and sequence[-1] == 257
+        assert (
+            prompt == [256, reader.tokenizer.convert_tokens_to_ids("<|notimestamps|>")]
+            and sequence[:2].tolist() == prompt
+            and sequence[-1] == 257
+        )
         assert reader.words(sequence) == "two words"
 
     def test_multilingual_models_say_what_they_hear(self, tmp_path):
-        reader = self.reader(tmp_path, lang_to_id={"<|de|>": 11, "<|fr|>": 12}, task_to_id={"transcribe": 13, "translate": 14})
+        reader = self.reader(
+            tmp_path,
+            lang_to_id={"<|de|>": 11, "<|fr|>": 12},
+            task_to_id={"transcribe": 13, "translate": 14},
+        )
 
         class Hears:
             device, dtype = torch.device("cpu"), torch.float32
-            detect_language = staticmethod(lambda input_features: torch.tensor([11 if input_features.mean() > 0 else 12]))
+            detect_language = staticmethod(
+                lambda input_features: torch.tensor([11 if input_features.mean() > 0 else 12])
+            )
 
         first, second = reader.prompts([torch.ones(1, 8, 100), -torch.ones(1, 8, 100)], Hears)
         assert first == [256, 11, 13, first[-1]] and second == [256, 12, 13, first[-1]]
@@ -137,15 +181,37 @@ class TestReader:
 
 class TestWords:
     def test_small_letters_without_punctuation(self):
-        assert words("It's “well-known”, Mr. Smith: 3 o’clock!") == ["it's", "well-known", "mr", "smith", "3", "o'clock"]
+        assert words("It's “well-known”, Mr. Smith: 3 o’clock!") == [
+            "it's",
+            "well-known",
+            "mr",
+            "smith",
+            "3",
+            "o'clock",
+        ]
 
-    @pytest.mark.parametrize("first, second, same, edits", [
-        ("a b c", "A, b. c!", 3, 0), ("a b c", "a x c", 2, 1), ("a b c", "a c", 2, 1), ("a b c", "a b b c", 3, 1), ("a b", "", 0, 2), ("", "a", 0, 1),
-        ("a b c d", "b c d a", 3, 2), ("a b", "c d", 0, 2)])
+    @pytest.mark.parametrize(
+        "first, second, same, edits",
+        [
+            ("a b c", "A, b. c!", 3, 0),
+            ("a b c", "a x c", 2, 1),
+            ("a b c", "a c", 2, 1),
+            ("a b c", "a b b c", 3, 1),
+            ("a b", "", 0, 2),
+            ("", "a", 0, 1),
+            ("a b c d", "b c d a", 3, 2),
+            ("a b", "c d", 0, 2),
+        ],
+    )
     def test_the_fewest_edits_and_then_the_most_same_words(self, first, second, same, edits):
         found = align(first, second)
         assert (found.same, found.edits) == (same, edits)
 
     def test_rates(self):
         found = align("a b c d", "a b c") + align("a", "a b c d")
-        assert found.same_share == 4 / 7 and found.error_rate == 4 / 5 and align("", "").same_share is None and align("", "a").error_rate is None
+        assert (
+            found.same_share == 4 / 7
+            and found.error_rate == 4 / 5
+            and align("", "").same_share is None
+            and align("", "a").error_rate is None
+        )

@@ -1,23 +1,30 @@
 """The sweep converts as `convert` does, at the same bytes for every method, and finds the knee."""
+
 import csv
 import json
 
 import pytest
 import torch
+from lrkv_cli.main import app
 from typer.testing import CliRunner
 
-from lrkv_cli.main import app
 from lrkv_convert.adapters import Geometry
 from lrkv_convert.evaluate import compare
 from lrkv_convert.sweep import METHODS, Outcome, knee, matching_plan, sweep
 from lrkv_convert.texts import Text
 
 CPU = torch.device("cpu")
-TEXT = Text("sample", "A frontier is drawn where two countries meet, and a knee where a curve gives up its hurry. " * 8)
+TEXT = Text(
+    "sample",
+    "A frontier is drawn where two countries meet, and a knee where a curve gives up its hurry. "
+    * 8,
+)
 
 
 def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(tiny, converted, tmp_path):
-    found = sweep(str(tiny()), [7], TEXT, methods=["lrkv"], calibration_tokens=1024, seq_len=64, device=CPU)
+    found = sweep(
+        str(tiny()), [7], TEXT, methods=["lrkv"], calibration_tokens=1024, seq_len=64, device=CPU
+    )
     result = compare([str(tiny()), str(converted())], [TEXT], seq_len=64, device=CPU)
     [point] = found["points"]
     assert point["ratio"] == pytest.approx(result["models"][1]["ratio"], rel=1e-5)
@@ -27,7 +34,16 @@ def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(tiny, converted, tm
 
 def test_every_rank_is_handed_over_when_it_is_measured(tiny):
     seen = []
-    found = sweep(str(tiny()), [3, 7], TEXT, methods=["lrkv", "latent"], calibration_tokens=512, seq_len=64, device=CPU, each=seen.append)
+    found = sweep(
+        str(tiny()),
+        [3, 7],
+        TEXT,
+        methods=["lrkv", "latent"],
+        calibration_tokens=512,
+        seq_len=64,
+        device=CPU,
+        each=seen.append,
+    )
     assert [[p["rank"] for p in result["points"]] for result in seen] == [[3, 3], [3, 3, 7, 7]]
     assert seen[-1] == found
 
@@ -40,17 +56,39 @@ def test_no_method_caches_more_than_lrkv_at_its_rank(method):
 
 
 def test_the_knee_is_where_the_curve_bends():
-    curve = [Outcome("lrkv", "fisher", 0, x, 1, y, 0) for x, y in ((0.3, 2.0), (0.4, 1.2), (0.5, 1.1), (0.6, 1.05), (0.7, 1.0))]
+    curve = [
+        Outcome("lrkv", "fisher", 0, x, 1, y, 0)
+        for x, y in ((0.3, 2.0), (0.4, 1.2), (0.5, 1.1), (0.6, 1.05), (0.7, 1.0))
+    ]
     assert knee(curve) == 0.4
     assert knee(curve[:2]) is None
 
 
 def test_sweep_from_the_command_line(tiny, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT.content)
-    done = CliRunner().invoke(app, ["sweep", str(tiny()), "--ranks", "3,7", "--methods", "budget,lrkv,latent:whitened,pooled", "--text", str(tmp_path / "text.txt"),
-                                    "--out", str(tmp_path / "out"), "--calibration-tokens", "1024", "--seq-len", "64"])
+    done = CliRunner().invoke(
+        app,
+        [
+            "sweep",
+            str(tiny()),
+            "--ranks",
+            "3,7",
+            "--methods",
+            "budget,lrkv,latent:whitened,pooled",
+            "--text",
+            str(tmp_path / "text.txt"),
+            "--out",
+            str(tmp_path / "out"),
+            "--calibration-tokens",
+            "1024",
+            "--seq-len",
+            "64",
+        ],
+    )
     assert done.exit_code == 0, done.output + repr(done.exception)
-    assert "latent (whitened)" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 100
+    assert (
+        "latent (whitened)" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 100
+    )
     points = json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]
     with open(tmp_path / "out" / "sweep.csv") as stream:
         rows = list(csv.DictReader(stream))
@@ -59,8 +97,26 @@ def test_sweep_from_the_command_line(tiny, tmp_path):
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("options, says", [(["--ranks", "a,b"], "not numbers"), (["--ranks", "99"], "out of range"), (["--methods", "magic"], "unknown method")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--ranks", "a,b"], "not numbers"),
+        (["--ranks", "99"], "out of range"),
+        (["--methods", "magic"], "unknown method"),
+    ],
+)
 def test_sweep_refuses_in_one_line(tiny, tmp_path, options, says):
     (tmp_path / "text.txt").write_text(TEXT.content)
-    done = CliRunner().invoke(app, ["sweep", str(tiny()), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), *options])
+    done = CliRunner().invoke(
+        app,
+        [
+            "sweep",
+            str(tiny()),
+            "--text",
+            str(tmp_path / "text.txt"),
+            "--out",
+            str(tmp_path / "out"),
+            *options,
+        ],
+    )
     assert done.exit_code == 1 and says in done.stderr and not (tmp_path / "out").exists()

@@ -1,20 +1,32 @@
-"""What every table is made of: the console, tables, grids, progress, an error. Tables go to stdout, progress and errors to stderr."""
+"""What every table is made of: the console, tables, grids, progress, an error. Tables go to stdout,
+progress and errors to stderr.
+"""
+
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..app import visible
 
-WIDTH = 100     # when the output is no terminal, and at most
+WIDTH = 100  # when the output is no terminal, and at most
 
 
 class Plain(Console):
-    """A console that shows texts as they are: names of files are no markup, and turn no colour on."""
+    """A console that shows texts as they are: names of files are no markup, and turn no colour
+    on.
+    """
 
     def render_str(self, text: str, **how):
         return super().render_str(visible(text, kept="\n"), **how)
@@ -22,7 +34,14 @@ class Plain(Console):
 
 def console_for(stderr: bool = False) -> Console:
     probe = Console(stderr=stderr)
-    return Plain(stderr=stderr, width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    return Plain(
+        stderr=stderr,
+        width=min(probe.width, WIDTH) if probe.is_terminal else WIDTH,
+        highlight=False,
+        soft_wrap=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def say(line: str) -> None:
@@ -38,10 +57,21 @@ def show_notices(notices: list[str]) -> None:
 
 @contextmanager
 def progress():
-    """A callback (stage, done, total) that draws one bar per stage on stderr while it runs, if stderr is a terminal."""
+    """A callback (stage, done, total) that draws one bar per stage on stderr while it runs, if
+    stderr is a terminal.
+    """
     bars, console = {}, console_for(stderr=True)
-    shown = Progress(TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                     TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    shown = Progress(
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
     def report(stage: str, done: int, total: int) -> None:
         if not bars:
@@ -64,8 +94,12 @@ def table_of(*columns: str, left: int = 1) -> Table:
     return table
 
 
-def grid(out: Console, corner: str, rows: list[str], columns: list[str], cell: Callable[[int, int], str]) -> None:
-    """A table of rows by columns, in as many parts beside one another as the width makes of it. cell: (row, column) -> text."""
+def grid(
+    out: Console, corner: str, rows: list[str], columns: list[str], cell: Callable[[int, int], str]
+) -> None:
+    """A table of rows by columns, in as many parts beside one another as the width makes of it.
+    cell: (row, column) -> text.
+    """
     room = max(1, (out.width - max(map(len, [corner, *rows]))) // 20)
     for first in range(0, len(columns), room):
         part = range(first, min(first + room, len(columns)))

@@ -1,4 +1,5 @@
 """Training: what is seen while it runs, and what came of it."""
+
 import math
 import sys
 from contextlib import contextmanager
@@ -15,12 +16,23 @@ from .parts import console_for, say, table_of
 
 @contextmanager
 def healing(shown: bool = True):
-    """(report, stage, notice) callbacks for a training run: one bar on stderr with loss, held-out ratio, speed and time left, if stderr is a
-    terminal; otherwise a line for each stage and validation."""
+    """(report, stage, notice) callbacks for a training run: one bar on stderr with loss, held-out
+    ratio, speed and time left, if stderr is a terminal; otherwise a line for each stage and
+    validation.
+    """
     console, ratio = console_for(stderr=True), {"text": ""}
     wide, at_terminal = console.width >= 90, console.is_terminal
-    bar = Progress(TextColumn("{task.description}"), *([BarColumn(bar_width=None)] if wide else []), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                   TimeRemainingColumn(compact=True), *([TextColumn("left")] if wide else []), console=console, transient=True, disable=not (shown and at_terminal))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        *([BarColumn(bar_width=None)] if wide else []),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+        *([TextColumn("left")] if wide else []),
+        console=console,
+        transient=True,
+        disable=not (shown and at_terminal),
+    )
     task = bar.add_task("loading", total=None, figures="")
 
     def line_of(text: str) -> None:
@@ -36,12 +48,28 @@ def healing(shown: bool = True):
         if "validation_ratio" in line:
             ratio["text"] = f"held out ×{line['validation_ratio']:.4f}"
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        if bar.tasks[0].total is None:      # a resumed run does not begin at 0, and the time left is reckoned from here
+        # a resumed run does not begin at 0, and the time left is reckoned from here
+        if bar.tasks[0].total is None:
             bar.reset(task, total=line["steps"], completed=line["step"] - 1)
-        bar.update(task, total=line["steps"], completed=line["step"], figures=" ".join([f"loss {line['loss']:.4f}", ratio["text"], *([speed] if wide else [])]))
+        bar.update(
+            task,
+            total=line["steps"],
+            completed=line["step"],
+            figures=" ".join(
+                [f"loss {line['loss']:.4f}", ratio["text"], *([speed] if wide else [])]
+            ),
+        )
         if not at_terminal and "validation_ratio" in line:
-            left = (line["steps"] - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
-            line_of(f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out perplexity ×{line['validation_ratio']:.4f}, {speed}, {left / 60:,.1f} min left")
+            left = (
+                (line["steps"] - line["step"])
+                * line["tokens"]
+                / line["step"]
+                / line["tokens_per_second"]
+            )
+            line_of(
+                f"step {line['step']} of {line['steps']}: loss {line['loss']:.4f}, held-out"
+                f" perplexity ×{line['validation_ratio']:.4f}, {speed}, {left / 60:,.1f} min left"
+            )
 
     with bar:
         yield report, stage, lambda text: line_of(f"note: {text}")
@@ -51,19 +79,40 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
     out, nll, text = console_for(), entry["validation"]["nll"], entry["validation"]["text"]
     base = nll.get("original", nll["converted"])
-    table = table_of("held-out text" if text == "held out" else ", ".join(text), "loss", "perplexity", "ratio")
+    table = table_of(
+        "held-out text" if text == "held out" else ", ".join(text), "loss", "perplexity", "ratio"
+    )
     for name in ("original", "converted", "healed"):
         if name in nll:
-            table.add_row(name, f"{nll[name]:.4f}", f"{math.exp(nll[name]):.3f}", f"×{math.exp(nll[name] - base):.4f}")
+            table.add_row(
+                name,
+                f"{nll[name]:.4f}",
+                f"{math.exp(nll[name]):.3f}",
+                f"×{math.exp(nll[name] - base):.4f}",
+            )
     out.print(table)
     if nll["healed"] >= nll["converted"]:
         out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
     elif nll.get("original", math.inf) < nll["converted"]:
-        between = " (held out between the windows trained on: a text apart, as in --set validation=FILE, says less)" if text == "held out" else ""
-        out.print(f"{(nll['converted'] - nll['healed']) / (nll['converted'] - nll['original']):.0%} of the lost log-perplexity is back{between}")
-    speed, rounds = entry["tokens"] / entry["seconds"] if entry["seconds"] else 0, f", each window {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""
-    out.print(f"{entry['tokens']:,} tokens{rounds} in {entry['seconds']:,.0f} s of training, {speed:,.0f} tokens/s, {in_units(entry['peak_memory_bytes'])} of memory; "
-              f"{entry['validation']['tokens']:,} tokens held out")
+        between = (
+            " (held out between the windows trained on: a text apart, as in --set validation=FILE,"
+            " says less)"
+            if text == "held out"
+            else ""
+        )
+        out.print(
+            f"{(nll['converted'] - nll['healed']) / (nll['converted'] - nll['original']):.0%} of"
+            f" the lost log-perplexity is back{between}"
+        )
+    speed, rounds = (
+        entry["tokens"] / entry["seconds"] if entry["seconds"] else 0,
+        (f", each window {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""),
+    )
+    out.print(
+        f"{entry['tokens']:,} tokens{rounds} in {entry['seconds']:,.0f} s of training, {speed:,.0f}"
+        f" tokens/s, {in_units(entry['peak_memory_bytes'])} of memory;"
+        f" {entry['validation']['tokens']:,} tokens held out"
+    )
     if not entry["picture"]:
         print("pip install matplotlib for a picture of the curve")
     say(f"written: {folder}")
@@ -71,7 +120,9 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:
-    """Kind and name of each, and under it the command in its header, whole so that it can be copied."""
+    """Kind and name of each, and under it the command in its header, whole so that it can be
+    copied.
+    """
     for kind, found in recipes.items():
         for name, text in found.items():
             print(f"{kind}/{name}\n    {text.splitlines()[0].removeprefix('# ')}")

@@ -1,7 +1,10 @@
-"""What the mathematics needs to know of a family, and nothing else: where the attention weights lie and how they are laid out.
+"""What the mathematics needs to know of a family, and nothing else: where the attention weights lie
+and how they are laid out.
 
-Shapes: H KV heads, G query heads per KV head, D model width, d head width. All matrices here act on row vectors: q = x W_Q + b_Q.
+Shapes: H KV heads, G query heads per KV head, D model width, d head width. All matrices here act on
+row vectors: q = x W_Q + b_Q.
 """
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -13,16 +16,20 @@ class Geometry:
     """Attention shapes of a model, and what may be done to its keys."""
 
     layers: int
-    width: int          # D
-    kv_heads: int       # H
-    groups: int         # G
-    head_dim: int       # d
-    rotary_dim: int = 0         # leading channels of a head that RoPE turns, in pairs (i, i + rotary_dim / 2); 0 without RoPE
-    key_norm: bool = False      # keys are normalised after their projection (QK-norm): nothing may pass between W_Q and W_K
+    width: int  # D
+    kv_heads: int  # H
+    groups: int  # G
+    head_dim: int  # d
+    # leading channels of a head that RoPE turns, in pairs (i, i + rotary_dim / 2); 0 without RoPE
+    rotary_dim: int = 0
+    # keys are normalised after their projection (QK-norm): nothing may pass between W_Q and W_K
+    key_norm: bool = False
 
     @property
     def rotary(self) -> bool:
-        """Whether RoPE turns any of a key: what it turns lets only rotations of frequency pairs pass between W_Q and W_K."""
+        """Whether RoPE turns any of a key: what it turns lets only rotations of frequency pairs
+        pass between W_Q and W_K.
+        """
         return self.rotary_dim > 0
 
     @property
@@ -35,41 +42,49 @@ class Geometry:
 class AttentionWeights:
     """One layer's attention, per head. Biases are None where the family has none."""
 
-    W_Q: Tensor                 # (H, G, D, d)
-    W_K: Tensor                 # (H, D, d)
-    W_V: Tensor                 # (H, D, d)
-    W_O: Tensor                 # (H, G, d, D)
-    b_Q: Tensor | None = None   # (H, G, d)
-    b_K: Tensor | None = None   # (H, d)
-    b_V: Tensor | None = None   # (H, d)
+    W_Q: Tensor  # (H, G, D, d)
+    W_K: Tensor  # (H, D, d)
+    W_V: Tensor  # (H, D, d)
+    W_O: Tensor  # (H, G, d, D)
+    b_Q: Tensor | None = None  # (H, G, d)
+    b_K: Tensor | None = None  # (H, d)
+    b_V: Tensor | None = None  # (H, d)
 
     def to(self, *args, **kwargs) -> "AttentionWeights":
-        return AttentionWeights(**{k: v if v is None else v.to(*args, **kwargs) for k, v in vars(self).items()})
+        return AttentionWeights(
+            **{k: v if v is None else v.to(*args, **kwargs) for k, v in vars(self).items()}
+        )
 
     def replace(self, **changes) -> "AttentionWeights":
         return replace(self, **changes)
 
 
 class Adapter(ABC):
-    """Locations and layouts of one family. Subclasses fill in the fields and the two directions `split` and `join`."""
+    """Locations and layouts of one family. Subclasses fill in the fields and the two directions
+    `split` and `join`.
+    """
 
-    model_type: str             # of the original, e.g. "llama"
-    prefix: str                 # of the base model's tensors in the checkpoint, e.g. "model."
-    layer_path: str             # path of the decoder layers in the model, e.g. "model.layers"
-    attention: str              # name of the attention module in a layer, e.g. "self_attn"
-    output: str                 # name of the output projection in the attention module, e.g. "o_proj"
-    key_projection: str         # name of the module whose output holds the keys, e.g. "k_proj"
-    legacy: bool                # whether transformers' class attends on its own, past the attention interface, and its layers give tuples
-    kernel: bool                # whether the Triton kernel can do what the family does to keys and scores
-    models: str                 # for the README: some that people know
-    positions: str              # in words, for the README: "RoPE", "ALiBi", ...
-    norms: str                  # the same of what normalises keys and queries
+    model_type: str  # of the original, e.g. "llama"
+    prefix: str  # of the base model's tensors in the checkpoint, e.g. "model."
+    layer_path: str  # path of the decoder layers in the model, e.g. "model.layers"
+    attention: str  # name of the attention module in a layer, e.g. "self_attn"
+    # name of the output projection in the attention module, e.g. "o_proj"
+    output: str
+    key_projection: str  # name of the module whose output holds the keys, e.g. "k_proj"
+    # whether transformers' class attends on its own, past the attention interface, and its layers
+    # give tuples
+    legacy: bool
+    # whether the Triton kernel can do what the family does to keys and scores
+    kernel: bool
+    models: str  # for the README: some that people know
+    positions: str  # in words, for the README: "RoPE", "ALiBi", ...
+    norms: str  # the same of what normalises keys and queries
 
     @abstractmethod
     def geometry(self, config) -> Geometry:
         """Shapes of the model's attention."""
 
-    def refuse(self, config) -> None:
+    def refuse(self, config) -> None:  # noqa: B027  (most refuse nothing)
         """Raise LrkvError for variants of the family that cannot be converted exactly."""
 
     def module(self, layer: int) -> str:
@@ -78,15 +93,21 @@ class Adapter(ABC):
 
     @abstractmethod
     def keys(self, projected: Tensor, config) -> Tensor:
-        """Keys (T, H, d) out of what the key projection gives, (T, n): heads and channels in the order of `split`."""
+        """Keys (T, H, d) out of what the key projection gives, (T, n): heads and channels in the
+        order of `split`.
+        """
 
     def stored(self, tensors: dict) -> dict:
-        """A checkpoint's tensors under the names and in the shapes of transformers' model, where the two differ."""
+        """A checkpoint's tensors under the names and in the shapes of transformers' model, where
+        the two differ.
+        """
         return tensors
 
     @abstractmethod
     def rest(self, checkpoint, layer: int) -> dict[str, Tensor]:
-        """The tensors of a layer's attention module beside what `split` reads, norms and the output's bias, as the converted module is to have them."""
+        """The tensors of a layer's attention module beside what `split` reads, norms and the
+        output's bias, as the converted module is to have them.
+        """
 
     def layer_arguments(self, arguments: dict) -> dict:
         """The keyword arguments of an original layer, as calibration is to call it."""
@@ -98,7 +119,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def join(self, weights: AttentionWeights) -> dict[str, Tensor]:
-        """The query and output tensors of the converted attention module, by their names inside it (keys and values are the factors')."""
+        """The query and output tensors of the converted attention module, by their names inside it
+        (keys and values are the factors').
+        """
 
     @abstractmethod
     def queries(self, tensors: dict[str, Tensor], geometry: Geometry) -> Tensor:

@@ -1,4 +1,7 @@
-"""Measure models beside one another: perplexity, KL to the original, bytes really cached, time to decode."""
+"""Measure models beside one another: perplexity, KL to the original, bytes really cached, time to
+decode.
+"""
+
 from .bench import bench
 from .compare import compare
 from .load import load_model, load_tokenizer

@@ -1,11 +1,13 @@
-"""End-to-end decoding of whole models, side by side in one process: time per token, tokens per second, memory, and how far that is from the
-time it takes to move the bytes.
+"""End-to-end decoding of whole models, side by side in one process: time per token, tokens per
+second, memory, and how far that is from the time it takes to move the bytes.
 
-The models are the ones saved, through the path their own code takes. Caches are filled with random numbers, which time does not mind: a prefill
-of 32,000 tokens would only wait. Rounds alternate between contenders, so that a slow moment of the machine meets all of them; medians count.
+The models are the ones saved, through the path their own code takes. Caches are filled with random
+numbers, which time does not mind: a prefill of 32,000 tokens would only wait. Rounds alternate
+between contenders, so that a slow moment of the machine meets all of them; medians count.
 """
+
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +25,14 @@ from .memory import cache_bytes, formula_bytes
 from .step import bandwidth, random, seconds
 
 CACHES = ("static", "dynamic")
-WARM_UP = 3     # steps before any that counts; also what initialises the cache
+WARM_UP = 3  # steps before any that counts; also what initialises the cache
 
 
 @dataclass
 class Contender:
-    """One model through one path; `path` is None for an original, whose path is its attention function."""
+    """One model through one path; `path` is None for an original, whose path is its attention
+    function.
+    """
 
     name: str
     model: PreTrainedModel
@@ -42,9 +46,20 @@ class Contender:
         if self.path != "auto":
             return self.path or "original"
         config, model = self.model.config, self.model
-        queries = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        found = choose_path("auto", queries=queries, tokens=1, implementation=config._attn_implementation, mask=None, training=False, cached=True,
-                            device=model.device, dtype=model.dtype)
+        queries = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        found = choose_path(
+            "auto",
+            queries=queries,
+            tokens=1,
+            implementation=config._attn_implementation,
+            mask=None,
+            training=False,
+            cached=True,
+            device=model.device,
+            dtype=model.dtype,
+        )
         return f"auto: {found}"
 
     @torch.no_grad()
@@ -58,20 +73,38 @@ class Contender:
 
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, room: int) -> Cache:
-    """A cache of `kind` that holds `tokens` random tokens for each of `batch` rows, and has room for more. Any model whose cache layers are
-    transformers' static or dynamic ones, sliding or not."""
-    cache = StaticCache(config=model.config, max_cache_len=tokens + room) if kind == "static" else DynamicCache(config=model.config)
-    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), **{CACHE: cache}, use_cache=True)
+    """A cache of `kind` that holds `tokens` random tokens for each of `batch` rows, and has room
+    for more. Any model whose cache layers are transformers' static or dynamic ones, sliding or
+    not.
+    """
+    cache = (
+        StaticCache(config=model.config, max_cache_len=tokens + room)
+        if kind == "static"
+        else DynamicCache(config=model.config)
+    )
+    model(
+        torch.zeros(batch, 1, dtype=torch.long, device=model.device),
+        **{CACHE: cache},
+        use_cache=True,
+    )
     for layer in cache.layers:
-        if layer.keys is None:          # nothing is kept there
+        if layer.keys is None:  # nothing is kept there
             continue
-        held = min(tokens, layer.sliding_window - 1) if layer.is_sliding and kind == "dynamic" else tokens
+        held = (
+            min(tokens, layer.sliding_window - 1)
+            if layer.is_sliding and kind == "dynamic"
+            else tokens
+        )
         for name in ("keys", "values"):
             old = getattr(layer, name)
             if kind == "static":
                 old.copy_(random(old.shape, old.device, old.dtype))
             else:
-                setattr(layer, name, random((*old.shape[:2], held, old.shape[-1]), old.device, old.dtype))
+                setattr(
+                    layer,
+                    name,
+                    random((*old.shape[:2], held, old.shape[-1]), old.device, old.dtype),
+                )
         if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
             layer.cumulative_length.fill_(min(tokens, layer.max_cache_len))
         elif hasattr(layer, "cumulative_length"):
@@ -82,22 +115,28 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
 
 
 def read_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it reads a row."""
+    """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it
+    reads a row.
+    """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     unread = embedding.data_ptr() if embedding.data_ptr() != head.data_ptr() else None
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() != unread)
 
 
 def working_bytes(call: Callable, device: torch.device) -> int | None:
-    """Memory that `call` takes beyond what is held before it: peak minus level. None where the system does not tell."""
+    """Memory that `call` takes beyond what is held before it: peak minus level. None where the
+    system does not tell.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        give_back_memory()                                      # what the allocator kept of earlier steps would hide as much of this one
-        Path("/proc/self/clear_refs").write_text("5")           # Linux: resets the peak to the level
+        # what the allocator kept of earlier steps would hide as much of this one
+        give_back_memory()
+        # Linux: resets the peak to the level
+        Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
@@ -107,10 +146,21 @@ def working_bytes(call: Callable, device: torch.device) -> int | None:
 
 def _status(field: str) -> int:
     """Bytes in a field of /proc/self/status."""
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+    return (
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(field)
+            ).split()[1]
+        )
+        * 1024
+    )
 
 
-def contenders(paths: list[str], routes: list[str], device: torch.device, dtype: torch.dtype | str) -> list[Contender]:
+def contenders(
+    paths: list[str], routes: list[str], device: torch.device, dtype: torch.dtype | str
+) -> list[Contender]:
     """Models loaded, each converted one once per route. Raises LrkvError."""
     found = []
     for path in paths:
@@ -121,44 +171,90 @@ def contenders(paths: list[str], routes: list[str], device: torch.device, dtype:
             continue
         for route in routes:
             if route == "kernel" and (lacks := kernel_lrkv.missing(model.device, model.dtype)):
-                raise LrkvError(f"the kernel path cannot run: {lacks}", "leave it out of --paths, or use auto")
+                raise LrkvError(
+                    f"the kernel path cannot run: {lacks}", "leave it out of --paths, or use auto"
+                )
             found.append(Contender(name, model, route))
     return found
 
 
-def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], routes: list[str] = ["auto"], cache: str = "static", steps: int = 9,
-          longest: bool = False, device: torch.device, dtype: torch.dtype | str = "auto", progress: Callable[[int, int], None] = lambda *_: None) -> dict:
-    """Decode with every model at every context length and batch size. Returns {"rows": [...], ...}; the first model is what others are
-    compared with. Raises LrkvError for models or sizes that cannot run.
+def bench(
+    paths: list[str],
+    *,
+    tokens: list[int],
+    batches: Sequence[int] = (1,),
+    routes: Sequence[str] = ("auto",),
+    cache: str = "static",
+    steps: int = 9,
+    longest: bool = False,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict:
+    """Decode with every model at every context length and batch size. Returns {"rows": [...], ...};
+    the first model is what others are compared with. Raises LrkvError for models or sizes that
+    cannot run.
 
-    tokens: cached tokens per row; routes: attention paths of converted models (modeling/attention_lrkv.py); cache: one of CACHES; steps: timed;
-    longest: also look for the longest context each contender can decode in the memory of the device (CUDA only).
+    tokens: cached tokens per row; routes: attention paths of converted models
+    (modeling/attention_lrkv.py); cache: one of CACHES; steps: timed; longest: also look for the
+    longest context each contender can decode in the memory of the device (CUDA only).
     """
     if longest and device.type != "cuda":
-        raise LrkvError("the longest context that fits is found on a GPU only", "a computer without one would swap long before it failed")
-    found, room = contenders(paths, routes, device, dtype), (WARM_UP + steps + 2) * max(1, len(routes))
+        raise LrkvError(
+            "the longest context that fits is found on a GPU only",
+            "a computer without one would swap long before it failed",
+        )
+    found, room = (
+        contenders(paths, routes, device, dtype),
+        (WARM_UP + steps + 2) * max(1, len(routes)),
+    )
     for length in tokens:
         for c in found:
             limit = getattr(c.model.config, "max_position_embeddings", None)
             if limit is not None and length + room > limit:
-                raise LrkvError(f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that are decoded", f"give --tokens of at most {limit - room}" if limit > room else "give fewer --steps")
-    for c in found:         # a CPU's memory overflows without an error: the system ends the process
-        needed, there = (formula_bytes(c.model.config, c.model.dtype.itemsize) or 0) * max(batches) * (max(tokens) + room), memory_of(device)
+                raise LrkvError(
+                    f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that"
+                    " are decoded",
+                    (
+                        f"give --tokens of at most {limit - room}"
+                        if limit > room
+                        else "give fewer --steps"
+                    ),
+                )
+    for c in found:  # a CPU's memory overflows without an error: the system ends the process
+        needed, there = (
+            (formula_bytes(c.model.config, c.model.dtype.itemsize) or 0)
+            * max(batches)
+            * (max(tokens) + room),
+            memory_of(device),
+        )
         if there is not None and needed > there:
-            raise LrkvError(f"no memory for {max(batches)} x {max(tokens)} tokens of {c.name}: {in_units(needed)} of {in_units(there)}", "give smaller --tokens or --batch")
+            raise LrkvError(
+                f"no memory for {max(batches)} x {max(tokens)} tokens of {c.name}:"
+                f" {in_units(needed)} of {in_units(there)}",
+                "give smaller --tokens or --batch",
+            )
     rate, rows = bandwidth(device), []
     for i, batch in enumerate(batches):
         for j, length in enumerate(tokens):
             filled: dict[int, Cache] = {}
-            for c in found:                     # the paths of one model share its cache
+            for c in found:  # the paths of one model share its cache
                 if id(c.model) not in filled:
                     try:
                         filled[id(c.model)] = filled_cache(c.model, cache, batch, length, room)
-                    except RuntimeError as error:       # torch.OutOfMemoryError is one, and what a CPU raises has no class of its own
+                    # torch.OutOfMemoryError is one, and what a CPU raises has no class of its own
+                    except RuntimeError as error:
                         if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                            raise LrkvError(f"no memory for {batch} x {length} tokens of {c.name}", "give smaller --tokens or --batch") from error
-                        if cache == "static":           # transformers' own Falcon with ALiBi fails there
-                            raise LrkvError(f"{c.name} does not run with a static cache: {first_line(error)}", "give --cache dynamic") from error
+                            raise LrkvError(
+                                f"no memory for {batch} x {length} tokens of {c.name}",
+                                "give smaller --tokens or --batch",
+                            ) from error
+                        # transformers' own Falcon with ALiBi fails there
+                        if cache == "static":
+                            raise LrkvError(
+                                f"{c.name} does not run with a static cache: {first_line(error)}",
+                                "give --cache dynamic",
+                            ) from error
                         raise
                 c.cache, c.batch = filled[id(c.model)], batch
             held = {id(c): cache_bytes(c.cache) for c in found}
@@ -167,27 +263,66 @@ def bench(paths: list[str], *, tokens: list[int], batches: list[int] = [1], rout
             for c, median in zip(found, medians):
                 moved, working = read_bytes(c.model) + held[id(c)], working_bytes(c.step, device)
                 weights = sum(p.numel() * p.element_size() for p in c.model.parameters())
-                rows.append({"model": c.name, "path": c.taken, "batch": batch, "tokens": length, "milliseconds": median * 1e3,
-                             "tokens_per_second": batch / median, "speedup": medians[0] / median, "cache_bytes": held[id(c)],
-                             "peak_bytes": None if working is None else weights + held[id(c)] + working, "bytes_read": moved,
-                             "limit_milliseconds": moved / rate * 1e3, "of_limit": moved / rate / median})
+                rows.append(
+                    {
+                        "model": c.name,
+                        "path": c.taken,
+                        "batch": batch,
+                        "tokens": length,
+                        "milliseconds": median * 1e3,
+                        "tokens_per_second": batch / median,
+                        "speedup": medians[0] / median,
+                        "cache_bytes": held[id(c)],
+                        "peak_bytes": None if working is None else weights + held[id(c)] + working,
+                        "bytes_read": moved,
+                        "limit_milliseconds": moved / rate * 1e3,
+                        "of_limit": moved / rate / median,
+                    }
+                )
             for c in found:
                 c.cache = None
             progress(i * len(tokens) + j + 1, len(batches) * len(tokens))
-    fitting = [{"model": c.name, "path": c.taken, "batch": batch, "tokens": longest_context(c, cache, batch)}
-               for batch in batches for c in found] if longest else []
-    return {"models": [str(p) for p in paths], "device": str(device), "threads": torch.get_num_threads(), "longest": fitting, "cache": cache,
-            "steps": steps, "dtype": str(found[0].model.dtype).removeprefix("torch."), "copy_bytes_per_second": rate, "rows": rows}
+    fitting = (
+        [
+            {
+                "model": c.name,
+                "path": c.taken,
+                "batch": batch,
+                "tokens": longest_context(c, cache, batch),
+            }
+            for batch in batches
+            for c in found
+        ]
+        if longest
+        else []
+    )
+    return {
+        "models": [str(p) for p in paths],
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "longest": fitting,
+        "cache": cache,
+        "steps": steps,
+        "dtype": str(found[0].model.dtype).removeprefix("torch."),
+        "copy_bytes_per_second": rate,
+        "rows": rows,
+    }
 
 
-def longest_context(contender: Contender, kind: str, batch: int, start: int = 1024, precision: int = 256) -> int:
-    """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0 if not even so many
-    fit, and never more positions than the model has."""
+def longest_context(
+    contender: Contender, kind: str, batch: int, start: int = 1024, precision: int = 256
+) -> int:
+    """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0
+    if not even so many fit, and never more positions than the model has.
+    """
     limit = getattr(contender.model.config, "max_position_embeddings", None) or 1 << 30
 
     def fits(length: int) -> bool:
         try:
-            contender.cache, contender.batch = filled_cache(contender.model, kind, batch, length, WARM_UP), batch
+            contender.cache, contender.batch = (
+                filled_cache(contender.model, kind, batch, length, WARM_UP),
+                batch,
+            )
             contender.step()
             return True
         except torch.OutOfMemoryError:

@@ -1,9 +1,12 @@
-"""Quantised caches of transformers, as rows of a comparison: what people use today to halve a cache, alone and on top of LRKV.
+"""Quantised caches of transformers, as rows of a comparison: what people use today to halve a
+cache, alone and on top of LRKV.
 
-A quantised cache gives the first tokens it is handed back as they were, so a window must be read in pieces for its error to be seen: PIECE tokens at
-a time are attended to as they are (int8, int4; FP8 rounds at once) and all before them as the cache kept them, which is what decoding with a residual
+A quantised cache gives the first tokens it is handed back as they were, so a window must be read in
+pieces for its error to be seen: PIECE tokens at a time are attended to as they are (int8, int4; FP8
+rounds at once) and all before them as the cache kept them, which is what decoding with a residual
 window of that length does.
 """
+
 import math
 
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
@@ -11,29 +14,56 @@ from transformers.cache_utils import Cache
 
 from ..errors import LrkvError, first_line
 
-PIECE = 128     # transformers' default for its residual window. All that came before is quantised anew with every piece: shorter ones cost more
-GROUP = 64      # numbers that share a scale; what does not divide a head's width is lowered to what does
+# transformers' default for its residual window. All that came before is quantised anew with every
+# piece: shorter ones cost more
+PIECE = 128
+# numbers that share a scale; what does not divide a head's width is lowered to what does
+GROUP = 64
 
-# name -> arguments of QuantizedCache. axis 1: scales per token, as for values in KIVI (Liu et al. 2024); per channel would need more tokens at once.
+# name -> arguments of QuantizedCache. axis 1: scales per token, as for values in KIVI (Liu et al.
+# 2024); per channel would need more tokens at once.
 # FP8 has one scale for all, taken from the first tokens it sees
 CACHES = {
     "fp8": {"backend": "fp8"},
-    "int8": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": GROUP, "residual_length": PIECE},
-    "int4": {"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1, "q_group_size": GROUP, "residual_length": PIECE},
+    "int8": {
+        "backend": "hqq",
+        "nbits": 8,
+        "axis_key": 1,
+        "axis_value": 1,
+        "q_group_size": GROUP,
+        "residual_length": PIECE,
+    },
+    "int4": {
+        "backend": "hqq",
+        "nbits": 4,
+        "axis_key": 1,
+        "axis_value": 1,
+        "q_group_size": GROUP,
+        "residual_length": PIECE,
+    },
 }
 
 
 def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
-    """An empty cache for `model`: transformers' own dynamic one, or one of CACHES. Raises LrkvError where it cannot be made."""
+    """An empty cache for `model`: transformers' own dynamic one, or one of CACHES. Raises LrkvError
+    where it cannot be made.
+    """
     if kind is None:
         return DynamicCache(config=model.config)
     check_caches([kind])
     try:
         cache = QuantizedCache(config=model.config, **CACHES[kind])
     except ImportError as error:
-        raise LrkvError(f"the {kind} cache needs a package that is not installed: {first_line(error)}", "pip install 'lrkv-convert[quant]'") from error
-    except ValueError as error:         # an older transformers, or layers that a quantised cache does not take
-        raise LrkvError(f"transformers has no {kind} cache for this model: {first_line(error)}", "leave it out of --cache") from error
+        raise LrkvError(
+            f"the {kind} cache needs a package that is not installed: {first_line(error)}",
+            "pip install 'lrkv-convert[quant]'",
+        ) from error
+    # an older transformers, or layers that a quantised cache does not take
+    except ValueError as error:
+        raise LrkvError(
+            f"transformers has no {kind} cache for this model: {first_line(error)}",
+            "leave it out of --cache",
+        ) from error
     for layer in cache.layers:
         if hasattr(layer, "q_group_size"):
             layer.q_group_size = math.gcd(GROUP, head_width(model.config))

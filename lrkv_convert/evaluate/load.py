@@ -1,8 +1,17 @@
-"""Load any model that can be compared: an original or a converted folder, a .gguf file, a hub id. Complete, finite, or not at all."""
+"""Load any model that can be compared: an original or a converted folder, a .gguf file, a hub id.
+Complete, finite, or not at all.
+"""
+
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..adapters import ADAPTERS, ENCODER_DECODERS
 from ..errors import LrkvError, first_line
@@ -11,11 +20,13 @@ from ..source import Checkpoint, check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
 
-CONVERTED = "lrkv_"         # before the model_type of what this project wrote
+CONVERTED = "lrkv_"  # before the model_type of what this project wrote
 
 
 def location(model: str) -> tuple[str, dict]:
-    """(path or hub id, keyword arguments) for `from_pretrained`. Raises LrkvError for a local path that is no model."""
+    """(path or hub id, keyword arguments) for `from_pretrained`. Raises LrkvError for a local path
+    that is no model.
+    """
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -24,7 +35,9 @@ def location(model: str) -> tuple[str, dict]:
     if path.is_dir():
         read_config_json(path, model)
     if not path.exists() and not (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
-        raise LrkvError(f"no such model: {model}", "give a folder, a .gguf file or a hub id such as org/name")
+        raise LrkvError(
+            f"no such model: {model}", "give a folder, a .gguf file or a hub id such as org/name"
+        )
     return (str(path), {}) if path.exists() else (model, {})
 
 
@@ -33,40 +46,64 @@ def read_config(model: str) -> PreTrainedConfig:
     where, extra = location(model)
     if extra:
         from ..source.gguf import gguf_config
+
         return gguf_config(Path(where) / extra["gguf_file"])
     return parse_config(where, model)
 
 
-def load_model(model: str, device: torch.device, dtype: torch.dtype | str = "auto", auto: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, if any weight would be freshly initialised, if one is
-    not finite, and if the folder holds one that would change the model and has no place in it."""
+def load_model(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    auto: type = AutoModelForCausalLM,
+    **kwargs,
+) -> PreTrainedModel:
+    """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, if any
+    weight would be freshly initialised, if one is not finite, and if the folder holds one that
+    would change the model and has no place in it.
+    """
     where, extra = location(model)
     config = read_config(model)
     if auto is AutoModelForCausalLM:
         refuse_encoder(model, config)
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        kwargs.setdefault("attn_implementation", "eager")       # older transformers take sdpa, which drops the cap
+        # older transformers take sdpa, which drops the cap
+        kwargs.setdefault("attn_implementation", "eager")
     if Path(where).is_dir() and not extra:
         check_folder(model, Path(where), config, auto)
     elif extra:
-        kwargs["config"] = config           # transformers' own leaves out how RoPE is scaled
+        kwargs["config"] = config  # transformers' own leaves out how RoPE is scaled
     try:
-        loaded, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra, **kwargs)
-    except Exception as error:      # safetensors, json, hub and transformers each raise their own
-        raise LrkvError(f"cannot load {model}: {first_line(error)}",
-                        "is the folder whole?") from error
+        loaded, info = auto.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **extra, **kwargs
+        )
+    except Exception as error:  # safetensors, json, hub and transformers each raise their own
+        raise LrkvError(
+            f"cannot load {model}: {first_line(error)}", "is the folder whole?"
+        ) from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         bad = sorted(info["missing_keys"]) or sorted(info["mismatched_keys"])
-        raise LrkvError(f"{model} lacks the tensor {bad[0]}", "its weights are incomplete or do not belong to its config.json")
-    unplaced({name: name for name in info["unexpected_keys"]}, {}, loaded, model, strict=config.model_type.startswith(CONVERTED))
+        raise LrkvError(
+            f"{model} lacks the tensor {bad[0]}",
+            "its weights are incomplete or do not belong to its config.json",
+        )
+    unplaced(
+        {name: name for name in info["unexpected_keys"]},
+        {},
+        loaded,
+        model,
+        strict=config.model_type.startswith(CONVERTED),
+    )
     for name, parameter in loaded.named_parameters():
         check_finite(f"{model}: {name}", parameter.detach())
     return plainly(loaded).eval().to(device)
 
 
 def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -> Checkpoint | None:
-    """Hold a folder's files against its config before transformers makes room for what the config asks. Its tensors, under the names they have in the
-    model; None where they are another's affair. Raises LrkvError."""
+    """Hold a folder's files against its config before transformers makes room for what the config
+    asks. Its tensors, under the names they have in the model; None where they are another's affair.
+    Raises LrkvError.
+    """
     if getattr(config, "quantization_config", None):
         return None
     checkpoint, family = open_folder(path, model, config), config.model_type.removeprefix(CONVERTED)
@@ -77,11 +114,21 @@ def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -
 
 
 def refuse_encoder(model: str, config: PreTrainedConfig) -> None:
-    """Raise LrkvError for an encoder-decoder, saying what it reads: transformers would load its decoder alone."""
+    """Raise LrkvError for an encoder-decoder, saying what it reads: transformers would load its
+    decoder alone.
+    """
     family = ENCODER_DECODERS.get(config.model_type.removeprefix(CONVERTED))
     if family is not None:
-        kind, option = ("speech", "--audio FOLDER") if family.speech else ("one text and writes another", "--pairs FILE")
-        raise LrkvError(f"{model} is an encoder-decoder, which reads {kind}", f"lrkv compare takes it with {option}, transformers' generate as it is; other commands do not")
+        kind, option = (
+            ("speech", "--audio FOLDER")
+            if family.speech
+            else ("one text and writes another", "--pairs FILE")
+        )
+        raise LrkvError(
+            f"{model} is an encoder-decoder, which reads {kind}",
+            f"lrkv compare takes it with {option}, transformers' generate as it is; other commands"
+            " do not",
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -89,5 +136,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, **extra)
     except Exception as error:
-        raise LrkvError(f"{model} has no tokenizer that loads: {first_line(error)}",
-                        "comparison needs one") from error
+        raise LrkvError(
+            f"{model} has no tokenizer that loads: {first_line(error)}", "comparison needs one"
+        ) from error

@@ -1,4 +1,5 @@
 """Bytes a model caches per token: by the formula, and counted on the tensors of a live cache."""
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -6,13 +7,18 @@ from transformers.cache_utils import Cache
 from ..adapters import ADAPTERS, ENCODER_DECODERS, Geometry
 from ..modeling.contract_lrkv import CACHE
 
-
-HELD = ("keys", "values", "_quantized_keys", "_quantized_values")       # where transformers' cache layers keep what they hold
+# where transformers' cache layers keep what they hold
+HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the live tensors of a cache, quantised ones with their scales."""
-    return sum(_bytes(getattr(layer, name, None)) for layer in cache.layers if layer.is_initialized for name in HELD)
+    return sum(
+        _bytes(getattr(layer, name, None))
+        for layer in cache.layers
+        if layer.is_initialized
+        for name in HELD
+    )
 
 
 def _bytes(held) -> int:
@@ -27,23 +33,37 @@ def _bytes(held) -> int:
 
 
 def formula_bytes(config, element_size: int) -> int | None:
-    """sum over layers of (m_K + H r_K + m_V + H r_V), or 2 H d per layer for an original (arXiv 2601.11471, Eq 8), times the element size.
-    None for a family this package does not know."""
+    """sum over layers of (m_K + H r_K + m_V + H r_V), or 2 H d per layer for an original (arXiv
+    2601.11471, Eq 8), times the element size. None for a family this package does not know.
+    """
     adapter = ADAPTERS.get(config.model_type.removeprefix("lrkv_"))
-    return None if adapter is None else element_size * _numbers(adapter.geometry(config), getattr(config, "lrkv", None))
+    return (
+        None
+        if adapter is None
+        else element_size * _numbers(adapter.geometry(config), getattr(config, "lrkv", None))
+    )
 
 
 def formula_bytes_by_kind(config, element_size: int) -> dict[str, int]:
-    """The same of an encoder-decoder: of self-attention per decoded token, of cross-attention per position of the encoder."""
+    """The same of an encoder-decoder: of self-attention per decoded token, of cross-attention per
+    position of the encoder.
+    """
     kinds = ENCODER_DECODERS[config.model_type.removeprefix("lrkv_")].kinds
     fields = {"self": "lrkv", "cross": "lrkv_cross"}
-    return {kind: element_size * _numbers(adapter.geometry(config), getattr(config, fields[kind], None)) for kind, adapter in kinds.items()}
+    return {
+        kind: element_size * _numbers(adapter.geometry(config), getattr(config, fields[kind], None))
+        for kind, adapter in kinds.items()
+    }
 
 
 def _numbers(g: Geometry, spec: dict | None) -> int:
     if spec is None:
         return 2 * g.layers * g.kv_heads * g.head_dim
-    return sum(m + g.kv_heads * r for side in spec.values() for m, r in zip(side["base_width"], side["rank"]))
+    return sum(
+        m + g.kv_heads * r
+        for side in spec.values()
+        for m, r in zip(side["base_width"], side["rank"])
+    )
 
 
 @torch.no_grad()

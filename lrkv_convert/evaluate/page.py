@@ -1,4 +1,7 @@
-"""A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands that give it again. Needs the `plot` extra."""
+"""A comparison as one HTML page that needs nothing else: tables, pictures inside, and the commands
+that give it again. Needs the `plot` extra.
+"""
+
 import base64
 import datetime
 import os
@@ -28,11 +31,27 @@ def write_page(result: dict, file: Path, command: str) -> None:
             pictures["context"] = picture(plot.by_context, rows[1:])
         if far:
             pictures["far"] = picture(plot.by_context, far["models"][1:])
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        resources.files("lrkv_convert").joinpath("data/report.html").read_text(encoding="utf-8"))
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(
+        resources.files("lrkv_convert").joinpath("data/report.html").read_text(encoding="utf-8")
+    )
     page = template.render(
-        result=result, rows=rows, far=far, pictures=pictures, bytes=in_units, command=command, made=made(rows), tasks=task_table(result.get("tasks", [])), date=datetime.date.today().isoformat(),
-        versions={"lrkv-convert": version("lrkv-convert"), "transformers": transformers.__version__, "torch": torch.__version__})
+        result=result,
+        rows=rows,
+        far=far,
+        pictures=pictures,
+        bytes=in_units,
+        command=command,
+        made=made(rows),
+        tasks=task_table(result.get("tasks", [])),
+        date=datetime.date.today().isoformat(),
+        versions={
+            "lrkv-convert": version("lrkv-convert"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    )
     write_text(file, page)
 
 
@@ -55,6 +74,14 @@ def made(rows: list[dict]) -> list[tuple[str, list[str]]]:
 
 def task_table(tasks: list[dict]) -> dict:
     """{"models": names, "rows": [(task, metric, [(value, stderr), ...]), ...]}"""
-    names, kinds = list(dict.fromkeys(row["name"] for row in tasks)), dict.fromkeys((row["task"], row["metric"]) for row in tasks)
-    values = {(row["task"], row["metric"], row["name"]): (row["value"], row["stderr"]) for row in tasks}
-    return {"models": names, "rows": [(*kind, [values[(*kind, name)] for name in names]) for kind in kinds]}
+    names, kinds = (
+        list(dict.fromkeys(row["name"] for row in tasks)),
+        dict.fromkeys((row["task"], row["metric"]) for row in tasks),
+    )
+    values = {
+        (row["task"], row["metric"], row["name"]): (row["value"], row["stderr"]) for row in tasks
+    }
+    return {
+        "models": names,
+        "rows": [(*kind, [values[(*kind, name)] for name in names]) for kind in kinds],
+    }

@@ -1,10 +1,15 @@
-"""One attention step of decoding, alone: the paths of a converted layer beside attention on the full cache, same shapes, same process.
+"""One attention step of decoding, alone: the paths of a converted layer beside attention on the
+full cache, same shapes, same process.
 
-Weights and caches are random, which timing does not mind; what runs is the code that converted models run (modeling/attention_lrkv.py). Every
-contender has its cache allocated beforehand; the table of rotations, made once per step for all layers of a model, is not timed. The full cache is read
-by torch's SDPA and by two products with a softmax between ("eager"), which is the faster on some CPUs. Rounds alternate between contenders, so that
-a slow moment of the machine meets all of them; the median counts. The limit is what the bytes of the cache cost at the rate of a plain copy on the same machine, bytes read plus bytes written.
+Weights and caches are random, which timing does not mind; what runs is the code that converted
+models run (modeling/attention_lrkv.py). Every contender has its cache allocated beforehand; the
+table of rotations, made once per step for all layers of a model, is not timed. The full cache is
+read by torch's SDPA and by two products with a softmax between ("eager"), which is the faster on
+some CPUs. Rounds alternate between contenders, so that a slow moment of the machine meets all of
+them; the median counts. The limit is what the bytes of the cache cost at the rate of a plain copy
+on the same machine, bytes read plus bytes written.
 """
+
 import math
 import statistics
 import time
@@ -21,7 +26,9 @@ from ..modeling.factors_lrkv import LowRankHeads
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: H KV heads, G query heads each, head width d; keys and values (m, r); form of keys; whether keys are under RoPE."""
+    """One layer: H KV heads, G query heads each, head width d; keys and values (m, r); form of
+    keys; whether keys are under RoPE.
+    """
 
     heads: int
     groups: int
@@ -46,11 +53,16 @@ def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
     """Bytes per second, read plus written, of a plain copy of `size` bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * size / min(seconds({"copy": lambda: target.copy_(source)}, device, 15)["copy"])        # the best, as it is to be a limit
+    # the best, as it is to be a limit
+    return 2 * size / min(seconds({"copy": lambda: target.copy_(source)}, device, 15)["copy"])
 
 
-def seconds(contenders: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Time of each contender in each round, in turn, after one call to warm up (three on a GPU). GPU times are those of the device."""
+def seconds(
+    contenders: dict[str, Callable], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Time of each contender in each round, in turn, after one call to warm up (three on a GPU).
+    GPU times are those of the device.
+    """
     taken = {name: [] for name in contenders}
     for call in contenders.values():
         for _ in range(3 if device.type == "cuda" else 1):
@@ -58,7 +70,10 @@ def seconds(contenders: dict[str, Callable], device: torch.device, rounds: int) 
     for _ in range(rounds):
         for name, call in contenders.items():
             if device.type == "cuda":
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start, end = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
                 start.record()
                 call()
                 end.record()
@@ -74,42 +89,63 @@ def seconds(contenders: dict[str, Callable], device: torch.device, rounds: int) 
 class Layer(LrkvAttention):
     """What the paths need of an attention module, and a filled cache."""
 
-    def __init__(self, shape: Shape, batch: int, tokens: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, shape: Shape, batch: int, tokens: int, device: torch.device, dtype: torch.dtype
+    ):
         H, d = shape.heads, shape.head_dim
         new = lambda *size: random(size, device, dtype)
         self.scaling = d**-0.5
-        self.keys = LowRankHeads(64, H, d, *shape.keys, shape.alignment and shape.form == "joint", False, shape.form)       # the width D plays no part
+        # the width D plays no part
+        self.keys = LowRankHeads(
+            64, H, d, *shape.keys, shape.alignment and shape.form == "joint", False, shape.form
+        )
         self.values = LowRankHeads(64, H, d, *shape.values, True, False)
         for side in (self.keys, self.values):
             for parameter in side.parameters():
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             side.to(device, dtype).requires_grad_(False)
-        self.cached = [(new(batch, 1, tokens, m), new(batch, H, tokens, r)) for m, r in (shape.keys, shape.values)]
+        self.cached = [
+            (new(batch, 1, tokens, m), new(batch, H, tokens, r))
+            for m, r in (shape.keys, shape.values)
+        ]
         self.query = new(batch, H * shape.groups, 1, d)
         self.rotation = None
         if shape.rotary:
-            angles = torch.arange(tokens, device=device)[:, None] * 1e4 ** (-torch.arange(d // 2, device=device) / (d // 2))
+            angles = torch.arange(tokens, device=device)[:, None] * 1e4 ** (
+                -torch.arange(d // 2, device=device) / (d // 2)
+            )
             angles = torch.cat((angles, angles), dim=-1)[None]
             self.rotation = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def run(self, path: str) -> Tensor:
         """(N, 1, H G, d)."""
         if path == "rebuild":
-            key, value = self.keys.rebuild(*self.cached[0], self.rotation), self.values.rebuild(*self.cached[1])
+            key, value = (
+                self.keys.rebuild(*self.cached[0], self.rotation),
+                self.values.rebuild(*self.cached[1]),
+            )
             return full_attention(self.query, key, value).transpose(1, 2)
         return self.read_in_place(path, self.query, *self.cached, None, self.rotation)[0]
 
 
-def random(size: tuple, device: torch.device, dtype: torch.dtype, distinct: int = 1 << 22) -> Tensor:
-    """Normal numbers, repeated after `distinct`: what is timed does not mind, and a cache of gigabytes is there at once."""
+def random(
+    size: tuple, device: torch.device, dtype: torch.dtype, distinct: int = 1 << 22
+) -> Tensor:
+    """Normal numbers, repeated after `distinct`: what is timed does not mind, and a cache of
+    gigabytes is there at once.
+    """
     count = math.prod(size)
     numbers = torch.randn(min(count, distinct), device=device).to(dtype)
     return numbers.repeat(-(-count // max(1, len(numbers))))[:count].view(size)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's SDPA for one new token: (N, H G, 1, d). Queries of a group go in as rows of one head, faster on CPUs than `enable_gqa`."""
-    return torch.nn.functional.scaled_dot_product_attention(_packed(query, key), key, value).view(query.shape)
+    """torch's SDPA for one new token: (N, H G, 1, d). Queries of a group go in as rows of one head,
+    faster on CPUs than `enable_gqa`.
+    """
+    return torch.nn.functional.scaled_dot_product_attention(_packed(query, key), key, value).view(
+        query.shape
+    )
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -124,24 +160,62 @@ def _packed(query: Tensor, key: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_step(shape: Shape, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int = 9, rebuild: bool = True,
-                   copy_rate: float | None = None) -> list[dict]:
-    """Rows for the full cache and each path: milliseconds, ratio to the full cache (above 1 is faster), bytes read, the limit and how near it is.
+def attention_step(
+    shape: Shape,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int = 9,
+    rebuild: bool = True,
+    copy_rate: float | None = None,
+) -> list[dict]:
+    """Rows for the full cache and each path: milliseconds, ratio to the full cache (above 1 is
+    faster), bytes read, the limit and how near it is.
 
-    copy_rate: of `bandwidth`, measured once per run. rebuild: whether the rebuild path is timed (it allocates the full K and V).
+    copy_rate: of `bandwidth`, measured once per run. rebuild: whether the rebuild path is timed (it
+    allocates the full K and V).
     """
     H, d = shape.heads, shape.head_dim
     layer = Layer(shape, batch, tokens, device, dtype)
     key, value = (random((batch, H, tokens, d), device, dtype) for _ in range(2))
-    paths = ["split", *(["kernel"] if not kernel_lrkv.missing(device, dtype) and device.type != "cpu" else []), *(["rebuild"] if rebuild else [])]
-    contenders = {"full cache": lambda: full_attention(layer.query, key, value), "full, eager": lambda: eager_attention(layer.query, key, value),
-                  **{path: lambda path=path: layer.run(path) for path in paths}}
-    taken = {name: statistics.median(times) for name, times in seconds(contenders, device, rounds).items()}
+    paths = [
+        "split",
+        *(["kernel"] if not kernel_lrkv.missing(device, dtype) and device.type != "cpu" else []),
+        *(["rebuild"] if rebuild else []),
+    ]
+    contenders = {
+        "full cache": lambda: full_attention(layer.query, key, value),
+        "full, eager": lambda: eager_attention(layer.query, key, value),
+        **{path: lambda path=path: layer.run(path) for path in paths},
+    }
+    taken = {
+        name: statistics.median(times)
+        for name, times in seconds(contenders, device, rounds).items()
+    }
     rows = []
     for name, median in taken.items():
-        moved = batch * tokens * dtype.itemsize * (shape.full if name.startswith("full") else shape.numbers)
-        rows.append({"path": name, "batch": batch, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "milliseconds": median * 1e3,
-                     "speedup": taken["full cache"] / median, "bytes": moved, "cache_ratio": moved / (batch * tokens * dtype.itemsize * shape.full)})
+        moved = (
+            batch
+            * tokens
+            * dtype.itemsize
+            * (shape.full if name.startswith("full") else shape.numbers)
+        )
+        rows.append(
+            {
+                "path": name,
+                "batch": batch,
+                "tokens": tokens,
+                "dtype": str(dtype).removeprefix("torch."),
+                "milliseconds": median * 1e3,
+                "speedup": taken["full cache"] / median,
+                "bytes": moved,
+                "cache_ratio": moved / (batch * tokens * dtype.itemsize * shape.full),
+            }
+        )
         if copy_rate:
-            rows[-1] |= {"limit_milliseconds": moved / copy_rate * 1e3, "of_limit": moved / copy_rate / median}
+            rows[-1] |= {
+                "limit_milliseconds": moved / copy_rate * 1e3,
+                "of_limit": moved / copy_rate / median,
+            }
     return rows

@@ -1,4 +1,7 @@
-"""Short continued pretraining of a converted model, which gives back quality that the conversion cost."""
+"""Short continued pretraining of a converted model, which gives back quality that the conversion
+cost.
+"""
+
 from .healing import Healing, heal
 from .options import Options
 

@@ -1,8 +1,9 @@
 """The training loop, on accelerate: one process or many, on whatever `accelerate launch` was told.
 
-A step is the same whatever runs it: the windows of a step depend on its number alone, are dealt out to the processes in turn, and the gradient is
-the mean over all of them.
+A step is the same whatever runs it: the windows of a step depend on its number alone, are dealt out
+to the processes in turn, and the gradient is the mean over all of them.
 """
+
 import math
 import signal
 import threading
@@ -26,7 +27,8 @@ from .optimise import learning_rates
 from .options import Options
 from .run import Run
 
-Report = Callable[[dict], None]     # called with every line of the log, and with "steps", how many there will be
+# called with every line of the log, and with "steps", how many there will be
+Report = Callable[[dict], None]
 
 
 class Stop:
@@ -42,10 +44,13 @@ class Stop:
 
     @contextmanager
     def __call__(self) -> Iterator["Stop"]:
-        if threading.current_thread() is not threading.main_thread():       # only there may signals be handled
+        # only there may signals be handled
+        if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield self
         finally:
@@ -55,7 +60,9 @@ class Stop:
 
 @dataclass
 class Trainer:
-    """Everything a step needs. student, optimizer: as accelerate prepared them; teacher: frozen, or None; kl_weight: 1 for kl, 0 for ce."""
+    """Everything a step needs. student, optimizer: as accelerate prepared them; teacher: frozen, or
+    None; kl_weight: 1 for kl, 0 for ce.
+    """
 
     accelerator: Accelerator
     student: PreTrainedModel
@@ -68,34 +75,50 @@ class Trainer:
     kl_weight: float
 
     def train(self, run: Run, first: int, baseline: dict[str, float], report: Report) -> None:
-        """Steps first, first + 1, ... up to options.steps. baseline: validation loss of the original (if known) and of the converted model.
+        """Steps first, first + 1, ... up to options.steps. baseline: validation loss of the
+        original (if known) and of the converted model.
 
-        Raises LrkvError for a loss or gradient that is not finite, KeyboardInterrupt after a signal, with the checkpoint saved.
+        Raises LrkvError for a loss or gradient that is not finite, KeyboardInterrupt after a
+        signal, with the checkpoint saved.
         """
         options, clock = self.options, Clock(self.options.seq_len * self.options.batch_size)
-        clock.total = next((line["seconds"] for line in reversed(run.log()) if "seconds" in line), 0.0)      # of a resumed run
+        # of a resumed run
+        clock.total = next(
+            (line["seconds"] for line in reversed(run.log()) if "seconds" in line), 0.0
+        )
         with Stop()() as stop:
             for step in range(first, options.steps):
                 with clock:
                     line, stopping = self.step(step, run, stop)
-                line |= {"tokens_per_second": round(clock.speed, 1), "seconds": round(clock.total, 2)}
+                line |= {
+                    "tokens_per_second": round(clock.speed, 1),
+                    "seconds": round(clock.total, 2),
+                }
                 done = step + 1
-                if done == options.steps or done % options.validate_every == 0 and not stopping:        # who asked to stop may not wait long
+                # who asked to stop may not wait long
+                if done == options.steps or done % options.validate_every == 0 and not stopping:
                     line |= self.validated(baseline)
                 run.note(line)
-                self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=done)
+                self.accelerator.log(
+                    {name: value for name, value in line.items() if name != "step"}, step=done
+                )
                 report(line | {"steps": options.steps})
                 if stopping or done % options.checkpoint_every == 0 or done == options.steps:
                     run.save(done, {"baseline": baseline})
                 if stopping and done < options.steps:
-                    raise KeyboardInterrupt(f"interrupted after step {done} of {options.steps}, which {run.folder} holds; the same command with --resume goes on from there")
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {done} of {options.steps}, which {run.folder}"
+                        " holds; the same command with --resume goes on from there"
+                    )
 
     def step(self, step: int, run: Run, stop: Stop) -> tuple[dict, bool]:
-        """One optimiser step; what to log of it, and whether any process was asked to stop. Raises LrkvError where it cannot be taken."""
+        """One optimiser step; what to log of it, and whether any process was asked to stop. Raises
+        LrkvError where it cannot be taken.
+        """
         options, accelerator = self.options, self.accelerator
         chosen = self.windows.batch(step, options.batch_size, options.seed)
-        mine = chosen[accelerator.process_index::accelerator.num_processes]
-        sums = torch.zeros(5, device=accelerator.device)        # loss, kl, ce, match, stop
+        mine = chosen[accelerator.process_index :: accelerator.num_processes]
+        sums = torch.zeros(5, device=accelerator.device)  # loss, kl, ce, match, stop
         passes = mine.split(options.micro_batch_size)
         try:
             for part in passes:
@@ -104,21 +127,42 @@ class Trainer:
                     accelerator.backward(losses[0])
                     sums[:4] += torch.stack([x.detach() for x in losses]) / len(passes)
         except torch.OutOfMemoryError as error:
-            raise LrkvError(f"out of memory at step {step + 1}: {first_line(error)}",
-                            f"{run.last_good()}; give a smaller micro_batch_size or gradient_checkpointing=true, also with --resume") from error
+            raise LrkvError(
+                f"out of memory at step {step + 1}: {first_line(error)}",
+                f"{run.last_good()}; give a smaller micro_batch_size or"
+                " gradient_checkpointing=true, also with --resume",
+            ) from error
         sums[4] = bool(stop.asked)
         loss, kl, ce, match, stopping = accelerator.reduce(sums, "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_([p for p in self.student.parameters() if p.requires_grad], options.clip) or 0)        # DeepSpeed says None at first
+        # DeepSpeed says None at first
+        norm = float(
+            accelerator.clip_grad_norm_(
+                [p for p in self.student.parameters() if p.requires_grad], options.clip
+            )
+            or 0
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-            raise LrkvError(f"{what} at step {step + 1}, windows {', '.join(map(str, chosen.tolist()))}",
-                            f"{run.last_good()}; begin anew with smaller learning rates")
+            what = (
+                f"the loss is {loss}"
+                if not math.isfinite(loss)
+                else f"the gradient's norm is {norm}"
+            )
+            raise LrkvError(
+                f"{what} at step {step + 1}, windows {', '.join(map(str, chosen.tolist()))}",
+                f"{run.last_good()}; begin anew with smaller learning rates",
+            )
         rates = learning_rates(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        line = {"step": step + 1, "tokens": (step + 1) * options.batch_size * options.seq_len, "loss": loss, "ce": ce, "grad_norm": norm,
-                **{f"lr_{name}": rate for name, rate in rates.items()}}
+        line = {
+            "step": step + 1,
+            "tokens": (step + 1) * options.batch_size * options.seq_len,
+            "loss": loss,
+            "ce": ce,
+            "grad_norm": norm,
+            **{f"lr_{name}": rate for name, rate in rates.items()},
+        }
         if self.kl_weight:
             line["kl"] = kl
         if options.match_attention:
@@ -126,36 +170,54 @@ class Trainer:
         return line, stopping > 0
 
     def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids (N, T) -> what is minimised, and its parts: KL, cross-entropy, mismatch of the attention outputs."""
+        """ids (N, T) -> what is minimised, and its parts: KL, cross-entropy, mismatch of the
+        attention outputs.
+        """
         student, teacher, matching = self.student, self.teacher, bool(self.options.match_attention)
         hers, logits = [], None
         if self.kl_weight or matching:
-            with torch.no_grad(), self.accelerator.autocast(), self.outputs(teacher, matching) as hers:
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                self.outputs(teacher, matching) as hers,
+            ):
                 logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             logits = logits if self.kl_weight else None
         with self.outputs(self.accelerator.unwrap_model(student), matching) as his:
-            predicted = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)          # (N (T - 1), V)
+            # (N (T - 1), V)
+            predicted = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss, kl, ce = divergence(predicted, logits, ids[:, 1:].flatten(), self.kl_weight)
         match = mismatch(his, hers) if matching else torch.zeros((), device=ids.device)
         return loss + self.options.match_attention * match, kl, ce, match
 
     def outputs(self, model: PreTrainedModel, wanted: bool):
-        return AttentionOutputs(model.get_submodule(self.adapter.layer_path) if wanted else [], self.adapter.attention)()
+        return AttentionOutputs(
+            model.get_submodule(self.adapter.layer_path) if wanted else [], self.adapter.attention
+        )()
 
-    # -------------------------------------------------------------------------------------------- validation
+    # ----------------------------------------------------------------------------------- validation
 
     def validated(self, baseline: dict[str, float]) -> dict[str, float]:
-        """Validation loss, and the perplexity ratio: to the original, or to the converted model where there is no original."""
+        """Validation loss, and the perplexity ratio: to the original, or to the converted model
+        where there is no original.
+        """
         nll = self.validation_loss(self.student)
-        return {"validation_nll": nll, "validation_ratio": math.exp(nll - baseline.get("original", baseline["converted"]))}
+        return {
+            "validation_nll": nll,
+            "validation_ratio": math.exp(nll - baseline.get("original", baseline["converted"])),
+        }
 
     @torch.no_grad()
     def validation_loss(self, model: PreTrainedModel) -> float:
         """Mean negative log-likelihood of the held-out windows, in nats."""
         accelerator, held = self.accelerator, self.windows.validation
-        sums, training = torch.zeros(2, dtype=torch.float64, device=accelerator.device), model.training
+        sums, training = (
+            torch.zeros(2, dtype=torch.float64, device=accelerator.device),
+            model.training,
+        )
         model.eval()
-        # every process takes as many passes, because a sharded model needs all of them in each; a window seen before counts for nothing
+        # every process takes as many passes, because a sharded model needs all of them in each; a
+        # window seen before counts for nothing
         rounds = -(-len(held) // accelerator.num_processes)
         for i in range(rounds):
             at = i * accelerator.num_processes + accelerator.process_index
@@ -164,7 +226,11 @@ class Trainer:
                 logits = model(ids, use_cache=False).logits[0, :-1]
             if at < len(held):
                 _, _, ce = divergence(logits, None, ids[0, 1:], 0.0)
-                sums += torch.tensor([ce.double() * len(logits), len(logits)], dtype=torch.float64, device=sums.device)
+                sums += torch.tensor(
+                    [ce.double() * len(logits), len(logits)],
+                    dtype=torch.float64,
+                    device=sums.device,
+                )
         model.train(training)
         total, count = accelerator.reduce(sums, "sum").tolist()
         return total / count
@@ -182,5 +248,6 @@ class Clock:
     def __exit__(self, *error) -> None:
         spent = time.perf_counter() - self.began
         self.total += spent
-        self.speed = self.tokens / spent if not self.speed else 0.9 * self.speed + 0.1 * self.tokens / spent
-
+        self.speed = (
+            self.tokens / spent if not self.speed else 0.9 * self.speed + 0.1 * self.tokens / spent
+        )

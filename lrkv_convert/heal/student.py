@@ -1,4 +1,7 @@
-"""The model that trains: which of its weights do, in which precision they are held, and what of them a checkpoint keeps."""
+"""The model that trains: which of its weights do, in which precision they are held, and what of
+them a checkpoint keeps.
+"""
+
 from pathlib import Path
 
 import torch
@@ -10,29 +13,39 @@ from transformers import PreTrainedModel
 from ..adapters import Adapter
 from ..errors import LrkvError
 
-WRAPPED = "module."         # before the names of a model that several processes train
+WRAPPED = "module."  # before the names of a model that several processes train
 
 
 def choose_trained(model: PreTrainedModel, adapter: Adapter, train: str) -> None:
-    """Freeze what does not train. "attention": the attention modules, which hold W_shared, C, U, B, biases, W_Q and W_O; "all": everything."""
+    """Freeze what does not train. "attention": the attention modules, which hold W_shared, C, U, B,
+    biases, W_Q and W_O; "all": everything.
+    """
     model.requires_grad_(train == "all")
     for layer in model.get_submodule(adapter.layer_path):
         layer.get_submodule(adapter.attention).requires_grad_(True)
-    for module in model.modules():          # a short training has nothing to fear from overfitting, and the teacher has none
+    # a short training has nothing to fear from overfitting, and the teacher has none
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         without_dropout(module)
-    without_dropout(model.config)           # Falcon looks there; what is written is the config of the folder
+    # Falcon looks there; what is written is the config of the folder
+    without_dropout(model.config)
 
 
 def without_dropout(holder) -> None:
     """Every number of a module or config that is called some dropout becomes zero."""
-    for name in [name for name, value in vars(holder).items() if "drop" in name and type(value) in (int, float)]:
+    for name in [
+        name
+        for name, value in vars(holder).items()
+        if "drop" in name and type(value) in (int, float)
+    ]:
         setattr(holder, name, type(getattr(holder, name))(0))
 
 
 def set_precision(student: PreTrainedModel, adapter: Adapter, frozen: torch.dtype) -> None:
-    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the matrices of the layers, experts included; those, if they are frozen, in `frozen`."""
+    """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the
+    matrices of the layers, experts included; those, if they are frozen, in `frozen`.
+    """
     layers = student.get_submodule(adapter.layer_path)
     matrices = {id(p) for p in layers.parameters() if p.ndim >= 2 and not p.requires_grad}
     for parameter in student.parameters():
@@ -45,7 +58,9 @@ def trained(model: nn.Module) -> list[str]:
 
 
 def only_trained(models: list, weights: list[dict], folder: str) -> None:
-    """What a checkpoint holds of a model: frozen weights stand in the converted folder, and the names are those of one process."""
+    """What a checkpoint holds of a model: frozen weights stand in the converted folder, and the
+    names are those of one process.
+    """
     for model, state in zip(models, weights):
         kept = {name: state.get(name, state.get(WRAPPED + name)) for name in trained(model)}
         state.clear()
@@ -53,7 +68,9 @@ def only_trained(models: list, weights: list[dict], folder: str) -> None:
 
 
 def load_trained(models: list, folder: str) -> None:
-    """Put what `only_trained` kept into the models, and leave none for accelerate to load. Raises LrkvError where something is missing."""
+    """Put what `only_trained` kept into the models, and leave none for accelerate to load. Raises
+    LrkvError where something is missing.
+    """
     while models:
         model = models.pop()
         state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)

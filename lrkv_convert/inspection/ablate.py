@@ -1,18 +1,24 @@
-"""What a head is worth, and what would have told: functional ablation, an open question of arXiv 2601.11471.
+"""What a head is worth, and what would have told: functional ablation, an open question of arXiv
+2601.11471.
 
-The unit is the KV head with all query heads of its group, for that is what a cache holds. It is removed by zeroing what it hands to the output
-projection. Every head is removed alone; then, for each predictor, the 1, 2, 4, 8, ... heads that it ranks least, and most. The loss is measured each time,
-and the divergence from the whole model, which is the steadier of the two on few tokens.
+The unit is the KV head with all query heads of its group, for that is what a cache holds. It is
+removed by zeroing what it hands to the output projection. Every head is removed alone; then, for
+each predictor, the 1, 2, 4, 8, ... heads that it ranks least, and most. The loss is measured each
+time, and the divergence from the whole model, which is the steadier of the two on few tokens.
 
-    distinct        1 - mean |s_ij| with the other heads of the layer (diversity.py): what the diversity metric would keep
+    distinct        1 - mean |s_ij| with the other heads of the layer (diversity.py): what the
+                    diversity metric would keep
     rank drop       how much the effective rank of the layer falls without the head
     energy keys     |A_h|^2 / 2 of its keys in the metric of the fit: predicted nats (spectra.py)
-    energy values   the same of its values. Removing a head is to lose its values, so this is the loss to second order
+    energy values   the same of its values. Removing a head is to lose its values, so this is the
+                    loss to second order
     own values      the part of it outside the shared base: what only the head itself can hold
     depth           minus the layer's number: what one would guess without looking
 
-Unlike the rest of `lrkv inspect` this holds the whole model in memory, in float32. A removal is run from its first layer on only.
+Unlike the rest of `lrkv inspect` this holds the whole model in memory, in float32. A removal is run
+from its first layer on only.
 """
+
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,38 +33,55 @@ from ..skeleton import Skeleton, first_of
 from .diversity import diversity
 from .spectra import LayerLook
 
-Unit = tuple[int, int]      # (layer, KV head)
-SHUFFLES = 2000             # permutations within layers, for the p-value there
-ORDERS = ("distinct", "energy keys", "energy values")       # the predictors by which several heads are removed
-RANDOM, MEASURED = "random", "measured alone"       # orders beside those: a baseline, and the yardstick
+Unit = tuple[int, int]  # (layer, KV head)
+SHUFFLES = 2000  # permutations within layers, for the p-value there
+# the predictors by which several heads are removed
+ORDERS = ("distinct", "energy keys", "energy values")
+# orders beside those: a baseline, and the yardstick
+RANDOM, MEASURED = "random", "measured alone"
 
 
 def predictors(layers: list[LayerLook], groups: int) -> dict[str, dict[Unit, float]]:
-    """What each predictor says of every head; more is worth more. groups: query heads per KV head."""
-    found: dict[str, dict[Unit, float]] = {name: {} for name in ("distinct", "rank drop", "energy keys", "energy values", "own values", "depth")}
+    """What each predictor says of every head; more is worth more. groups: query heads per KV
+    head.
+    """
+    found: dict[str, dict[Unit, float]] = {
+        name: {}
+        for name in ("distinct", "rank drop", "energy keys", "energy values", "own values", "depth")
+    }
     for i, layer in enumerate(layers):
         n, whole = len(layer.gram), diversity(layer.gram) * len(layer.gram)
         for h, energy_keys in enumerate(layer.keys.energies.tolist()):
             own = torch.zeros(n, dtype=torch.bool)
-            own[h * groups:(h + 1) * groups] = True
+            own[h * groups : (h + 1) * groups] = True
             rest = layer.gram[~own][:, ~own]
             energy, outside = layer.values.energies[h].item(), layer.values.outside[h].item()
-            for name, value in (("distinct", 1 - layer.gram[own][:, ~own].abs().mean().item()), ("rank drop", whole - diversity(rest) * len(rest)),
-                                ("energy keys", energy_keys / 2), ("energy values", energy / 2), ("own values", energy * outside / 2), ("depth", -i)):
+            for name, value in (
+                ("distinct", 1 - layer.gram[own][:, ~own].abs().mean().item()),
+                ("rank drop", whole - diversity(rest) * len(rest)),
+                ("energy keys", energy_keys / 2),
+                ("energy values", energy / 2),
+                ("own values", energy * outside / 2),
+                ("depth", -i),
+            ):
                 found[name][i, h] = value
     return found
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Of removing heads: the loss with them gone less the loss of the whole model, and KL(whole || without); nats per token."""
+    """Of removing heads: the loss with them gone less the loss of the whole model, and KL(whole ||
+    without); nats per token.
+    """
 
     increase: float
     kl: float
 
 
 class WholeModel:
-    """The original with all weights in place, its hidden states before every layer kept; a context."""
+    """The original with all weights in place, its hidden states before every layer kept; a
+    context.
+    """
 
     def __init__(self, skeleton: Skeleton, geometry: Geometry, tokens: Tensor):
         self.skeleton, self.geometry, self.tokens = skeleton, geometry, tokens
@@ -67,7 +90,9 @@ class WholeModel:
     def __enter__(self) -> "WholeModel":
         self.stack, skeleton = ExitStack(), self.skeleton
         hidden, self.calls = skeleton.embed(self.tokens)
-        self.layers = [self.stack.enter_context(skeleton.layer(i)) for i in range(self.geometry.layers)]
+        self.layers = [
+            self.stack.enter_context(skeleton.layer(i)) for i in range(self.geometry.layers)
+        ]
         self.head = self.stack.enter_context(skeleton.head())
         self.entering = [hidden]
         for i in range(self.geometry.layers):
@@ -82,7 +107,12 @@ class WholeModel:
     def _layer(self, i: int, hidden: Tensor) -> Tensor:
         """hidden (N, T, D) before layer i -> after it. Window by window: ALiBi comes for one."""
         call = self.calls[i]
-        return torch.cat([first_of(self.layers[i](window.unsqueeze(0), *call.args, **call.kwargs)) for window in hidden])
+        return torch.cat(
+            [
+                first_of(self.layers[i](window.unsqueeze(0), *call.args, **call.kwargs))
+                for window in hidden
+            ]
+        )
 
     def _logp(self, hidden: Tensor) -> list[Tensor]:
         """Log-probabilities of every window's tokens but the first, (T - 1, vocabulary) each."""
@@ -90,7 +120,16 @@ class WholeModel:
 
     def _loss(self, logp: list[Tensor]) -> float:
         """Mean negative log-likelihood, nats per predicted token."""
-        return -torch.stack([p.gather(1, row[1:, None].to(p.device)).double().mean() for p, row in zip(logp, self.tokens)]).mean().item()
+        return (
+            -torch.stack(
+                [
+                    p.gather(1, row[1:, None].to(p.device)).double().mean()
+                    for p, row in zip(logp, self.tokens)
+                ]
+            )
+            .mean()
+            .item()
+        )
 
     @torch.no_grad()
     def without(self, removed: Iterable[Unit]) -> Effect:
@@ -100,12 +139,22 @@ class WholeModel:
             gone.setdefault(layer, []).append(head)
         hidden = self.entering[min(gone)]
         for i in range(min(gone), self.geometry.layers):
-            hook = self._projection(i).register_forward_pre_hook(self._silence(gone[i])) if i in gone else None
+            hook = (
+                self._projection(i).register_forward_pre_hook(self._silence(gone[i]))
+                if i in gone
+                else None
+            )
             hidden = self._layer(i, hidden)
             if hook:
                 hook.remove()
         logp = self._logp(hidden)
-        kl = torch.stack([(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(self.logp, logp)]).mean().item()
+        kl = (
+            torch.stack(
+                [(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(self.logp, logp)]
+            )
+            .mean()
+            .item()
+        )
         return Effect(self._loss(logp) - self.loss, kl)
 
     def _projection(self, i: int) -> torch.nn.Module:
@@ -113,18 +162,32 @@ class WholeModel:
         return self.layers[i].get_submodule(adapter.attention).get_submodule(adapter.output)
 
     def _silence(self, heads: list[int]) -> Callable:
-        """A hook that zeroes what these KV heads' groups hand to the output projection, (N, T, H G d)."""
+        """A hook that zeroes what these KV heads' groups hand to the output projection, (N, T, H G
+        d).
+        """
         g = self.geometry
         kept = torch.ones(g.kv_heads, device=self.skeleton.device)
         kept[heads] = 0
         return lambda module, args: (args[0] * kept.repeat_interleave(g.groups * g.head_dim),)
 
 
-def ablate(skeleton: Skeleton, geometry: Geometry, layers: list[LayerLook], tokens: Tensor, progress: Callable[[int, int], None] = lambda *_: None) -> dict:
-    """Remove heads and measure, on windows of text (N, T). Returns the `ablation` part of the JSON (README)."""
+def ablate(
+    skeleton: Skeleton,
+    geometry: Geometry,
+    layers: list[LayerLook],
+    tokens: Tensor,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict:
+    """Remove heads and measure, on windows of text (N, T). Returns the `ablation` part of the JSON
+    (README).
+    """
     said = predictors(layers, geometry.groups)
-    units, sizes = list(said["depth"]), [2 ** k for k in range(16) if 2 ** k <= geometry.layers * geometry.kv_heads // 2]
-    total, done = len(units) + 2 * (len(ORDERS) + 2) * (len(sizes) - 1), 0      # the first size is measured alone
+    units, sizes = (
+        list(said["depth"]),
+        [2**k for k in range(16) if 2**k <= geometry.layers * geometry.kv_heads // 2],
+    )
+    # the first size is measured alone
+    total, done = len(units) + 2 * (len(ORDERS) + 2) * (len(sizes) - 1), 0
     with WholeModel(skeleton, geometry, tokens) as model:
         alone: dict[Unit, Effect] = {}
         for unit in units:
@@ -132,7 +195,13 @@ def ablate(skeleton: Skeleton, geometry: Geometry, layers: list[LayerLook], toke
             progress(done := done + 1, total)
         orders = {name: said[name] for name in ORDERS} | {
             MEASURED: {unit: effect.kl for unit, effect in alone.items()},
-            RANDOM: dict(zip(units, torch.rand(len(units), generator=torch.Generator().manual_seed(0)).tolist()))}
+            RANDOM: dict(
+                zip(
+                    units,
+                    torch.rand(len(units), generator=torch.Generator().manual_seed(0)).tolist(),
+                )
+            ),
+        }
         removals = []
         for name, values in orders.items():
             ranked = sorted(units, key=values.__getitem__)
@@ -141,29 +210,71 @@ def ablate(skeleton: Skeleton, geometry: Geometry, layers: list[LayerLook], toke
                 for size in sizes[1:]:
                     effects.append(model.without(ends[:size]))
                     progress(done := done + 1, total)
-                removals.append({"predictor": name, "order": order, "heads": sizes, "loss_increase": [e.increase for e in effects], "kl": [e.kl for e in effects]})
+                removals.append(
+                    {
+                        "predictor": name,
+                        "order": order,
+                        "heads": sizes,
+                        "loss_increase": [e.increase for e in effects],
+                        "kl": [e.kl for e in effects],
+                    }
+                )
         loss = model.loss
     return {
-        "tokens": tokens.numel(), "loss": loss,
-        "units": [{"layer": i, "head": h, "loss_increase": alone[i, h].increase, "kl": alone[i, h].kl,
-                   "predictors": {name: values[i, h] for name, values in said.items()}} for i, h in units],
-        "correlations": [{"predictor": name, **correlation(values, alone)} for name, values in said.items()],
-        "removals": removals}
+        "tokens": tokens.numel(),
+        "loss": loss,
+        "units": [
+            {
+                "layer": i,
+                "head": h,
+                "loss_increase": alone[i, h].increase,
+                "kl": alone[i, h].kl,
+                "predictors": {name: values[i, h] for name, values in said.items()},
+            }
+            for i, h in units
+        ],
+        "correlations": [
+            {"predictor": name, **correlation(values, alone)} for name, values in said.items()
+        ],
+        "removals": removals,
+    }
 
 
 def correlation(values: dict[Unit, float], alone: dict[Unit, Effect]) -> dict:
-    """Spearman's rank correlation of a predictor with what removing each head alone did: rho and p against the loss, rho_kl and p_kl against the
-    divergence, rho_within and p_within against the divergence among the heads of the same layer only. None where all values are equal."""
-    said, loss, kl = (numpy.array([x[unit] for unit in alone]) for x in (
-        values, {u: e.increase for u, e in alone.items()}, {u: e.kl for u, e in alone.items()}))
+    """Spearman's rank correlation of a predictor with what removing each head alone did: rho and p
+    against the loss, rho_kl and p_kl against the divergence, rho_within and p_within against the
+    divergence among the heads of the same layer only. None where all values are equal.
+    """
+    said, loss, kl = (
+        numpy.array([x[unit] for unit in alone])
+        for x in (
+            values,
+            {u: e.increase for u, e in alone.items()},
+            {u: e.kl for u, e in alone.items()},
+        )
+    )
     equal = len(set(said.tolist())) == 1 or len(alone) < 3
-    (rho, p), (rho_kl, p_kl) = ((None, None) if equal else map(float, stats.spearmanr(said, effect)) for effect in (loss, kl))
+    (rho, p), (rho_kl, p_kl) = (
+        (None, None) if equal else map(float, stats.spearmanr(said, effect))
+        for effect in (loss, kl)
+    )
     rho_within, p_within = within_layers(said, kl, numpy.array([layer for layer, _ in alone]))
-    return {"rho": rho, "p": p, "rho_kl": rho_kl, "p_kl": p_kl, "rho_within": rho_within, "p_within": p_within}
+    return {
+        "rho": rho,
+        "p": p,
+        "rho_kl": rho_kl,
+        "p_kl": p_kl,
+        "rho_within": rho_within,
+        "p_within": p_within,
+    }
 
 
-def within_layers(x: numpy.ndarray, y: numpy.ndarray, layer: numpy.ndarray) -> tuple[float | None, float | None]:
-    """Correlation of the ranks inside each layer, all layers together, and the share of shuffles within layers that reach it (two-sided)."""
+def within_layers(
+    x: numpy.ndarray, y: numpy.ndarray, layer: numpy.ndarray
+) -> tuple[float | None, float | None]:
+    """Correlation of the ranks inside each layer, all layers together, and the share of shuffles
+    within layers that reach it (two-sided).
+    """
     members = [numpy.flatnonzero(layer == i) for i in numpy.unique(layer)]
 
     def ranks(values: numpy.ndarray) -> numpy.ndarray:

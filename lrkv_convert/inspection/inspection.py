@@ -1,8 +1,10 @@
 """The story of a look:
 
-    original     checkpoint --calibrate--> metrics --spectra--> what a conversion would cost          (--ablate: and what each head is worth)
-    converted    its original, on text --fidelity--> what the conversion did to each head
+original     checkpoint --calibrate--> metrics --spectra--> what a conversion would cost
+             (--ablate: and what each head is worth)
+converted    its original, on text --fidelity--> what the conversion did to each head
 """
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,25 +19,59 @@ from .beside import beside
 Progress = Callable[[str, int, int], None]
 
 
-def inspect(model: str, *, original: str | None = None, ranks: list[int] | None = None, target_kl: float = TARGET_KL, calibration: list[str] | None = None,
-            calibration_tokens: int | None = None, ablate: bool = False, text: str | None = None, max_tokens: int | None = None,
-            device: str = "auto", progress: Progress = lambda *_: None) -> dict:
-    """Look at `model` (folder, .gguf file or hub id). Returns the JSON the README describes. Raises LrkvError.
+def inspect(
+    model: str,
+    *,
+    original: str | None = None,
+    ranks: list[int] | None = None,
+    target_kl: float = TARGET_KL,
+    calibration: list[str] | None = None,
+    calibration_tokens: int | None = None,
+    ablate: bool = False,
+    text: str | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    progress: Progress = lambda *_: None,
+) -> dict:
+    """Look at `model` (folder, .gguf file or hub id). Returns the JSON the README describes. Raises
+    LrkvError.
 
-    An original: what it would cost to convert it, at `ranks` (default: up to eight, below break-even), with a recommendation for target_kl nats; ablate: also
-    remove its heads one by one, and several at once, and measure the loss on `text`. A converted folder: how far each of its heads is from those of
-    `original` (default: where its lrkv.json says), on `text` (default: what ships here). max_tokens: of that text.
+    An original: what it would cost to convert it, at `ranks` (default: up to eight, below
+    break-even), with a recommendation for target_kl nats; ablate: also remove its heads one by one,
+    and several at once, and measure the loss on `text`. A converted folder: how far each of its
+    heads is from those of `original` (default: where its lrkv.json says), on `text` (default: what
+    ships here). max_tokens: of that text.
     """
     content = None if text is None else read_one(text)
     if is_converted(model):
         if ablate or ranks or calibration or calibration_tokens:
-            raise LrkvError(f"{model} is converted: it is compared with its original, not calibrated or ablated", "give the original to look ahead")
+            raise LrkvError(
+                f"{model} is converted: it is compared with its original, not calibrated or"
+                " ablated",
+                "give the original to look ahead",
+            )
         return beside(model, original or source_of(model), content, max_tokens, device, progress)
     if original is not None:
-        raise LrkvError(f"{model} is not converted, so that it has no original", "leave --original out, or give a folder with an lrkv.json")
+        raise LrkvError(
+            f"{model} is not converted, so that it has no original",
+            "leave --original out, or give a folder with an lrkv.json",
+        )
     if ablate != (text is not None):
-        raise LrkvError("--ablate measures the loss on --text, and one was given without the other", "give a text that was not calibrated on")
-    return ahead(model, ranks, target_kl, calibration, calibration_tokens, content, max_tokens, device, progress)
+        raise LrkvError(
+            "--ablate measures the loss on --text, and one was given without the other",
+            "give a text that was not calibrated on",
+        )
+    return ahead(
+        model,
+        ranks,
+        target_kl,
+        calibration,
+        calibration_tokens,
+        content,
+        max_tokens,
+        device,
+        progress,
+    )
 
 
 def is_converted(model: str) -> bool:
@@ -46,23 +82,29 @@ def is_converted(model: str) -> bool:
     try:
         return str(read_object(folder / "config.json").get("model_type", "")).startswith("lrkv_")
     except (OSError, LrkvError):
-        return False        # what is wrong with it is told when it is opened
+        return False  # what is wrong with it is told when it is opened
 
 
 def source_of(model: str) -> str:
-    """Where the original of a converted folder lies. Raises LrkvError if it is not there any more."""
+    """Where the original of a converted folder lies. Raises LrkvError if it is not there any
+    more.
+    """
     try:
         source = read_object(Path(model).expanduser() / RECORD)["source"]
         path, name = str(source["path"]), source["name"]
     except (OSError, LrkvError, KeyError, TypeError) as error:
-        raise LrkvError(f"{model} does not say what it was converted from", "give --original") from error
+        raise LrkvError(
+            f"{model} does not say what it was converted from", "give --original"
+        ) from error
     if isinstance(path, str) and Path(path).exists():
         return path
     raise LrkvError(f"the original of {model}, {name}, is not where it was", "give --original")
 
 
 def save(result: dict, folder: Path) -> list[Path]:
-    """Write inspect.json and, where matplotlib is installed, heads.png and, of an ablation, ablation.png; returns what was written. Raises LrkvError."""
+    """Write inspect.json and, where matplotlib is installed, heads.png and, of an ablation,
+    ablation.png; returns what was written. Raises LrkvError.
+    """
     files = [folder / "inspect.json"]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

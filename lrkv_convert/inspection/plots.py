@@ -1,29 +1,59 @@
 """Pictures of heads. Needs the `plot` extra."""
+
 from pathlib import Path
 
 import matplotlib
 import numpy
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.colors import LogNorm, Normalize  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import MaxNLocator
 
-from ..plot import MARKERS, shown  # noqa: E402
+from ..plot import MARKERS, shown
 
 
 def spectra_map(result: dict, file: Path) -> None:
-    """Layer x KV head, keys and values: what of a head the shared base leaves out, and how many dimensions hold nearly all of it."""
+    """Layer x KV head, keys and values: what of a head the shared base leaves out, and how many
+    dimensions hold nearly all of it.
+    """
     layers, d = result["layers"], result["geometry"]["head_dim"]
     share = list(layers[0]["keys"]["dimensions"])[-1]
-    outside = {side: numpy.array([row[side]["outside_base"] for row in layers]) * 100 for side in ("keys", "values")}
-    wide = {side: numpy.array([row[side]["dimensions"][share] for row in layers]) for side in ("keys", "values")}
+    outside = {
+        side: numpy.array([row[side]["outside_base"] for row in layers]) * 100
+        for side in ("keys", "values")
+    }
+    wide = {
+        side: numpy.array([row[side]["dimensions"][share] for row in layers])
+        for side in ("keys", "values")
+    }
     figure, panels = _panels(4, len(layers), result["geometry"]["kv_heads"])
-    for axes, side in zip(panels, ("keys", "values")):      # keys and values differ by orders of magnitude: a scale each
-        _heat(figure, axes, outside[side], f"{side}: energy outside\nthe shared base", "% of the head's energy", Normalize(0, max(outside[side].max(), 1e-9)))
+    # keys and values differ by orders of magnitude: a scale each
+    for axes, side in zip(panels, ("keys", "values")):
+        _heat(
+            figure,
+            axes,
+            outside[side],
+            f"{side}: energy outside\nthe shared base",
+            "% of the head's energy",
+            Normalize(0, max(outside[side].max(), 1e-9)),
+        )
     for axes, side in zip(panels[2:], ("keys", "values")):
-        _heat(figure, axes, wide[side], f"{side}: dimensions for\n{share} of the energy", f"dimensions of {d}", Normalize(0, d))
-    _finish(figure, panels, "KV head", f"{shown(Path(result['model']).name)}: heads in the attention metric", file)
+        _heat(
+            figure,
+            axes,
+            wide[side],
+            f"{side}: dimensions for\n{share} of the energy",
+            f"dimensions of {d}",
+            Normalize(0, d),
+        )
+    _finish(
+        figure,
+        panels,
+        "KV head",
+        f"{shown(Path(result['model']).name)}: heads in the attention metric",
+        file,
+    )
 
 
 def fidelity_map(result: dict, file: Path) -> None:
@@ -33,23 +63,60 @@ def fidelity_map(result: dict, file: Path) -> None:
     kl = grid("attention_kl").clip(1e-12)
     figure, panels = _panels(3, len(layers), len(layers[0]["similarity"]))
     least = grid("similarity").min()
-    _heat(figure, panels[0], grid("similarity"), "similarity s(A, Â)", "cosine, 1 = the same", Normalize(min(least, 0.999), 1), "viridis_r")
-    _heat(figure, panels[1], grid("logit_error") * 100, "logit error", "% of the centred logits", Normalize(0, max(grid("logit_error").max() * 100, 1e-9)))
+    _heat(
+        figure,
+        panels[0],
+        grid("similarity"),
+        "similarity s(A, Â)",
+        "cosine, 1 = the same",
+        Normalize(min(least, 0.999), 1),
+        "viridis_r",
+    )
+    _heat(
+        figure,
+        panels[1],
+        grid("logit_error") * 100,
+        "logit error",
+        "% of the centred logits",
+        Normalize(0, max(grid("logit_error").max() * 100, 1e-9)),
+    )
     low, high = max(kl.min(), kl.max() * 1e-4), kl.max()
-    _heat(figure, panels[2], kl, "attention KL", "nats per query (log scale)", LogNorm(low, max(high, low * 1.01)))
-    _finish(figure, panels, "query head", f"{shown(Path(result['model']).name)} beside its original, {result['tokens']:,} tokens of {shown(result['text']['name'])}", file)
+    _heat(
+        figure,
+        panels[2],
+        kl,
+        "attention KL",
+        "nats per query (log scale)",
+        LogNorm(low, max(high, low * 1.01)),
+    )
+    _finish(
+        figure,
+        panels,
+        "query head",
+        f"{shown(Path(result['model']).name)} beside its original, {result['tokens']:,} tokens of"
+        f" {shown(result['text']['name'])}",
+        file,
+    )
 
 
 def ablation_curves(result: dict, file: Path) -> None:
-    """Loss against the number of heads removed: the least first, the most first; a line for each predictor."""
+    """Loss against the number of heads removed: the least first, the most first; a line for each
+    predictor.
+    """
     ablation = result["ablation"]
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), dpi=130, layout="constrained")
     for axes, order in zip(panels, ("least", "most")):
         rows = [row for row in ablation["removals"] if row["order"] == order]
         for i, row in enumerate(rows):
             dashed = row["predictor"] in ("random", "measured alone")
-            axes.plot(row["heads"], row["loss_increase"], marker=MARKERS[i % len(MARKERS)], linestyle="--" if dashed else "-",
-                      color={"random": "0.6", "measured alone": "black"}.get(row["predictor"], f"C{i}"), label=row["predictor"])
+            axes.plot(
+                row["heads"],
+                row["loss_increase"],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle="--" if dashed else "-",
+                color={"random": "0.6", "measured alone": "black"}.get(row["predictor"], f"C{i}"),
+                label=row["predictor"],
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_xticks(rows[0]["heads"], [str(n) for n in rows[0]["heads"]])
@@ -59,26 +126,40 @@ def ablation_curves(result: dict, file: Path) -> None:
         axes.grid(True, which="major", linewidth=0.4)
     added = [value for row in ablation["removals"] for value in row["loss_increase"]]
     for axes in panels:
-        axes.set_ylim(min(added + [0]) - 0.02, max(added + [0.1]) * 1.5)
+        axes.set_ylim(min([*added, 0]) - 0.02, max([*added, 0.1]) * 1.5)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panels[0].set_ylabel("loss added, nats per token (linear below 0.1, then log)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(f"{shown(Path(result['model']).name)} without heads, {ablation['tokens']:,} tokens of {shown(ablation['text']['name'])}")
+    figure.suptitle(
+        f"{shown(Path(result['model']).name)} without heads, {ablation['tokens']:,} tokens of"
+        f" {shown(ablation['text']['name'])}"
+    )
     figure.savefig(file)
     pyplot.close(figure)
 
 
 def _panels(count: int, layers: int, heads: int):
     """A row of panels tall enough for the layers and wide enough for the heads."""
-    figure, panels = pyplot.subplots(1, count, figsize=(count * max(2.3, min(0.16 * heads + 1.6, 5)), max(3.2, min(0.2 * layers + 1.6, 12))), dpi=130,
-                                     layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(
+        1,
+        count,
+        figsize=(
+            count * max(2.3, min(0.16 * heads + 1.6, 5)),
+            max(3.2, min(0.2 * layers + 1.6, 12)),
+        ),
+        dpi=130,
+        layout="constrained",
+        sharey=True,
+    )
     return figure, list(panels)
 
 
 def _heat(figure, axes, grid, title: str, unit: str, norm, colours: str = "viridis") -> None:
     """One panel: rows are layers, columns heads."""
     image = axes.imshow(grid, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    figure.colorbar(image, ax=axes, orientation="horizontal", location="bottom", label=unit, pad=0.02)
+    figure.colorbar(
+        image, ax=axes, orientation="horizontal", location="bottom", label=unit, pad=0.02
+    )
     axes.set_title(title, fontsize=10)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))

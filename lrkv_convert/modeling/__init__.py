@@ -1,10 +1,18 @@
 """Model classes of converted checkpoints, one file per family; the files travel with every output.
 
-Importing this package registers them with transformers, so that converted folders load without `trust_remote_code`.
+Importing this package registers them with transformers, so that converted folders load without
+`trust_remote_code`.
 """
+
 import sys
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from .modeling_lrkv_bart import LrkvBartConfig, LrkvBartForConditionalGeneration, LrkvBartModel
 from .modeling_lrkv_bloom import LrkvBloomConfig, LrkvBloomForCausalLM, LrkvBloomModel
@@ -13,7 +21,11 @@ from .modeling_lrkv_cohere import LrkvCohereConfig, LrkvCohereForCausalLM, LrkvC
 from .modeling_lrkv_falcon import LrkvFalconConfig, LrkvFalconForCausalLM, LrkvFalconModel
 from .modeling_lrkv_gemma import LrkvGemmaConfig, LrkvGemmaForCausalLM, LrkvGemmaModel
 from .modeling_lrkv_gemma2 import LrkvGemma2Config, LrkvGemma2ForCausalLM, LrkvGemma2Model
-from .modeling_lrkv_gemma3_text import LrkvGemma3TextConfig, LrkvGemma3TextForCausalLM, LrkvGemma3TextModel
+from .modeling_lrkv_gemma3_text import (
+    LrkvGemma3TextConfig,
+    LrkvGemma3TextForCausalLM,
+    LrkvGemma3TextModel,
+)
 from .modeling_lrkv_gpt2 import LrkvGPT2Config, LrkvGPT2LMHeadModel, LrkvGPT2Model
 from .modeling_lrkv_gpt_neo import LrkvGPTNeoConfig, LrkvGPTNeoForCausalLM, LrkvGPTNeoModel
 from .modeling_lrkv_gpt_neox import LrkvGPTNeoXConfig, LrkvGPTNeoXForCausalLM, LrkvGPTNeoXModel
@@ -26,7 +38,11 @@ from .modeling_lrkv_mpt import LrkvMptConfig, LrkvMptForCausalLM, LrkvMptModel
 from .modeling_lrkv_olmo import LrkvOlmoConfig, LrkvOlmoForCausalLM, LrkvOlmoModel
 from .modeling_lrkv_olmo2 import LrkvOlmo2Config, LrkvOlmo2ForCausalLM, LrkvOlmo2Model
 from .modeling_lrkv_opt import LrkvOPTConfig, LrkvOPTForCausalLM, LrkvOPTModel
-from .modeling_lrkv_pegasus import LrkvPegasusConfig, LrkvPegasusForConditionalGeneration, LrkvPegasusModel
+from .modeling_lrkv_pegasus import (
+    LrkvPegasusConfig,
+    LrkvPegasusForConditionalGeneration,
+    LrkvPegasusModel,
+)
 from .modeling_lrkv_phi import LrkvPhiConfig, LrkvPhiForCausalLM, LrkvPhiModel
 from .modeling_lrkv_phi3 import LrkvPhi3Config, LrkvPhi3ForCausalLM, LrkvPhi3Model
 from .modeling_lrkv_qwen2 import LrkvQwen2Config, LrkvQwen2ForCausalLM, LrkvQwen2Model
@@ -35,7 +51,11 @@ from .modeling_lrkv_qwen3 import LrkvQwen3Config, LrkvQwen3ForCausalLM, LrkvQwen
 from .modeling_lrkv_qwen3_moe import LrkvQwen3MoeConfig, LrkvQwen3MoeForCausalLM, LrkvQwen3MoeModel
 from .modeling_lrkv_stablelm import LrkvStableLmConfig, LrkvStableLmForCausalLM, LrkvStableLmModel
 from .modeling_lrkv_t5 import LrkvT5Config, LrkvT5ForConditionalGeneration, LrkvT5Model
-from .modeling_lrkv_whisper import LrkvWhisperConfig, LrkvWhisperForConditionalGeneration, LrkvWhisperModel
+from .modeling_lrkv_whisper import (
+    LrkvWhisperConfig,
+    LrkvWhisperForConditionalGeneration,
+    LrkvWhisperModel,
+)
 
 # original model_type -> (config, base model, causal LM)
 FAMILIES: dict[str, tuple[type, type, type]] = {
@@ -66,7 +86,8 @@ FAMILIES: dict[str, tuple[type, type, type]] = {
     "stablelm": (LrkvStableLmConfig, LrkvStableLmModel, LrkvStableLmForCausalLM),
 }
 
-# the same of encoder-decoders: original model_type -> (config, base model, model with its language head)
+# the same of encoder-decoders: original model_type -> (config, base model, model with its language
+# head)
 ENCODER_DECODERS: dict[str, tuple[type, type, type]] = {
     "bart": (LrkvBartConfig, LrkvBartModel, LrkvBartForConditionalGeneration),
     "marian": (LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel),
@@ -79,7 +100,13 @@ CLASSES = FAMILIES | ENCODER_DECODERS
 
 def auto_class(model_type: str) -> type:
     """The auto class that loads such a model with its head."""
-    return AutoModelForCausalLM if model_type in FAMILIES else AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
+    return (
+        AutoModelForCausalLM
+        if model_type in FAMILIES
+        else AutoModelForSpeechSeq2Seq
+        if model_type == "whisper"
+        else AutoModelForSeq2SeqLM
+    )
 
 
 for family, (config_class, base_class, head_class) in CLASSES.items():
@@ -93,12 +120,20 @@ for family, (config_class, base_class, head_class) in CLASSES.items():
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """The `auto_map` entry of config.json: where transformers finds the classes inside the folder."""
+    """The `auto_map` entry of config.json: where transformers finds the classes inside the
+    folder.
+    """
     names = ("AutoConfig", "AutoModel", auto_class(model_type).__name__)
-    return {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name, cls in zip(names, CLASSES[model_type])}
+    return {
+        name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}"
+        for name, cls in zip(names, CLASSES[model_type])
+    }
 
 
 def name_in_transformers() -> None:
-    """Make the classes attributes of the transformers module, where its server looks up what config.json names under `architectures`."""
+    """Make the classes attributes of the transformers module, where its server looks up what
+    config.json names under `architectures`.
+    """
     for _, _, head_class in CLASSES.values():
-        setattr(sys.modules["transformers"], head_class.__name__, head_class)       # `import transformers` may give the module its lazy one has replaced
+        # `import transformers` may give the module its lazy one has replaced
+        setattr(sys.modules["transformers"], head_class.__name__, head_class)

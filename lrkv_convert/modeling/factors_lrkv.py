@@ -1,66 +1,132 @@
-"""Low-Rank Key-Value heads: the module that replaces k_proj and v_proj. Travels with every converted checkpoint.
+"""Low-Rank Key-Value heads: the module that replaces k_proj and v_proj. Travels with every
+converted checkpoint.
 
-Each KV head h of a layer computes, for keys and for values alike (O'Neill et al., "Low-Rank Key Value Attention", arXiv 2601.11471, Eq 2-5),
+Each KV head h of a layer computes, for keys and for values alike (O'Neill et al., "Low-Rank Key
+Value Attention", arXiv 2601.11471, Eq 2-5),
 
-    K_h = s C_h + R_h B_h^T + b_h        s = x W_shared (m numbers, one for all heads)       R_h = x U_h (r numbers per head)
+    K_h = s C_h + R_h B_h^T + b_h        s = x W_shared (m numbers, one for all heads)       R_h = x
+                                         U_h (r numbers per head)
 
-and caches only s and R_h: m + H r numbers per token instead of H d. C_h is an alignment map (weights, never cached); the paper's own form is
-m = d and C_h = I. Keys are cached before RoPE: the rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Two
-other forms of keys cache less before it, or nothing (`LowRankHeads.form`).
+and caches only s and R_h: m + H r numbers per token instead of H d. C_h is an alignment map
+(weights, never cached); the paper's own form is m = d and C_h = I. Keys are cached before RoPE: the
+rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Two other
+forms of keys cache less before it, or nothing (`LowRankHeads.form`).
 
-What is cached is used in two ways, equal up to rounding: `rebuild` materialises K_h or V_h (Eq 4-5); `scores` and `average` read it in place (Eq 6-7).
+What is cached is used in two ways, equal up to rounding: `rebuild` materialises K_h or V_h (Eq
+4-5); `scores` and `average` read it in place (Eq 6-7).
 
-Shapes: N batch, T tokens, S cached tokens, H KV heads, G query heads per KV head, Q = G T queries per KV head, D model width, d head width,
-m base width, r residual rank. This file may import torch and transformers only.
+Shapes: N batch, T tokens, S cached tokens, H KV heads, G query heads per KV head, Q = G T queries
+per KV head, D model width, d head width, m base width, r residual rank. This file may import torch
+and transformers only.
 """
+
 import math
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-CHUNK = 1 << 19     # numbers rebuilt at once where keys are only read: they then stay in a core's cache (64 times as many on a GPU, which has more)
+# numbers rebuilt at once where keys are only read: they then stay in a core's cache (64 times as
+# many on a GPU, which has more)
+CHUNK = 1 << 19
 
 
 class LowRankHeads(nn.Module):
     """Keys or values of all KV heads of one layer, in factored form.
 
-    Args: width D, num_heads H, head_dim d, base_width m >= 0, rank r >= 0 (m + r > 0), alignment (whether C is there; without it m must be
-    d or 0), bias (whether b is there), form: what is cached of keys under RoPE. Raises ValueError when these do not fit together.
+    Args: width D, num_heads H, head_dim d, base_width m >= 0, rank r >= 0 (m + r > 0), alignment
+    (whether C is there; without it m must be d or 0), bias (whether b is there), form: what is
+    cached of keys under RoPE. Raises ValueError when these do not fit together.
 
         "joint"     base and residual before rotation: keys are rebuilt, then rotated
-        "rotary"    the base after rotation (C = I: it passes through RoPE as it is), the residual before
-        "full"      the keys themselves after rotation, as residuals of rank d without B: nothing to rebuild
+        "rotary"    the base after rotation (C = I: it passes through RoPE as it is), the residual
+                    before
+        "full"      the keys themselves after rotation, as residuals of rank d without B: nothing to
+                    rebuild
     """
 
-    def __init__(self, width: int, num_heads: int, head_dim: int, base_width: int, rank: int, alignment: bool, bias: bool, form: str = "joint"):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        head_dim: int,
+        base_width: int,
+        rank: int,
+        alignment: bool,
+        bias: bool,
+        form: str = "joint",
+    ):
         super().__init__()
         if base_width < 0 or rank < 0 or base_width + rank == 0:
-            raise ValueError(f"LRKV needs base_width >= 0, rank >= 0 and one of them positive, got {base_width} and {rank}")
+            raise ValueError(
+                f"LRKV needs base_width >= 0, rank >= 0 and one of them positive, got {base_width}"
+                f" and {rank}"
+            )
         if not alignment and base_width not in (0, head_dim):
-            raise ValueError(f"without alignment maps the base must be as wide as a head ({head_dim}), got {base_width}")
-        if form not in ("joint", "rotary", "full") or form == "rotary" and alignment or form == "full" and (base_width, rank) != (0, head_dim):
-            raise ValueError(f"form {form!r} does not go with base_width {base_width}, rank {rank} and alignment {alignment}")
-        self.width, self.num_heads, self.head_dim, self.base_width, self.rank = width, num_heads, head_dim, base_width, rank
+            raise ValueError(
+                f"without alignment maps the base must be as wide as a head ({head_dim}), got"
+                f" {base_width}"
+            )
+        if (
+            form not in ("joint", "rotary", "full")
+            or form == "rotary"
+            and alignment
+            or form == "full"
+            and (base_width, rank) != (0, head_dim)
+        ):
+            raise ValueError(
+                f"form {form!r} does not go with base_width {base_width}, rank {rank} and alignment"
+                f" {alignment}"
+            )
+        self.width, self.num_heads, self.head_dim, self.base_width, self.rank = (
+            width,
+            num_heads,
+            head_dim,
+            base_width,
+            rank,
+        )
         self.form = form
-        self.W_shared = nn.Linear(width, base_width, bias=False) if base_width else None      # weight (m, D)
-        self.C = nn.Parameter(torch.empty(num_heads, base_width, head_dim)) if base_width and alignment else None
-        self.U = nn.Linear(width, num_heads * rank, bias=False) if rank else None             # weight (H r, D), head-major
-        self.B = nn.Parameter(torch.empty(num_heads, head_dim, rank)) if rank and form != "full" else None
+        # weight (m, D)
+        self.W_shared = nn.Linear(width, base_width, bias=False) if base_width else None
+        self.C = (
+            nn.Parameter(torch.empty(num_heads, base_width, head_dim))
+            if base_width and alignment
+            else None
+        )
+        # weight (H r, D), head-major
+        self.U = nn.Linear(width, num_heads * rank, bias=False) if rank else None
+        self.B = (
+            nn.Parameter(torch.empty(num_heads, head_dim, rank))
+            if rank and form != "full"
+            else None
+        )
         self.bias = nn.Parameter(torch.empty(num_heads, head_dim)) if bias else None
 
     def extra_repr(self) -> str:
-        return f"heads={self.num_heads}, head_dim={self.head_dim}, base_width={self.base_width}, rank={self.rank}"
+        return (
+            f"heads={self.num_heads}, head_dim={self.head_dim}, base_width={self.base_width},"
+            f" rank={self.rank}"
+        )
 
-    def encode(self, x: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, x: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (N, T, D) -> what the cache holds: base (N, 1, T, m) and residual (N, H, T, r).
 
-        rotation: (cos, sin) of these T tokens, for keys under RoPE; norm: the QK-norm of keys, before rotation.
+        rotation: (cos, sin) of these T tokens, for keys under RoPE; norm: the QK-norm of keys,
+        before rotation.
         """
         N, T, _ = x.shape
-        base = self.W_shared(x).unsqueeze(1) if self.W_shared is not None else x.new_empty(N, 1, T, 0)                      # (N, 1, T, m)
-        residual = (self.U(x).view(N, T, self.num_heads, self.rank).transpose(1, 2) if self.U is not None
-                    else x.new_empty(N, self.num_heads, T, 0))                                                              # (N, H, T, r)
+        # (N, 1, T, m)
+        base = (
+            self.W_shared(x).unsqueeze(1) if self.W_shared is not None else x.new_empty(N, 1, T, 0)
+        )
+        residual = (
+            self.U(x).view(N, T, self.num_heads, self.rank).transpose(1, 2)
+            if self.U is not None
+            # (N, H, T, r)
+            else x.new_empty(N, self.num_heads, T, 0)
+        )
         if self.form == "rotary" and self.W_shared is not None:
             base = rotate(base, rotation)
         if self.form == "full":
@@ -69,20 +135,28 @@ class LowRankHeads(nn.Module):
             residual = residual if rotation is None else rotate(residual, rotation)
         return base, residual
 
-    def rebuild(self, base: torch.Tensor, residual: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None) -> torch.Tensor:
-        """base (N, 1, S, m), residual (N, H, S, r) -> keys, or values, (N, H, S, d) (Eq 4-5). rotation: (cos, sin) of all cached tokens."""
+    def rebuild(
+        self,
+        base: torch.Tensor,
+        residual: torch.Tensor,
+        rotation: tuple | None = None,
+        norm: nn.Module | None = None,
+    ) -> torch.Tensor:
+        """base (N, 1, S, m), residual (N, H, S, r) -> keys, or values, (N, H, S, d) (Eq 4-5).
+        rotation: (cos, sin) of all cached tokens.
+        """
         if self.form == "full":
             return residual
         heads, rotated = None, None
         if self.form == "rotary":
-            rotated = base if self.W_shared is not None else None               # (N, 1, S, d)
+            rotated = base if self.W_shared is not None else None  # (N, 1, S, d)
         elif self.W_shared is not None:
-            heads = base if self.C is None else self._aligned(base)             # (N, 1 or H, S, d)
+            heads = base if self.C is None else self._aligned(base)  # (N, 1 or H, S, d)
         if self.U is not None:
-            own = residual @ self.B.transpose(1, 2)                             # (N, H, S, d)
+            own = residual @ self.B.transpose(1, 2)  # (N, H, S, d)
             heads = own if heads is None else heads + own
         if self.bias is not None:
-            bias = self.bias.unsqueeze(1).to(base.dtype)                        # (H, 1, d)
+            bias = self.bias.unsqueeze(1).to(base.dtype)  # (H, 1, d)
             heads = bias.expand(len(base), -1, base.shape[2], -1) if heads is None else heads + bias
         if heads is not None and norm is not None:
             heads = norm(heads)
@@ -91,84 +165,140 @@ class LowRankHeads(nn.Module):
         heads = rotated if heads is None else heads if rotated is None else rotated + heads
         return heads.expand(-1, self.num_heads, -1, -1)
 
-    def scores(self, query: torch.Tensor, base: torch.Tensor, residual: torch.Tensor, rotation: tuple | None = None,
-               norm: nn.Module | None = None) -> torch.Tensor:
-        """q K^T (N, H, Q, S) of queries (N, H, Q, d), rotated where keys are, without a copy of K (Eq 6).
+    def scores(
+        self,
+        query: torch.Tensor,
+        base: torch.Tensor,
+        residual: torch.Tensor,
+        rotation: tuple | None = None,
+        norm: nn.Module | None = None,
+    ) -> torch.Tensor:
+        """q K^T (N, H, Q, S) of queries (N, H, Q, d), rotated where keys are, without a copy of K
+        (Eq 6).
 
-        A bias of keys without rotation and norm is left out: it shifts all scores of a query alike, which the softmax ignores. Keys that
-        must be rotated or normalised are rebuilt, a chunk of tokens at a time. Query, base and residual may be more precise than the maps.
+        A bias of keys without rotation and norm is left out: it shifts all scores of a query alike,
+        which the softmax ignores. Keys that must be rotated or normalised are rebuilt, a chunk of
+        tokens at a time. Query, base and residual may be more precise than the maps.
         """
         if self.form == "full":
             return _own_scores(query, residual)
         if rotation is None and norm is None:
-            shared = None if self.W_shared is None else _shared_scores(query if self.C is None else query @ self.C.mT.to(query.dtype), base)
+            shared = (
+                None
+                if self.W_shared is None
+                else _shared_scores(
+                    query if self.C is None else query @ self.C.mT.to(query.dtype), base
+                )
+            )
             own = None if self.U is None else _own_scores(query @ self.B.to(query.dtype), residual)
             return shared if own is None else own if shared is None else own.add_(shared)
         ready, latents = None, []
-        if self.W_shared is not None and norm is None and self.C is None:       # one base for all heads: rotated once, or cached rotated
+        # one base for all heads: rotated once, or cached rotated
+        if self.W_shared is not None and norm is None and self.C is None:
             ready = _shared_scores(query, base if self.form == "rotary" else rotate(base, rotation))
         elif self.W_shared is not None:
-            latents.append((base, self.C.to(query.dtype) if self.C is not None else torch.eye(self.head_dim).to(base).expand(self.num_heads, -1, -1)))
+            latents.append(
+                (
+                    base,
+                    (
+                        self.C.to(query.dtype)
+                        if self.C is not None
+                        else torch.eye(self.head_dim).to(base).expand(self.num_heads, -1, -1)
+                    ),
+                )
+            )
         if self.U is not None:
-            latents.append((residual, self.B.mT.to(query.dtype)))                               # (H, r, d)
+            # (H, r, d)
+            latents.append((residual, self.B.mT.to(query.dtype)))
         if not latents and self.bias is None:
             return ready
         rebuilt = self._rebuilt_scores(query, latents, base.shape[2], rotation, norm)
         return rebuilt if ready is None else ready + rebuilt
 
-    def average(self, weights: torch.Tensor, base: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """a V (N, H, Q, d) of attention weights (N, H, Q, S) that sum to one, without a copy of V (Eq 7)."""
+    def average(
+        self, weights: torch.Tensor, base: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """a V (N, H, Q, d) of attention weights (N, H, Q, S) that sum to one, without a copy of V
+        (Eq 7).
+        """
         N, H, Q, S = weights.shape
         parts = []
         if self.W_shared is not None:
-            shared = (weights.reshape(N, H * Q, S) @ base.squeeze(1)).view(N, H, Q, -1)         # (N, H, Q, m)
+            # (N, H, Q, m)
+            shared = (weights.reshape(N, H * Q, S) @ base.squeeze(1)).view(N, H, Q, -1)
             parts.append(shared if self.C is None else shared @ self.C)
         if self.U is not None:
-            own = weights @ residual                                            # (N, H, Q, r)
+            own = weights @ residual  # (N, H, Q, r)
             parts.append(own if self.form == "full" else own @ self.B.mT)
         if self.bias is not None and self.form != "full":
             parts.append(self.bias.unsqueeze(1).to(weights.dtype))
         return sum(parts[1:], parts[0])
 
-    def _rebuilt_scores(self, query: torch.Tensor, latents: list, length: int, rotation: tuple | None, norm: nn.Module | None) -> torch.Tensor:
-        """Scores of keys sum latent @ map + b, latents (N, 1 or H, S, n), maps (H, n, d), rebuilt chunk by chunk.
+    def _rebuilt_scores(
+        self,
+        query: torch.Tensor,
+        latents: list,
+        length: int,
+        rotation: tuple | None,
+        norm: nn.Module | None,
+    ) -> torch.Tensor:
+        """Scores of keys sum latent @ map + b, latents (N, 1 or H, S, n), maps (H, n, d), rebuilt
+        chunk by chunk.
 
-        With one query per KV head the query goes into the maps, so that nothing is rotated: q Rot(t) k = sum_j cos_j(t) (q1 k1 + q2 k2)_j
-        + sin_j(t) (q2 k1 - q1 k2)_j, with 1 and 2 the halves that RoPE pairs: one product and one dot with the table of cosines and sines.
+        With one query per KV head the query goes into the maps, so that nothing is rotated: q
+        Rot(t) k = sum_j cos_j(t) (q1 k1 + q2 k2)_j + sin_j(t) (q2 k1 - q1 k2)_j, with 1 and 2 the
+        halves that RoPE pairs: one product and one dot with the table of cosines and sines.
         """
-        bias = None if self.bias is None else self.bias[None, :, None].to(query.dtype)           # (1, H, 1, d)
+        # (1, H, 1, d)
+        bias = None if self.bias is None else self.bias[None, :, None].to(query.dtype)
         folded = norm is None and query.shape[2] == 1
         if folded:
-            latents = [(latent, _fold(matrix, query, rotation)) for latent, matrix in latents]  # (N, H, n, d)
+            # (N, H, n, d)
+            latents = [(latent, _fold(matrix, query, rotation)) for latent, matrix in latents]
             bias = None if bias is None else _fold(bias, query, rotation)
-            table = _table(rotation, self.head_dim).unsqueeze(1)                # (1 or N, 1, S, d)
-        step = max(1, (CHUNK if query.device.type == "cpu" else 64 * CHUNK) // (self.num_heads * self.head_dim))
+            table = _table(rotation, self.head_dim).unsqueeze(1)  # (1 or N, 1, S, d)
+        step = max(
+            1,
+            (CHUNK if query.device.type == "cpu" else 64 * CHUNK)
+            // (self.num_heads * self.head_dim),
+        )
         step = length if torch.compiler.is_compiling() else step
         out = []
         for part in (slice(i, i + step) for i in range(0, length, step)):
-            pieces = [latent[:, :, part] @ matrix for latent, matrix in latents] + ([bias] if bias is not None else [])
-            keys = sum(pieces[1:], pieces[0])                                   # (N, H, step, d)
+            pieces = [latent[:, :, part] @ matrix for latent, matrix in latents] + (
+                [bias] if bias is not None else []
+            )
+            keys = sum(pieces[1:], pieces[0])  # (N, H, step, d)
             if folded:
-                out.append((keys * table[:, :, part]).sum(-1).unsqueeze(2))     # (N, H, 1, step)
+                out.append((keys * table[:, :, part]).sum(-1).unsqueeze(2))  # (N, H, 1, step)
                 continue
             keys = keys if norm is None else norm(keys)
-            out.append(_own_scores(query, keys) if rotation is None else _rotated_scores(query, keys, tuple(t[:, part].unsqueeze(1) for t in rotation)))
+            out.append(
+                _own_scores(query, keys)
+                if rotation is None
+                else _rotated_scores(query, keys, tuple(t[:, part].unsqueeze(1) for t in rotation))
+            )
         out = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
-        return out.expand(-1, -1, -1, length)                                   # bias alone has no tokens of its own
+        # bias alone has no tokens of its own
+        return out.expand(-1, -1, -1, length)
 
     def _aligned(self, base: torch.Tensor) -> torch.Tensor:
         """s C_h for all heads in one product: (N, 1, T, m) -> (N, H, T, d)."""
         N, _, T, m = base.shape
-        C = self.C.transpose(0, 1).reshape(m, self.num_heads * self.head_dim)   # (m, H d)
+        C = self.C.transpose(0, 1).reshape(m, self.num_heads * self.head_dim)  # (m, H d)
         return (base.reshape(N, T, m) @ C).view(N, T, self.num_heads, self.head_dim).transpose(1, 2)
 
     def reset_parameters(self) -> None:
-        """The paper's start from scratch: Kaiming base; U, B random with |U_h B_h^T| about a tenth of the base (Sec 3)."""
+        """The paper's start from scratch: Kaiming base; U, B random with |U_h B_h^T| about a tenth
+        of the base (Sec 3).
+        """
         std = 1 / math.sqrt(self.width)
         if self.W_shared is not None:
             init.normal_(self.W_shared.weight, std=std)
         if self.C is not None:
-            init.copy_(self.C, torch.eye(self.base_width, self.head_dim).expand(self.num_heads, -1, -1))
+            init.copy_(
+                self.C, torch.eye(self.base_width, self.head_dim).expand(self.num_heads, -1, -1)
+            )
         if self.U is not None:
             init.normal_(self.U.weight, std=std * math.sqrt(0.1))
         if self.B is not None:
@@ -177,28 +307,56 @@ class LowRankHeads(nn.Module):
             init.zeros_(self.bias)
 
 
-def low_rank_heads(config, layer_idx: int, side: str, bias: bool, name: str = "lrkv", width: int | None = None, heads: int | None = None,
-                   head_dim: int | None = None) -> LowRankHeads:
-    """The keys' or values' module of one layer, from the field `name` of the config. width D, heads H, head_dim d: as the config says, unless given.
+def low_rank_heads(
+    config,
+    layer_idx: int,
+    side: str,
+    bias: bool,
+    name: str = "lrkv",
+    width: int | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+) -> LowRankHeads:
+    """The keys' or values' module of one layer, from the field `name` of the config. width D, heads
+    H, head_dim d: as the config says, unless given.
 
-    config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool, "form": str}, "values": {...}}.
+    config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool,
+    "form": str}, "values": {...}}.
     """
     field = getattr(config, name, None)
     if field is None:
-        raise ValueError(f"{type(config).__name__} has no `{name}` field: it must give base widths and ranks per layer")
+        raise ValueError(
+            f"{type(config).__name__} has no `{name}` field: it must give base widths and ranks per"
+            " layer"
+        )
     spec, width = field[side], width or config.hidden_size
     heads = heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return LowRankHeads(width, heads, head_dim, spec["base_width"][layer_idx], spec["rank"][layer_idx], spec["alignment"], bias, spec.get("form", "joint"))
+    head_dim = (
+        head_dim
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
+    return LowRankHeads(
+        width,
+        heads,
+        head_dim,
+        spec["base_width"][layer_idx],
+        spec["rank"][layer_idx],
+        spec["alignment"],
+        bias,
+        spec.get("form", "joint"),
+    )
 
 
-# ------------------------------------------------------------------------------------------------ RoPE
+# --------------------------------------------------------------------------------------------- RoPE
+
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """RoPE in the half-split layout of transformers: x (N, heads, T, d), cos and sin (1 or N, T, d), or narrower: then only the first channels turn. Tables
-    may be more precise than x."""
+    """RoPE in the half-split layout of transformers: x (N, heads, T, d), cos and sin (1 or N, T,
+    d), or narrower: then only the first channels turn. Tables may be more precise than x.
+    """
     cos, sin = (t.unsqueeze(1) for t in rotation)
-    turning, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     left, right = turning.chunk(2, dim=-1)
     turned = (turning * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
@@ -207,7 +365,9 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
 def _fold(matrix: torch.Tensor, query: torch.Tensor, rotation: tuple) -> torch.Tensor:
     """Maps (H, n, d) with one query (N, H, 1, d) multiplied in, for `_table`: (N, H, n, d)."""
     half = rotation[0].shape[-1] // 2
-    (q1, q2, q3), (m1, m2, m3) = (t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, matrix))
+    (q1, q2, q3), (m1, m2, m3) = (
+        t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, matrix)
+    )
     return torch.cat((m1 * q1 + m2 * q2, m1 * q2 - m2 * q1, m3 * q3), dim=-1)
 
 
@@ -215,25 +375,40 @@ def _table(rotation: tuple, head_dim: int) -> torch.Tensor:
     """cos, sin (1 or N, S, at most d) -> [cos | sin | 1] (1 or N, S, d), each angle once."""
     cos, sin = rotation
     half = cos.shape[-1] // 2
-    return torch.cat((cos[..., :half], sin[..., :half], torch.ones_like(cos[..., :1]).expand(*cos.shape[:-1], head_dim - 2 * half)), dim=-1)
+    return torch.cat(
+        (
+            cos[..., :half],
+            sin[..., :half],
+            torch.ones_like(cos[..., :1]).expand(*cos.shape[:-1], head_dim - 2 * half),
+        ),
+        dim=-1,
+    )
 
 
 def _rotated_scores(query: torch.Tensor, keys: torch.Tensor, rotation: tuple) -> torch.Tensor:
-    """Queries (N, H, Q, d) against keys (N, H, S, d) to be rotated first, cos and sin (1 or N, 1, S, at most d): half by half, without a copy of the whole."""
+    """Queries (N, H, Q, d) against keys (N, H, S, d) to be rotated first, cos and sin (1 or N, 1,
+    S, at most d): half by half, without a copy of the whole.
+    """
     half = rotation[0].shape[-1] // 2
     cos, sin = (t[..., :half] for t in rotation)
-    (q1, q2, q3), (k1, k2, k3) = (t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, keys))
+    (q1, q2, q3), (k1, k2, k3) = (
+        t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, keys)
+    )
     k1, k2 = torch.addcmul(k1 * cos, k2, sin, value=-1), torch.addcmul(k2 * cos, k1, sin)
     scores = _own_scores(q1, k1.to(q1.dtype)) + _own_scores(q2, k2.to(q2.dtype))
     return scores + _own_scores(q3, k3) if k3.shape[-1] else scores
 
 
 def _own_scores(query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Queries (N, H, Q, r) against each head's residual (N, H, S, r): (N, H, Q, S). Tokens come first in the product: a CPU reads them faster so."""
+    """Queries (N, H, Q, r) against each head's residual (N, H, S, r): (N, H, Q, S). Tokens come
+    first in the product: a CPU reads them faster so.
+    """
     return (residual @ query.mT).mT
 
 
 def _shared_scores(query: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Queries (N, H, Q, m) against one base for all heads (N, 1, S, m): (N, H, Q, S), as one product that reads the base once."""
+    """Queries (N, H, Q, m) against one base for all heads (N, 1, S, m): (N, H, Q, S), as one
+    product that reads the base once.
+    """
     N, H, Q, m = query.shape
     return (base.squeeze(1) @ query.reshape(N, H * Q, m).mT).mT.unflatten(1, (H, Q))

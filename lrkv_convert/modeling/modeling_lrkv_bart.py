@@ -1,4 +1,7 @@
-"""BART with LRKV attention in its decoder. Differs from transformers' BART only in keys, values and their cache."""
+"""BART with LRKV attention in its decoder. Differs from transformers' BART only in keys, values and
+their cache.
+"""
+
 from transformers import BartConfig, BartForConditionalGeneration, BartModel
 from transformers.models.bart.modeling_bart import BartAttention, BartDecoder
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvBartConfig(BartConfig):
-    """BartConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and cross-attention, and `lrkv_path` (see `choose_path`)."""
+    """BartConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and
+    cross-attention, and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_bart"
     lrkv: dict | None = None

@@ -1,5 +1,7 @@
-"""CodeGen with LRKV attention. Differs from transformers' CodeGen only in keys, values and their cache, and RoPE turns halves of a head, whose channels were
-reordered accordingly."""
+"""CodeGen with LRKV attention. Differs from transformers' CodeGen only in keys, values and their
+cache, and RoPE turns halves of a head, whose channels were reordered accordingly.
+"""
+
 from transformers import CodeGenConfig, CodeGenForCausalLM, CodeGenModel
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 
@@ -8,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvNeighbourModel
 
 
 class LrkvCodeGenConfig(CodeGenConfig):
-    """CodeGenConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """CodeGenConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_codegen"
     base_model_tp_plan = None

@@ -1,4 +1,7 @@
-"""Falcon with LRKV attention. Differs from transformers' Falcon only in keys, values and their cache."""
+"""Falcon with LRKV attention. Differs from transformers' Falcon only in keys, values and their
+cache.
+"""
+
 from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
@@ -8,7 +11,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvFalconConfig(FalconConfig):
-    """FalconConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """FalconConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_falcon"
     base_model_tp_plan = None
@@ -23,17 +28,34 @@ class LrkvFalconAttention(LrkvAttention, FalconAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.scaling, self.num_key_value_groups = self.inv_norm_factor, self.num_heads // self.num_kv_heads
+        self.scaling, self.num_key_value_groups = (
+            self.inv_norm_factor,
+            self.num_heads // self.num_kv_heads,
+        )
         self.take_over(config, layer_idx, "query_key_value", heads=self.num_kv_heads)
 
-    def forward(self, hidden_states, alibi=None, attention_mask=None, position_ids=None, position_embeddings=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        alibi=None,
+        attention_mask=None,
+        position_ids=None,
+        position_embeddings=None,
+        **kwargs,
+    ):
         cache, rotations = take_cache(kwargs), None
         if not self.config.alibi:
             rotations = rotations_in(cache, "full_attention", hidden_states.device)
             if rotations is None:
                 rotations = (self.looked_at(position_embeddings, hidden_states.shape[1]),) * 2
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache, rotations,
-                                                  self.attention_dropout.p if self.config.alibi else 0.0)
+        output, weights = self.factored_attention(
+            self.heads_of(self.q_proj(hidden_states)),
+            hidden_states,
+            attention_mask,
+            cache,
+            rotations,
+            self.attention_dropout.p if self.config.alibi else 0.0,
+        )
         return self.dense(output), weights
 
 

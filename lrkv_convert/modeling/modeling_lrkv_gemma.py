@@ -1,4 +1,7 @@
-"""Gemma with LRKV attention. Differs from transformers' Gemma only in keys, values and their cache."""
+"""Gemma with LRKV attention. Differs from transformers' Gemma only in keys, values and their
+cache.
+"""
+
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 from transformers.models.gemma.modeling_gemma import GemmaAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGemmaConfig(GemmaConfig):
-    """GemmaConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """GemmaConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_gemma"
     base_model_tp_plan = None

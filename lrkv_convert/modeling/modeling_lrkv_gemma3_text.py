@@ -1,4 +1,7 @@
-"""Gemma 3 (text) with LRKV attention. Differs from transformers' Gemma 3 (text) only in keys, values and their cache."""
+"""Gemma 3 (text) with LRKV attention. Differs from transformers' Gemma 3 (text) only in keys,
+values and their cache.
+"""
+
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
@@ -8,7 +11,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGemma3TextConfig(Gemma3TextConfig):
-    """Gemma3TextConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Gemma3TextConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_gemma3_text"
     base_model_tp_plan = None

@@ -1,4 +1,7 @@
-"""GPT-2 with LRKV attention. Differs from transformers' GPT-2 only in keys, values and their cache."""
+"""GPT-2 with LRKV attention. Differs from transformers' GPT-2 only in keys, values and their
+cache.
+"""
+
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
@@ -10,7 +13,9 @@ from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvGPT2Config(GPT2Config):
-    """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """GPT2Config with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_gpt2"
     base_model_tp_plan = None
@@ -19,7 +24,9 @@ class LrkvGPT2Config(GPT2Config):
 
 
 class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
-    """The fused c_attn (q, k, v) becomes q_attn (q alone) and the factored keys and values; there is no rotation."""
+    """The fused c_attn (q, k, v) becomes q_attn (q alone) and the factored keys and values; there
+    is no rotation.
+    """
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
@@ -30,8 +37,14 @@ class LrkvGPT2Attention(LrkvAttention, GPT2Attention):
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         cache = take_cache(kwargs)
-        output, weights = self.factored_attention(self.heads_of(self.q_attn(hidden_states)), hidden_states, attention_mask, cache,
-                                                  dropout=self.attn_dropout.p, **kwargs)
+        output, weights = self.factored_attention(
+            self.heads_of(self.q_attn(hidden_states)),
+            hidden_states,
+            attention_mask,
+            cache,
+            dropout=self.attn_dropout.p,
+            **kwargs,
+        )
         return self.resid_dropout(self.c_proj(output)), weights
 
 

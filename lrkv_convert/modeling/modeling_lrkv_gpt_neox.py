@@ -1,4 +1,7 @@
-"""GPT-NeoX with LRKV attention. Differs from transformers' GPT-NeoX only in keys, values and their cache."""
+"""GPT-NeoX with LRKV attention. Differs from transformers' GPT-NeoX only in keys, values and their
+cache.
+"""
+
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvGPTNeoXConfig(GPTNeoXConfig):
-    """GPTNeoXConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """GPTNeoXConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_gpt_neox"
     base_model_tp_plan = None

@@ -1,5 +1,7 @@
-"""GPT-J with LRKV attention. Differs from transformers' GPT-J only in keys, values and their cache, and RoPE turns halves of a head, whose channels were
-reordered accordingly."""
+"""GPT-J with LRKV attention. Differs from transformers' GPT-J only in keys, values and their cache,
+and RoPE turns halves of a head, whose channels were reordered accordingly.
+"""
+
 from transformers import GPTJConfig, GPTJForCausalLM, GPTJModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
@@ -8,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvNeighbourModel
 
 
 class LrkvGPTJConfig(GPTJConfig):
-    """GPTJConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """GPTJConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_gptj"
     base_model_tp_plan = None

@@ -1,4 +1,7 @@
-"""Llama with LRKV attention. Differs from transformers' Llama only in keys, values and their cache."""
+"""Llama with LRKV attention. Differs from transformers' Llama only in keys, values and their
+cache.
+"""
+
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvLlamaConfig(LlamaConfig):
-    """LlamaConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """LlamaConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_llama"
     base_model_tp_plan = None

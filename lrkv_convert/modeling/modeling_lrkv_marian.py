@@ -1,4 +1,7 @@
-"""Marian with LRKV attention in its decoder. Differs from transformers' Marian only in keys, values and their cache."""
+"""Marian with LRKV attention in its decoder. Differs from transformers' Marian only in keys, values
+and their cache.
+"""
+
 from transformers import MarianConfig, MarianModel, MarianMTModel
 from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoder
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvMarianConfig(MarianConfig):
-    """MarianConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and cross-attention, and `lrkv_path` (see `choose_path`)."""
+    """MarianConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and
+    cross-attention, and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_marian"
     lrkv: dict | None = None

@@ -1,4 +1,7 @@
-"""Mistral with LRKV attention. Differs from transformers' Mistral only in keys, values and their cache."""
+"""Mistral with LRKV attention. Differs from transformers' Mistral only in keys, values and their
+cache.
+"""
+
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvMistralConfig(MistralConfig):
-    """MistralConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """MistralConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_mistral"
     base_model_tp_plan = None

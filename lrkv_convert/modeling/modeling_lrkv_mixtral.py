@@ -1,4 +1,7 @@
-"""Mixtral with LRKV attention. Differs from transformers' Mixtral only in keys, values and their cache."""
+"""Mixtral with LRKV attention. Differs from transformers' Mixtral only in keys, values and their
+cache.
+"""
+
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvMixtralConfig(MixtralConfig):
-    """MixtralConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """MixtralConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_mixtral"
     base_model_tp_plan = None

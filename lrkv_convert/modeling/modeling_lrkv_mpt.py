@@ -1,4 +1,5 @@
 """MPT with LRKV attention. Differs from transformers' MPT only in keys, values and their cache."""
+
 import torch
 from transformers import MptConfig, MptForCausalLM, MptModel
 from transformers.models.mpt.modeling_mpt import MptAttention
@@ -9,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvModel
 
 
 class LrkvMptConfig(MptConfig):
-    """MptConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """MptConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_mpt"
     base_model_tp_plan = None
@@ -27,12 +30,20 @@ class LrkvMptAttention(LrkvAttention, MptAttention):
 
     def forward(self, hidden_states, position_bias=None, attention_mask=None, **kwargs):
         mask = self.biased_mask(position_bias, attention_mask)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, mask, take_cache(kwargs), dropout=self.attn_dropout_p)
+        output, weights = self.factored_attention(
+            self.heads_of(self.q_proj(hidden_states)),
+            hidden_states,
+            mask,
+            take_cache(kwargs),
+            dropout=self.attn_dropout_p,
+        )
         return self.out_proj(output), weights
 
     def biased_mask(self, alibi: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """alibi (H, 1, longest), masked (N, 1, T, S) bool -> what to add to scores, (N, H, T, S). Counted from the last key, which the softmax ignores."""
-        return alibi[:, :, -masked.shape[-1]:].masked_fill(masked, torch.finfo(alibi.dtype).min)
+        """alibi (H, 1, longest), masked (N, 1, T, S) bool -> what to add to scores, (N, H, T, S).
+        Counted from the last key, which the softmax ignores.
+        """
+        return alibi[:, :, -masked.shape[-1] :].masked_fill(masked, torch.finfo(alibi.dtype).min)
 
 
 class LrkvMptModel(LrkvModel, MptModel):

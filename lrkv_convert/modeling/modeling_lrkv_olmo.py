@@ -1,4 +1,7 @@
-"""OLMo with LRKV attention. Differs from transformers' OLMo only in keys, values and their cache."""
+"""OLMo with LRKV attention. Differs from transformers' OLMo only in keys, values and their
+cache.
+"""
+
 from transformers import OlmoConfig, OlmoForCausalLM, OlmoModel
 from transformers.models.olmo.modeling_olmo import OlmoAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvOlmoConfig(OlmoConfig):
-    """OlmoConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """OlmoConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_olmo"
     base_model_tp_plan = None

@@ -1,4 +1,7 @@
-"""OLMo-2 with LRKV attention. Differs from transformers' OLMo-2 only in keys, values and their cache."""
+"""OLMo-2 with LRKV attention. Differs from transformers' OLMo-2 only in keys, values and their
+cache.
+"""
+
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo2Model
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
@@ -9,7 +12,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvOlmo2Config(Olmo2Config):
-    """Olmo2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Olmo2Config with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_olmo2"
     base_model_tp_plan = None
@@ -18,7 +23,8 @@ class LrkvOlmo2Config(Olmo2Config):
 
 
 class LrkvOlmo2Attention(LrkvRotaryAttention, Olmo2Attention):
-    # The norm of keys goes over all heads at once. A token's scale is therefore one number, which what is cached takes on; the weights come later.
+    # The norm of keys goes over all heads at once. A token's scale is therefore one number, which
+    # what is cached takes on; the weights come later.
 
     def encode_keys(self, hidden_states, rotation):
         base, residual = self.keys.encode(hidden_states)

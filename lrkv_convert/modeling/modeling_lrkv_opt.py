@@ -1,4 +1,5 @@
 """OPT with LRKV attention. Differs from transformers' OPT only in keys, values and their cache."""
+
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoder
 
@@ -8,7 +9,9 @@ from .models_lrkv import LrkvCausal, LrkvModel, LrkvPreTrained
 
 
 class LrkvOPTConfig(OPTConfig):
-    """OPTConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """OPTConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_opt"
     base_model_tp_plan = None
@@ -23,8 +26,14 @@ class LrkvOPTAttention(LrkvAttention, OPTAttention):
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         cache = take_cache(kwargs)
-        output, weights = self.factored_attention(self.heads_of(self.q_proj(hidden_states)), hidden_states, attention_mask, cache,
-                                                  dropout=self.dropout, **kwargs)
+        output, weights = self.factored_attention(
+            self.heads_of(self.q_proj(hidden_states)),
+            hidden_states,
+            attention_mask,
+            cache,
+            dropout=self.dropout,
+            **kwargs,
+        )
         return self.out_proj(output), weights
 
 

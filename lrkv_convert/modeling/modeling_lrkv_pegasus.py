@@ -1,4 +1,7 @@
-"""Pegasus with LRKV attention in its decoder. Differs from transformers' Pegasus only in keys, values and their cache."""
+"""Pegasus with LRKV attention in its decoder. Differs from transformers' Pegasus only in keys,
+values and their cache.
+"""
+
 from transformers import PegasusConfig, PegasusForConditionalGeneration, PegasusModel
 from transformers.models.pegasus.modeling_pegasus import PegasusAttention, PegasusDecoder
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvPegasusConfig(PegasusConfig):
-    """PegasusConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and cross-attention, and `lrkv_path` (see `choose_path`)."""
+    """PegasusConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and
+    cross-attention, and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_pegasus"
     lrkv: dict | None = None

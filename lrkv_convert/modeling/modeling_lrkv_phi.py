@@ -1,4 +1,5 @@
 """Phi with LRKV attention. Differs from transformers' Phi only in keys, values and their cache."""
+
 from transformers import PhiConfig, PhiForCausalLM, PhiModel
 from transformers.models.phi.modeling_phi import PhiAttention
 
@@ -7,7 +8,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvPhiConfig(PhiConfig):
-    """PhiConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """PhiConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_phi"
     base_model_tp_plan = None

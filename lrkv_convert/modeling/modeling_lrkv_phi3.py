@@ -1,4 +1,7 @@
-"""Phi-3 with LRKV attention. Differs from transformers' Phi-3 only in keys, values and their cache."""
+"""Phi-3 with LRKV attention. Differs from transformers' Phi-3 only in keys, values and their
+cache.
+"""
+
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvPhi3Config(Phi3Config):
-    """Phi3Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Phi3Config with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_phi3"
     base_model_tp_plan = None

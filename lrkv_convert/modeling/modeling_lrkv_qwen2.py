@@ -1,4 +1,7 @@
-"""Qwen2 with LRKV attention. Differs from transformers' Qwen2 only in keys, values and their cache."""
+"""Qwen2 with LRKV attention. Differs from transformers' Qwen2 only in keys, values and their
+cache.
+"""
+
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvQwen2Config(Qwen2Config):
-    """Qwen2Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Qwen2Config with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_qwen2"
     base_model_tp_plan = None

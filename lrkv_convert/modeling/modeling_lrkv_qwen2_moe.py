@@ -1,4 +1,7 @@
-"""Qwen2-MoE with LRKV attention. Differs from transformers' Qwen2-MoE only in keys, values and their cache."""
+"""Qwen2-MoE with LRKV attention. Differs from transformers' Qwen2-MoE only in keys, values and
+their cache.
+"""
+
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvQwen2MoeConfig(Qwen2MoeConfig):
-    """Qwen2MoeConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Qwen2MoeConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_qwen2_moe"
     base_model_tp_plan = None

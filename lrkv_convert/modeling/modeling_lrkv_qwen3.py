@@ -1,4 +1,7 @@
-"""Qwen3 with LRKV attention. Differs from transformers' Qwen3 only in keys, values and their cache."""
+"""Qwen3 with LRKV attention. Differs from transformers' Qwen3 only in keys, values and their
+cache.
+"""
+
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvQwen3Config(Qwen3Config):
-    """Qwen3Config with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Qwen3Config with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_qwen3"
     base_model_tp_plan = None

@@ -1,4 +1,7 @@
-"""Qwen3-MoE with LRKV attention. Differs from transformers' Qwen3-MoE only in keys, values and their cache."""
+"""Qwen3-MoE with LRKV attention. Differs from transformers' Qwen3-MoE only in keys, values and
+their cache.
+"""
+
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvQwen3MoeConfig(Qwen3MoeConfig):
-    """Qwen3MoeConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """Qwen3MoeConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_qwen3_moe"
     base_model_tp_plan = None

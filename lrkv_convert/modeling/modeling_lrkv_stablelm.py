@@ -1,4 +1,7 @@
-"""StableLM with LRKV attention. Differs from transformers' StableLM only in keys, values and their cache."""
+"""StableLM with LRKV attention. Differs from transformers' StableLM only in keys, values and their
+cache.
+"""
+
 from transformers import StableLmConfig, StableLmForCausalLM, StableLmModel
 from transformers.models.stablelm.modeling_stablelm import StableLmAttention
 
@@ -7,7 +10,9 @@ from .models_lrkv import LrkvCausal, LrkvRotaryModel
 
 
 class LrkvStableLmConfig(StableLmConfig):
-    """StableLmConfig with `lrkv`: base widths and ranks of keys and values, per layer (see `low_rank_heads`), and `lrkv_path` (see `choose_path`)."""
+    """StableLmConfig with `lrkv`: base widths and ranks of keys and values, per layer (see
+    `low_rank_heads`), and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_stablelm"
     base_model_tp_plan = None

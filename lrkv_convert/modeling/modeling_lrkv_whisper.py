@@ -1,4 +1,7 @@
-"""Whisper with LRKV attention in its decoder. Differs from transformers' Whisper only in keys, values and their cache."""
+"""Whisper with LRKV attention in its decoder. Differs from transformers' Whisper only in keys,
+values and their cache.
+"""
+
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
@@ -8,7 +11,9 @@ from .models_lrkv import LrkvCausal, LrkvPreTrained
 
 
 class LrkvWhisperConfig(WhisperConfig):
-    """WhisperConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and cross-attention, and `lrkv_path` (see `choose_path`)."""
+    """WhisperConfig with `lrkv` and `lrkv_cross`: base widths and ranks of decoder self- and
+    cross-attention, and `lrkv_path` (see `choose_path`).
+    """
 
     model_type = "lrkv_whisper"
     lrkv: dict | None = None
@@ -46,4 +51,5 @@ class LrkvWhisperForConditionalGeneration(LrkvCausal, WhisperForConditionalGener
     base_class = LrkvWhisperModel
 
 
-MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES["lrkv_whisper"] = "LrkvWhisperForConditionalGeneration"      # where the pipeline of transformers looks for what transcribes
+# where the pipeline of transformers looks for what transcribes
+MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES["lrkv_whisper"] = "LrkvWhisperForConditionalGeneration"

@@ -1,1 +1,3 @@
-"""Encoder-decoders: converting and comparing models that read one thing, speech or text, and write another."""
+"""Encoder-decoders: converting and comparing models that read one thing, speech or text, and write
+another.
+"""

@@ -1,8 +1,10 @@
 """Two texts word by word: which words are the same, and the word error rate.
 
-Words are compared in small letters and without punctuation. They are aligned so that the fewest are replaced, left out or put in (Levenshtein distance); of
-such alignments the one with most words the same counts.
+Words are compared in small letters and without punctuation. They are aligned so that the fewest are
+replaced, left out or put in (Levenshtein distance); of such alignments the one with most words the
+same counts.
 """
+
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of a text with another: words in the first and in the second, how many are the same, and how many edits lead from one to the other."""
+    """Of a text with another: words in the first and in the second, how many are the same, and how
+    many edits lead from one to the other.
+    """
 
     first: int
     second: int
@@ -18,11 +22,18 @@ class Alignment:
     edits: int
 
     def __add__(self, other: "Alignment") -> "Alignment":
-        return Alignment(*(getattr(self, name) + getattr(other, name) for name in ("first", "second", "same", "edits")))
+        return Alignment(
+            *(
+                getattr(self, name) + getattr(other, name)
+                for name in ("first", "second", "same", "edits")
+            )
+        )
 
     @property
     def same_share(self) -> float | None:
-        """Words that are the same, of the words of the longer text: what is put in counts against it as what is left out does. None without words."""
+        """Words that are the same, of the words of the longer text: what is put in counts against
+        it as what is left out does. None without words.
+        """
         longer = max(self.first, self.second)
         return self.same / longer if longer else None
 
@@ -34,16 +45,23 @@ class Alignment:
 
 def words(text: str) -> list[str]:
     """In small letters, without punctuation; an apostrophe or a hyphen inside a word stays."""
-    return re.findall(r"\w+(?:['’-]\w+)*", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+    return re.findall(
+        r"\w+(?:['’-]\w+)*", unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    )
 
 
 def align(first: str, second: str) -> Alignment:
     a, b = words(first), words(second)
-    best = [(j, 0) for j in range(len(b) + 1)]              # (edits, minus the words that are the same) to reach b[:j] from a[:i]
+    # (edits, minus the words that are the same) to reach b[:j] from a[:i]
+    best = [(j, 0) for j in range(len(b) + 1)]
     for i, word in enumerate(a, 1):
         row = [(i, 0)]
         for j, other in enumerate(b, 1):
-            (up, up_same), (left, left_same), (corner, corner_same) = best[j], row[j - 1], best[j - 1]
+            (up, up_same), (left, left_same), (corner, corner_same) = (
+                best[j],
+                row[j - 1],
+                best[j - 1],
+            )
             through = (corner, corner_same - 1) if word == other else (corner + 1, corner_same)
             row.append(min((up + 1, up_same), (left + 1, left_same), through))
         best = row

@@ -186,11 +186,11 @@ def check_finite(
     if stored is None:
         return tensor
     cast = tensor.to(stored)
-    if stored.itemsize < tensor.dtype.itemsize or stored == torch.float16:
-        if not torch.isfinite(cast).all():
-            raise LrkvError(
-                f"{name} holds {tensor.abs().max().item():.3g}, more than "
-                f"{str(stored).removeprefix('torch.')} can",
-                "give a wider --dtype: bfloat16 or float32",
-            )
+    narrower = stored.itemsize < tensor.dtype.itemsize or stored == torch.float16
+    if narrower and not torch.isfinite(cast).all():
+        raise LrkvError(
+            f"{name} holds {tensor.abs().max().item():.3g}, more than "
+            f"{str(stored).removeprefix('torch.')} can",
+            "give a wider --dtype: bfloat16 or float32",
+        )
     return cast

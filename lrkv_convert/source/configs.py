@@ -92,9 +92,9 @@ def refuse_adapter(path: Path, source: str) -> None:
         base = read_object(path / "adapter_config.json").get("base_model_name_or_path")
         raise LrkvError(
             f"{source} is a PEFT adapter of {base or 'a model it does not name'}, not a model",
-            "merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), "
-            "and convert NEW",
+            "merge it first: AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+            ".merge_and_unload().save_pretrained(NEW),"
+            " and convert NEW",
         )
 
 

@@ -203,8 +203,10 @@ def _tie(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
             checkpoint.config.tie_word_embeddings = False
             checkpoint.notices = [
                 *checkpoint.notices,
-                f"{target} differs from {source}: they are not tied, though the config says so, "
-                "as transformers has it",
+                (
+                    f"{target} differs from {source}: they are not tied, though the config says so,"
+                    " as transformers has it"
+                ),
             ]
             continue
         if target in tensors and source not in tensors:
@@ -244,9 +246,14 @@ def unplaced(
             adapted = "it is part of an adapter: merge it, save the model and convert that"
             raise LrkvError(
                 f"{source} holds {name}, for which the model of its config.json has no place",
-                adapted
-                if ADAPTED.search(f".{name}")
-                else "weights and config.json do not belong together: it would change what the model says",
+                (
+                    adapted
+                    if ADAPTED.search(f".{name}")
+                    else (
+                        "weights and config.json do not belong together: it would change what the"
+                        " model says"
+                    )
+                ),
             )
     if not strange:
         return []
@@ -287,7 +294,13 @@ def _wrapped(names, missing: str, source: str) -> str | None:
         if inner := next(
             (name for name in names if name.startswith(wrapper) or f".{wrapper}" in name), None
         ):
-            return f"{source} was saved from inside a wrapper of {whose}: its names hold {wrapper!r}, as in {inner}"
+            return (
+                f"{source} was saved from inside a wrapper of {whose}: its names hold {wrapper!r},"
+                f" as in {inner}"
+            )
     if inner := next((name for name in names if name.endswith(f".{missing}")), None):
-        return f"{source} is part of something else: its names begin with {inner.removesuffix(missing)!r}, as in {inner}"
+        return (
+            f"{source} is part of something else: its names begin with"
+            f" {inner.removesuffix(missing)!r}, as in {inner}"
+        )
     return None
