@@ -19,8 +19,8 @@ from transformers.utils import logging
 from lrkv_convert.device import pick_device, pick_dtype
 from lrkv_convert.evaluate import load_model, load_tokenizer
 from lrkv_convert.evaluate.perplexity import Candidate, measure, text_windows
-from lrkv_convert.texts import read_texts
-from lrkv_convert.writer import write_json
+from lrkv_convert.examples.text import read_texts
+from lrkv_convert.folder.writer import write_json
 
 
 def main() -> None:

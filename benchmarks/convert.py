@@ -16,8 +16,8 @@ from transformers.utils import logging
 from lrkv_convert import convert
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import load_model, load_tokenizer
-from lrkv_convert.texts import BUILT_IN, read_texts, window_length, windows
-from lrkv_convert.writer import write_json
+from lrkv_convert.examples.text import BUILT_IN, read_texts, window_length, windows
+from lrkv_convert.folder.writer import write_json
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from environment import environment
 
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate.step import Shape, attention_step, bandwidth
-from lrkv_convert.writer import write_json
+from lrkv_convert.folder.writer import write_json
 
 # what about half of the cache is for each form of keys
 SHAPES = {

@@ -22,10 +22,10 @@ from lrkv_convert import convert
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import bench, compare
 from lrkv_convert.evaluate.step import Layer
-from lrkv_convert.heal import heal
+from lrkv_convert.examples.text import read_texts
+from lrkv_convert.folder.writer import write_json
+from lrkv_convert.healing import heal
 from lrkv_convert.modeling import kernel_lrkv, reference
-from lrkv_convert.texts import read_texts
-from lrkv_convert.writer import write_json
 
 TOLERANCE = 1e-2  # of the root mean square, bfloat16 against float64
 

@@ -27,10 +27,11 @@ from transformers.utils import logging
 from lrkv_convert import convert
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import compare, load_model
-from lrkv_convert.heal import Options, heal
+from lrkv_convert.examples.text import read_texts
+from lrkv_convert.folder.writer import write_json
+from lrkv_convert.healing import heal
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
-from lrkv_convert.texts import read_texts
-from lrkv_convert.writer import write_json
+from lrkv_convert.train.options import Options
 
 ROWS = [  # (label, start, options)
     ("Muon + AdamW, KL, joint fit", "joint", {}),

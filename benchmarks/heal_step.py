@@ -17,15 +17,15 @@ import torch
 from environment import environment
 from transformers.utils import logging
 
-from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate import load_model
-from lrkv_convert.heal import Options
-from lrkv_convert.heal.data import Windows
-from lrkv_convert.heal.launch import new_accelerator
-from lrkv_convert.heal.loop import Stop, Trainer
-from lrkv_convert.heal.optimise import MuonAdamW, groups, schedule
-from lrkv_convert.heal.student import choose_trained, set_precision
-from lrkv_convert.writer import write_json
+from lrkv_convert.families import ADAPTERS
+from lrkv_convert.folder.writer import write_json
+from lrkv_convert.train.data import Windows
+from lrkv_convert.train.launch import new_accelerator
+from lrkv_convert.train.loop import Stop, Trainer
+from lrkv_convert.train.optimise import MuonAdamW, groups, schedule
+from lrkv_convert.train.options import Options
+from lrkv_convert.train.student import choose_trained, set_precision
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from environment import environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lrkv_convert.writer import ShardWriter, write_json
+from lrkv_convert.folder.writer import ShardWriter, write_json
 
 CONVERT = """
 import sys

@@ -22,12 +22,12 @@ from lrkv_convert.conversion import observe, open_model, plan_budget
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate.load import load_model, load_tokenizer
 from lrkv_convert.evaluate.perplexity import Candidate, measure, text_windows
-from lrkv_convert.options import Options
-from lrkv_convert.skeleton import Skeleton
-from lrkv_convert.store import Store
-from lrkv_convert.sweep import build
-from lrkv_convert.texts import read_texts, window_length, windows
-from lrkv_convert.writer import write_json
+from lrkv_convert.examples.text import read_texts, window_length, windows
+from lrkv_convert.folder.store import Store
+from lrkv_convert.folder.writer import write_json
+from lrkv_convert.frontier import build
+from lrkv_convert.plan.options import Options
+from lrkv_convert.source.skeleton import Skeleton
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [  # (label, calibration text, options)

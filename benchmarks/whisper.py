@@ -22,10 +22,10 @@ import transformers
 
 from lrkv_convert import LrkvError, convert
 from lrkv_convert.device import pick_device
-from lrkv_convert.report import version
+from lrkv_convert.examples.pairs import read_speech
+from lrkv_convert.folder.companions import version
+from lrkv_convert.folder.writer import write_json
 from lrkv_convert.seq2seq.compare import compare
-from lrkv_convert.seq2seq.data import read_speech
-from lrkv_convert.writer import write_json
 
 VOICES, SPEEDS = (
     (

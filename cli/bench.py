@@ -61,9 +61,9 @@ def bench(
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import bench as run
     from lrkv_convert.evaluate.bench import CACHES
+    from lrkv_convert.folder.places import check_file, writing
+    from lrkv_convert.folder.writer import write_json
     from lrkv_convert.modeling.attention_lrkv import PATHS
-    from lrkv_convert.places import check_file, writing
-    from lrkv_convert.writer import write_json
 
     from . import display
 

@@ -207,12 +207,12 @@ def measure(
     from lrkv_convert.evaluate import compare as run
     from lrkv_convert.evaluate.corpora import gather
     from lrkv_convert.evaluate.load import read_config, refuse_encoder
-    from lrkv_convert.markup import quoted
-    from lrkv_convert.places import check_file, writing
-    from lrkv_convert.provenance import calibrated_on
-    from lrkv_convert.record import read_record
-    from lrkv_convert.report import add_evaluation
-    from lrkv_convert.writer import RECORD, write_json
+    from lrkv_convert.folder.companions import add_evaluation
+    from lrkv_convert.folder.markup import quoted
+    from lrkv_convert.folder.places import check_file, writing
+    from lrkv_convert.folder.provenance import calibrated_on
+    from lrkv_convert.folder.record import read_record
+    from lrkv_convert.folder.writer import RECORD, write_json
 
     from . import display
 

@@ -137,7 +137,7 @@ def convert(
     """Convert a pretrained model to LRKV attention and write a folder that transformers loads."""
     quiet_libraries()
     from lrkv_convert import convert as run
-    from lrkv_convert.recipe import load_recipe
+    from lrkv_convert.settings.recipe import load_recipe
 
     from . import display
 

@@ -26,8 +26,8 @@ def demo(
     from lrkv_convert.demo import demo_model
     from lrkv_convert.device import pick_device
     from lrkv_convert.evaluate import compare
-    from lrkv_convert.options import TOKENS
-    from lrkv_convert.texts import Text
+    from lrkv_convert.examples.text import Text
+    from lrkv_convert.plan.options import TOKENS
 
     from . import display
 

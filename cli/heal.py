@@ -80,9 +80,9 @@ def heal(
     quiet_libraries()
     from dataclasses import fields
 
-    from lrkv_convert.heal import Options
-    from lrkv_convert.heal import heal as run
-    from lrkv_convert.recipe import load_recipe, read_fields
+    from lrkv_convert.healing import heal as run
+    from lrkv_convert.settings.recipe import load_recipe, read_fields
+    from lrkv_convert.train.options import Options
 
     from . import display
 

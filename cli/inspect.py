@@ -78,9 +78,9 @@ def inspect(
     """
     quiet_libraries()
     from lrkv_convert import LrkvError
+    from lrkv_convert.folder.places import check_folder, expanded
     from lrkv_convert.inspection import inspect as run
     from lrkv_convert.inspection import save
-    from lrkv_convert.places import check_folder, expanded
 
     from . import display
 

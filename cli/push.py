@@ -24,7 +24,7 @@ def push(
     auth login`).
     """
     quiet_libraries()
-    from lrkv_convert.hub import push as run
+    from lrkv_convert.folder.hub import push as run
 
     from . import display
 

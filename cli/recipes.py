@@ -14,7 +14,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the recipes that ship here, or print one."""
-    from lrkv_convert.recipe import KINDS, find, shipped
+    from lrkv_convert.settings.recipe import KINDS, find, shipped
 
     from . import display
 

@@ -16,7 +16,7 @@ def refresh(
     weights stay.
     """
     quiet_libraries()
-    from lrkv_convert.travelling import refresh as run
+    from lrkv_convert.folder.travelling import refresh as run
 
     changed = run(folder)
     print(

@@ -51,10 +51,10 @@ def sweep(
     quiet_libraries()
     from lrkv_convert import LrkvError
     from lrkv_convert.device import pick_device
-    from lrkv_convert.places import check_folder, expanded
-    from lrkv_convert.sweep import DEFAULT, save
-    from lrkv_convert.sweep import sweep as run
-    from lrkv_convert.texts import read_one
+    from lrkv_convert.examples.text import read_one
+    from lrkv_convert.folder.places import check_folder, expanded
+    from lrkv_convert.frontier import DEFAULT, save
+    from lrkv_convert.frontier import sweep as run
 
     from . import display
 

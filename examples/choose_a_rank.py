@@ -12,8 +12,8 @@ from pydoc_data.topics import topics
 
 from lrkv_convert.demo import demo_model
 from lrkv_convert.device import pick_device
-from lrkv_convert.sweep import sweep
-from lrkv_convert.texts import Text, read_texts
+from lrkv_convert.examples.text import Text, read_texts
+from lrkv_convert.frontier import sweep
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?")

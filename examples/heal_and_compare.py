@@ -17,8 +17,8 @@ from lrkv_convert import convert
 from lrkv_convert.demo import demo_model
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate import compare
-from lrkv_convert.heal import heal
-from lrkv_convert.texts import BUILT_IN, Text, read_texts
+from lrkv_convert.examples.text import BUILT_IN, Text, read_texts
+from lrkv_convert.healing import heal
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?")

@@ -22,26 +22,35 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import Adapter, AttentionWeights, Geometry, adapter_for, family_with_encoder
-from .allocate import allocate, check_floor
-from .assemble import convert_layer, empty_target, tensor_shapes
-from .calibrate import calibrate, calibrated_layer, solvable
 from .device import give_back_memory, pick_device, pick_dtype
 from .errors import LrkvError
 from .evaluate.load import load_model
-from .metrics import LayerMetrics
-from .options import Options
-from .places import folder_to_make
-from .plan import Plan
-from .report import conversion_record, converted_config, version, write_companions
-from .sensitivity import gradient_rows, head_moments
-from .skeleton import Skeleton
+from .examples.text import (
+    BUILT_IN,
+    SELF,
+    Text,
+    check_ids,
+    read_texts,
+    sample_text,
+    window_length,
+    windows,
+)
+from .families import Adapter, AttentionWeights, Geometry, adapter_for, family_with_encoder
+from .fit.layer import convert_layer, empty_target, tensor_shapes
+from .fit.metric import LayerMetrics
+from .folder.companions import conversion_record, converted_config, version, write_companions
+from .folder.places import folder_to_make
+from .folder.store import Store
+from .folder.writer import ShardWriter, check_output, new_folder
+from .observe.calibrate import calibrate, calibrated_layer, solvable
+from .observe.sensitivity import gradient_rows, head_moments
+from .plan.allocate import allocate, check_floor
+from .plan.curves import survey, width_caps
+from .plan.options import Options
+from .plan.shapes import Plan
 from .source import Checkpoint, check_finite, open_checkpoint
 from .source.names import describe, placed
-from .store import Store
-from .survey import survey, width_caps
-from .texts import BUILT_IN, SELF, Text, check_ids, read_texts, sample_text, window_length, windows
-from .writer import ShardWriter, check_output, new_folder
+from .source.skeleton import Skeleton
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 # of what calibration leaves for the fit: one more when it changes, so that no half of an older one

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import ADAPTERS, ENCODER_DECODERS, Adapter
 from .errors import LrkvError
+from .families import ADAPTERS, ENCODER_DECODERS, Adapter
 
 # what people write, whatever the family calls its own
 USUAL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
@@ -103,8 +103,8 @@ def _adapters(model_type: str) -> list[Adapter]:
 
 def _built(folder: str) -> PreTrainedModel:
     """The model of a folder without its weights."""
-    from .assemble import empty_target
     from .evaluate.load import read_config
+    from .fit.layer import empty_target
 
     config = read_config(folder)
     if not config.model_type.startswith("lrkv_"):

@@ -12,7 +12,7 @@ from matplotlib import font_manager, pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from .errors import LrkvError
-from .markup import visible
+from .folder.markup import visible
 
 MARKERS = "osD^vPX*"
 TOP = 2.0  # the chart ends here: what costs more is no choice, and would flatten the rest

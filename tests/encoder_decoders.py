@@ -22,8 +22,8 @@ from transformers import (
 
 from lrkv_convert import convert
 from lrkv_convert.evaluate.load import load_model
+from lrkv_convert.examples import writing
 from lrkv_convert.modeling import auto_class
-from lrkv_convert.seq2seq import writing
 
 FLOAT32, FLOAT64, STEPS = 1e-4, 1e-9, 1e-4
 SPECIAL = dict(

@@ -22,7 +22,7 @@ from lrkv_convert.inspection.ablate import (
 )
 from lrkv_convert.inspection.diversity import diversity
 from lrkv_convert.inspection.spectra import LayerLook, Spectrum
-from lrkv_convert.skeleton import Skeleton
+from lrkv_convert.source.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 TEXT = (

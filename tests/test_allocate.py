@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lrkv_convert import LrkvError
-from lrkv_convert.adapters import Geometry
-from lrkv_convert.allocate import Point, allocate, candidates, hull
+from lrkv_convert.families import Geometry
+from lrkv_convert.plan.allocate import Point, allocate, candidates, hull
 
 G = Geometry(layers=2, width=48, kv_heads=3, groups=2, head_dim=20, rotary_dim=20)
 

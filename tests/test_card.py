@@ -11,8 +11,9 @@ from conftest import SETTINGS, run
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
-from lrkv_convert import LrkvError, convert, hub
-from lrkv_convert.provenance import commands
+from lrkv_convert import LrkvError, convert
+from lrkv_convert.folder import hub
+from lrkv_convert.folder.provenance import commands
 
 PASSAGE = (
     "Whoever pays by the byte learns to write short letters, and to keep the long ones to himself. "
@@ -77,7 +78,7 @@ def test_a_source_with_a_spoilt_card_is_converted(spoilt, source, tmp_path):
 
 
 def test_a_source_from_the_hub_is_the_base_model(converted):
-    from lrkv_convert.card import metadata
+    from lrkv_convert.folder.card import metadata
 
     record = json.loads((converted() / "lrkv.json").read_text())
     record["source"] |= {"name": "org/name"}

@@ -15,7 +15,7 @@ from lrkv_convert.evaluate.caches import PIECE
 from lrkv_convert.evaluate.compare import short_names
 from lrkv_convert.evaluate.perplexity import Candidate, Scores, measure, text_windows
 from lrkv_convert.evaluate.statistics import buckets, by_context, interval, summary
-from lrkv_convert.texts import Text
+from lrkv_convert.examples.text import Text
 
 CPU = torch.device("cpu")
 OTHER = Text(

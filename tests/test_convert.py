@@ -238,7 +238,7 @@ def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     """Each step of the method is closer to the original than the one before, on text it did not
     see.
     """
-    from lrkv_convert.texts import Text, windows
+    from lrkv_convert.examples.text import Text, windows
 
     ids = windows(
         [
@@ -452,9 +452,9 @@ def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
     """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings;
     the same when its gradients are taken.
     """
-    import lrkv_convert.sensitivity as sensitivity
-    from lrkv_convert.metrics import MetricSums
-    from lrkv_convert.skeleton import Skeleton
+    import lrkv_convert.observe.sensitivity as sensitivity
+    from lrkv_convert.observe.sums import MetricSums
+    from lrkv_convert.source.skeleton import Skeleton
 
     made, seen = [], []
     build, add, backward = Skeleton.__init__, MetricSums.add, sensitivity._backward

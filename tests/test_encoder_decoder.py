@@ -15,24 +15,28 @@ from encoder_decoders import (
     FLOAT64,
     STEPS,
     build,
+    converted,
+    data,
     load,
     logits,
     source,
     stepwise,
     target,
+    tiny,
+    write_little,
 )
 from safetensors.torch import load_file, save_file
 
 from lrkv_convert import convert
-from lrkv_convert.adapters import ENCODER_DECODERS, KINDS
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
-from lrkv_convert.sensitivity import SEED, draw
+from lrkv_convert.families import ENCODER_DECODERS, KINDS
+from lrkv_convert.folder.store import Store
+from lrkv_convert.observe.sensitivity import SEED, draw
 from lrkv_convert.seq2seq import conversion as story
 from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
 from lrkv_convert.seq2seq.compare import compare
 from lrkv_convert.seq2seq.skeleton import StackSkeleton
 from lrkv_convert.source import open_checkpoint
-from lrkv_convert.store import Store
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

@@ -14,18 +14,24 @@ from encoder_decoders import (
     FLOAT32,
     PAIRS,
     STEPS,
+    build,
+    converted,
+    data,
     load,
     logits,
     source,
+    speech,
     stepwise,
     target,
+    tiny,
+    write_little,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutomaticSpeechRecognitionPipeline, WhisperFeatureExtractor
 
 from lrkv_convert import convert
-from lrkv_convert.adapters import ENCODER_DECODERS
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
+from lrkv_convert.families import ENCODER_DECODERS
 from lrkv_convert.modeling import ENCODER_DECODERS as ENCODER_DECODER_CLASSES
 from lrkv_convert.modeling import attention_lrkv, auto_class
 from lrkv_convert.modeling.attention_lrkv import choose_path

@@ -14,7 +14,7 @@ from lrkv_convert.evaluate import compare, longcontext
 from lrkv_convert.evaluate.corpora import gather, read_corpus
 from lrkv_convert.evaluate.perplexity import Candidate
 from lrkv_convert.evaluate.samples import continuation, passages
-from lrkv_convert.texts import Text
+from lrkv_convert.examples.text import Text
 
 CPU = torch.device("cpu")
 PASSAGE = "The tide keeps a ledger of every boat, and pays its debts in driftwood. " * 20

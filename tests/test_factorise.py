@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from lrkv_convert.factorise import BASES, aligned, error_curve, grouped, joint, mean, pooled
-from lrkv_convert.metrics import Metric, square_root
+from lrkv_convert.fit.bases import BASES, aligned, error_curve, grouped, joint, mean, pooled
+from lrkv_convert.fit.metric import Metric, square_root
 
 EXACT = 1e-9  # float64 eigendecompositions of well-conditioned matrices a few dozen wide
 H, D, d, r = 3, 48, 20, 7
@@ -195,7 +195,7 @@ def test_subspace_iteration_finds_what_the_eigendecomposition_finds(m, rank, mon
     """
     W, metric = random_problem()
     exact = joint(W, metric, m, rank, sweeps=30)
-    monkeypatch.setattr("lrkv_convert.factorise.EIGH_UP_TO", 0)
+    monkeypatch.setattr("lrkv_convert.fit.bases.EIGH_UP_TO", 0)
     found = joint(W, metric, m, rank, sweeps=30)
     assert found.error == pytest.approx(exact.error, rel=1e-3)
     assert all(

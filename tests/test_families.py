@@ -16,15 +16,15 @@ from test_model import FLOAT32, FLOAT64, STEPS, load, logits, step_by_step
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrkv_convert import LrkvError, convert
-from lrkv_convert.adapters import ADAPTERS
-from lrkv_convert.adapters.table import readme_rows
 from lrkv_convert.conversion import open_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
-from lrkv_convert.heal.student import choose_trained, set_precision
+from lrkv_convert.families import ADAPTERS
+from lrkv_convert.families.table import readme_rows
 from lrkv_convert.inspection.fidelity import key_heads
 from lrkv_convert.modeling import FAMILIES, attention_lrkv
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.train.student import choose_trained, set_precision
 
 QUICK = dict(calibration=[])  # the weights alone
 
@@ -312,7 +312,7 @@ def test_the_readme_lists_the_families():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     table = text.split("<!-- families")[1].split("-->\n")[1].split("<!-- end of families")[0]
     assert table.strip().splitlines() == readme_rows(), (
-        "python -m lrkv_convert.adapters.table README.md writes it anew"
+        "python -m lrkv_convert.families.table README.md writes it anew"
     )
     assert {config().model_type for config in CONFIGS.values()} == set(ADAPTERS) == set(FAMILIES), (
         "a family needs an entry, a modelling class and a row of the tests"

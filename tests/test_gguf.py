@@ -252,7 +252,7 @@ def test_scaling_that_cannot_be_exact_is_refused(keys, tensors, tmp_path):
 
 def test_calibration_sees_the_scaled_rotation(tmp_path):
     from lrkv_convert.conversion import open_model
-    from lrkv_convert.skeleton import Skeleton
+    from lrkv_convert.source.skeleton import Skeleton
 
     model = model_of(LLAMA3, 500000.0, 64)
     checkpoint, adapter = open_model(

@@ -15,13 +15,14 @@ from conftest import SHORT, THOROUGH, log, losses, relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrkv_convert.adapters import ADAPTERS
 from lrkv_convert.evaluate.load import load_model
-from lrkv_convert.heal import Options, heal
-from lrkv_convert.heal.objective import divergence, mismatch
-from lrkv_convert.heal.optimise import MuonAdamW, groups, schedule
-from lrkv_convert.heal.student import choose_trained
+from lrkv_convert.families import ADAPTERS
+from lrkv_convert.healing import heal
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.train.objective import divergence, mismatch
+from lrkv_convert.train.optimise import MuonAdamW, groups, schedule
+from lrkv_convert.train.options import Options
+from lrkv_convert.train.student import choose_trained
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +199,7 @@ def test_the_pair_steps_as_the_two_would_and_survives_saving():
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 def test_divergence_and_its_gradient_are_torchs_own(kl_weight, monkeypatch):
     # several chunks, the last one shorter
-    monkeypatch.setattr("lrkv_convert.heal.objective.ROWS", 200)
+    monkeypatch.setattr("lrkv_convert.train.objective.ROWS", 200)
     torch.manual_seed(0)
     student, teacher, targets = (
         torch.randn(7, 50, requires_grad=True),
@@ -250,7 +251,7 @@ def test_divergence_from_the_teacher_falls(healed):
 def test_cross_entropy_falls_without_the_original(converted, sheep, tmp_path, monkeypatch):
     record = json.loads((converted() / "lrkv.json").read_text())
     monkeypatch.setattr(
-        "lrkv_convert.heal.healing.read_record",
+        "lrkv_convert.healing.read_record",
         lambda model: record | {"source": record["source"] | {"path": "/gone"}},
     )
     done = heal(
@@ -387,7 +388,7 @@ def test_healing_goes_on_from_a_healed_model(healed, sheep, tmp_path):
 def test_validation_is_perplexity_of_the_held_out_text(converted, sheep, healed):
     entry = json.loads((healed() / "lrkv.json").read_text())["history"][0]
     from lrkv_convert.evaluate.load import load_tokenizer
-    from lrkv_convert.heal.data import pack, packed
+    from lrkv_convert.train.data import pack, packed
 
     folder = healed().parent
     pack(

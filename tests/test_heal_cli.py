@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import SETTINGS, build, log, run
 
-from lrkv_convert.heal import Options
-from lrkv_convert.recipe import KINDS, shipped
+from lrkv_convert.settings.recipe import KINDS, shipped
+from lrkv_convert.train.options import Options
 
 
 def refused(*arguments, says: str, out: Path) -> None:
@@ -149,7 +149,7 @@ def test_flags_override_settings_and_settings_the_recipe(converted, sheep, tmp_p
 def test_a_tracker_is_taken_if_it_is_installed_and_gets_the_curve(
     converted, sheep, tmp_path, monkeypatch
 ):
-    from lrkv_convert.heal import launch
+    from lrkv_convert.train import launch
 
     asked = []
     monkeypatch.setattr(launch, "is_trackio_available", lambda: False)

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_tokenizer
 
 from lrkv_convert import LrkvError
-from lrkv_convert.heal.data import Windows, pack, packed, pieces, side_by_side, sources
+from lrkv_convert.train.data import Windows, pack, packed, pieces, side_by_side, sources
 
 EOS = 257
 

@@ -45,7 +45,7 @@ def launched(processes: int, *command) -> subprocess.CompletedProcess:
 
 def stopped(monkeypatch, after: int, *command) -> None:
     """Run a command that is interrupted after so many steps."""
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     step = loop.Trainer.step
     with monkeypatch.context() as patch:
@@ -112,8 +112,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optim
     set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from lrkv_convert.heal.optimise import MuonAdamW
-from lrkv_convert.heal import Options
+from lrkv_convert.train.optimise import MuonAdamW
+from lrkv_convert.train.options import Options
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

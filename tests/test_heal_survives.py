@@ -15,14 +15,15 @@ from conftest import SHORT, log
 from safetensors.torch import load_file
 
 from lrkv_convert import LrkvError
-from lrkv_convert.heal import heal
-from lrkv_convert.heal.run import Run
+from lrkv_convert.healing import heal
+from lrkv_convert.train.run import Run
 
 KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads({threads})
-from lrkv_convert.heal import heal, loop, result, run
+from lrkv_convert.healing import heal
+from lrkv_convert.train import loop, result, run
 moment, count = {moment!r}, 0
 
 def dies(module, name, at, after=False):
@@ -206,7 +207,7 @@ def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(
     converted, sheep, tmp_path, monkeypatch
 ):
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     real, calls = loop.divergence, []
 
@@ -271,7 +272,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_way_to_go_on(
 def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(
     converted, sheep, tmp_path, monkeypatch
 ):
-    from lrkv_convert.heal import result
+    from lrkv_convert.train import result
 
     monkeypatch.setattr(
         result, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -307,7 +308,7 @@ def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path, monkeypatch):
 def test_a_resume_may_pass_through_the_batch_in_another_way(
     converted, sheep, tmp_path, whole, monkeypatch
 ):
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     step = loop.Trainer.step
     monkeypatch.setattr(
@@ -336,7 +337,7 @@ def test_a_resume_may_pass_through_the_batch_in_another_way(
 def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(
     changed, says, converted, sheep, tmp_path, monkeypatch
 ):
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     step = loop.Trainer.step
     monkeypatch.setattr(
@@ -379,7 +380,7 @@ def test_what_is_not_ours_is_not_removed(converted, sheep, tmp_path):
 
 
 def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, tmp_path):
-    from lrkv_convert.store import Store
+    from lrkv_convert.folder.store import Store
 
     Store(tmp_path / "out.partial" / "work", {}).save("fitted-0", 1)
     with pytest.raises(LrkvError, match="is in the way"):
@@ -388,7 +389,7 @@ def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, t
 
 
 def test_two_runs_do_not_write_one_folder(converted, sheep, tmp_path):
-    from lrkv_convert.heal.loop import Trainer
+    from lrkv_convert.train.loop import Trainer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -405,14 +406,14 @@ def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, m
         child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
         == -signal.SIGKILL
     )
-    from lrkv_convert.heal import healing
+    from lrkv_convert import healing
 
     monkeypatch.setattr(healing, "pack", lambda *a, **k: pytest.fail("packed again"))
     heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "keep": 1})
 
 
 def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     step = loop.Trainer.step
 
@@ -437,7 +438,7 @@ def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
 
 
 def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.heal import loop
+    from lrkv_convert.train import loop
 
     monkeypatch.setattr(
         loop.Trainer,

@@ -14,18 +14,19 @@ from conftest import prompt, relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrkv_convert import convert, metrics
-from lrkv_convert.adapters import Geometry
+from lrkv_convert import convert
 from lrkv_convert.conversion import open_model
+from lrkv_convert.examples.text import BUILT_IN, read_texts, windows
+from lrkv_convert.families import Geometry
+from lrkv_convert.fit import metric as metrics
+from lrkv_convert.fit.metric import Metric, square_root
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ahead import checked_ranks, planned_kl
 from lrkv_convert.inspection.diversity import diversity, gram, inner_products, similarity
 from lrkv_convert.inspection.fidelity import PROBE, fidelity, key_heads
 from lrkv_convert.inspection.spectra import spectrum
-from lrkv_convert.metrics import Metric, square_root
-from lrkv_convert.skeleton import Skeleton
-from lrkv_convert.survey import KEY_WEIGHT, curve, second_order
-from lrkv_convert.texts import BUILT_IN, read_texts, windows
+from lrkv_convert.plan.curves import KEY_WEIGHT, curve, second_order
+from lrkv_convert.source.skeleton import Skeleton
 
 EXACT = 1e-9  # float64 algebra
 FLOAT32 = 1e-4  # through float32 attention

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lrkv_convert import LrkvError
-from lrkv_convert.card import model_card, source_metadata
-from lrkv_convert.markup import block, cell, code, literal, prose, quoted
+from lrkv_convert.folder.card import model_card, source_metadata
+from lrkv_convert.folder.markup import block, cell, code, literal, prose, quoted
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").enable("strikethrough")
 HOSTILE = [

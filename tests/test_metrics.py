@@ -7,11 +7,10 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert import metrics
-from lrkv_convert.adapters import AttentionWeights, Geometry
-from lrkv_convert.calibrate import calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.metrics import (
+from lrkv_convert.families import AttentionWeights, Geometry
+from lrkv_convert.fit import metric as metrics
+from lrkv_convert.fit.metric import (
     FLOOR,
     HeadMoments,
     LayerMetrics,
@@ -19,8 +18,9 @@ from lrkv_convert.metrics import (
     shrunk,
     square_root,
 )
-from lrkv_convert.skeleton import Skeleton
-from lrkv_convert.store import Store
+from lrkv_convert.folder.store import Store
+from lrkv_convert.observe.calibrate import calibrate, calibrated_layer
+from lrkv_convert.source.skeleton import Skeleton
 
 FLOAT32 = 1e-5  # sums are float32 products
 BFLOAT16 = 2**-8  # activations are kept in bfloat16

@@ -285,12 +285,12 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     """aligned folds a gauge into W_Q and W_O; without truncation nothing may change, keys under
     RoPE and biases included (float64 algebra).
     """
-    from lrkv_convert.assemble import convert_layer, empty_target
-    from lrkv_convert.calibrate import CalibratedLayer
     from lrkv_convert.conversion import open_model
-    from lrkv_convert.metrics import LayerMetrics
-    from lrkv_convert.plan import uniform_plan
-    from lrkv_convert.report import converted_config
+    from lrkv_convert.fit.layer import convert_layer, empty_target
+    from lrkv_convert.fit.metric import LayerMetrics
+    from lrkv_convert.folder.companions import converted_config
+    from lrkv_convert.observe.calibrate import CalibratedLayer
+    from lrkv_convert.plan.shapes import uniform_plan
 
     for family in ("llama-bias", "qwen2", "gpt2"):
         checkpoint, adapter = open_model(str(tiny(family)))

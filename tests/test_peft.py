@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrkv_convert import LrkvError, convert, lora_targets
-from lrkv_convert.adapters import ADAPTERS
+from lrkv_convert.families import ADAPTERS
 from lrkv_convert.lora import USUAL, attention_targets
 
 FACTORS = ["keys.W_shared", "keys.U", "values.W_shared", "values.U"]

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 
-from lrkv_convert import per_head
-from lrkv_convert.adapters import AttentionWeights, Geometry
-from lrkv_convert.factorise import joint
-from lrkv_convert.metrics import (
+from lrkv_convert.families import AttentionWeights, Geometry
+from lrkv_convert.fit import per_head
+from lrkv_convert.fit.bases import joint
+from lrkv_convert.fit.metric import (
     GRAM_NUMBERS,
     SHRINKAGE,
     LayerMetrics,
     Metric,
-    MetricSums,
     head_basis,
     run_count,
     runs,
     square_root,
 )
+from lrkv_convert.observe.sums import MetricSums
 
 H, D, d, m, r = 4, 48, 10, 12, 3
 EXACT = 1e-9

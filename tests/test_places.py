@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import SETTINGS, refused, run
 
-from lrkv_convert import LrkvError, convert, writer
-from lrkv_convert.places import check_file, check_folder
-from lrkv_convert.store import Store
-from lrkv_convert.writer import check_ours, new_folder, publish, write_json, write_text
+from lrkv_convert import LrkvError, convert
+from lrkv_convert.folder import writer
+from lrkv_convert.folder.places import check_file, check_folder
+from lrkv_convert.folder.store import Store
+from lrkv_convert.folder.writer import check_ours, new_folder, publish, write_json, write_text
 
 
 def tree(folder: Path) -> list[str]:
@@ -190,7 +191,7 @@ def test_a_removal_that_was_cut_short_is_known_as_ours(removed, source, tmp_path
 def test_two_processes_do_not_write_one_folder(source, tmp_path):
     code = f"""
 from pathlib import Path
-from lrkv_convert.writer import new_folder
+from lrkv_convert.folder.writer import new_folder
 with new_folder(Path({str(tmp_path / "out")!r}), {{}}):
     print("in", flush=True)
     input()

@@ -7,12 +7,12 @@ import pytest
 from conftest import refused, run
 
 from lrkv_convert import LrkvError, convert
-from lrkv_convert import options as conversion
-from lrkv_convert.fields import LARGEST
-from lrkv_convert.heal import options as healing
-from lrkv_convert.plain_yaml import parse
-from lrkv_convert.provenance import _setting
-from lrkv_convert.recipe import load_recipe, read_fields
+from lrkv_convert.folder.provenance import _setting
+from lrkv_convert.plan import options as conversion
+from lrkv_convert.settings.fields import LARGEST
+from lrkv_convert.settings.plain_yaml import parse
+from lrkv_convert.settings.recipe import load_recipe, read_fields
+from lrkv_convert.train import options as healing
 
 EXPECTED = {
     int: "a whole number",

@@ -31,10 +31,10 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lrkv_convert import convert
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes, formula_bytes_by_kind
-from lrkv_convert.heal import heal
+from lrkv_convert.folder.travelling import refresh
+from lrkv_convert.healing import heal
 from lrkv_convert.modeling import auto_class
 from lrkv_convert.modeling.contract_lrkv import CACHE
-from lrkv_convert.travelling import refresh
 
 # RoPE and grouped queries; no positions in attention; QK-norm and windows
 DECODERS = ["llama", "gpt2", "gemma3_text"]

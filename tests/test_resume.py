@@ -154,7 +154,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(moment, kept, tiny, conve
 import os, signal, torch
 torch.set_num_threads({torch.get_num_threads()})
 from lrkv_convert import convert
-from lrkv_convert.store import Store
+from lrkv_convert.folder.store import Store
 save, seen = Store.save, []
 def saves(self, name, value):
     save(self, name, value)
@@ -181,7 +181,7 @@ print(" ".join(seen))
 
 
 def test_what_was_left_of_another_conversion_is_not_used(tiny, converted, tmp_path):
-    from lrkv_convert.store import Store
+    from lrkv_convert.folder.store import Store
 
     store = Store(tmp_path / "out.partial" / "work", {"options": "others"})
     store.save("fitted-0", {"keys": 0.0, "values": 0.0})

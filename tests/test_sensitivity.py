@@ -7,12 +7,12 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert import sensitivity
-from lrkv_convert.calibrate import calibrate, calibrated_layer
 from lrkv_convert.conversion import open_model
-from lrkv_convert.sensitivity import SEED, draw, head_moments
-from lrkv_convert.skeleton import Skeleton
-from lrkv_convert.store import Store
+from lrkv_convert.folder.store import Store
+from lrkv_convert.observe import sensitivity
+from lrkv_convert.observe.calibrate import calibrate, calibrated_layer
+from lrkv_convert.observe.sensitivity import SEED, draw, head_moments
+from lrkv_convert.source.skeleton import Skeleton
 
 FLOAT32 = 1e-4  # gradients through a few float32 layers
 

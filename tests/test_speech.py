@@ -11,10 +11,10 @@ from conftest import tiny_tokenizer
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
 
 from lrkv_convert import LrkvError
-from lrkv_convert.adapters import ENCODER_DECODERS
-from lrkv_convert.seq2seq.data import RATE, Example, read_pairs, read_speech, read_wav, spread
-from lrkv_convert.seq2seq.reader import Reader
-from lrkv_convert.seq2seq.words import align, words
+from lrkv_convert.evaluate.words import align, words
+from lrkv_convert.examples.pairs import RATE, Example, read_pairs, read_speech, read_wav, spread
+from lrkv_convert.examples.reader import Reader
+from lrkv_convert.families import ENCODER_DECODERS
 
 
 def write_wav(file, samples: torch.Tensor, rate: int = RATE, channels: int = 1, width: int = 2):

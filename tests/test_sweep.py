@@ -8,10 +8,10 @@ import torch
 from lrkv_cli.main import app
 from typer.testing import CliRunner
 
-from lrkv_convert.adapters import Geometry
 from lrkv_convert.evaluate import compare
-from lrkv_convert.sweep import METHODS, Outcome, knee, matching_plan, sweep
-from lrkv_convert.texts import Text
+from lrkv_convert.examples.text import Text
+from lrkv_convert.families import Geometry
+from lrkv_convert.frontier import METHODS, Outcome, knee, matching_plan, sweep
 
 CPU = torch.device("cpu")
 TEXT = Text(

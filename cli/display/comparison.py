@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from lrkv_convert.device import in_units
-from lrkv_convert.seq2seq.words import words
+from lrkv_convert.evaluate.words import words
 
 from .parts import console_for, grid, table_of
 

@@ -6,9 +6,9 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from lrkv_convert.adapters import ENCODER_DECODERS
 from lrkv_convert.device import in_units
-from lrkv_convert.markup import quoted
+from lrkv_convert.families import ENCODER_DECODERS
+from lrkv_convert.folder.markup import quoted
 
 from .parts import console_for, say, table_of
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lrkv_convert.markup import quoted
+from lrkv_convert.folder.markup import quoted
 
 from .parts import console_for, say, short, table_of
 

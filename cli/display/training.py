@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrkv_convert.device import in_units
-from lrkv_convert.markup import quoted
+from lrkv_convert.folder.markup import quoted
 
 from ..app import visible
 from .parts import console_for, say, table_of

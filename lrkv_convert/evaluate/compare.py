@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LrkvError
-from ..texts import Text, check_ids
+from ..examples.text import Text, check_ids
 from .caches import PIECE, check_caches
 from .load import load_model, load_tokenizer
 from .longcontext import passkeys, shortest

@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 
-from .. import hub
 from ..errors import LrkvError
-from ..texts import Text, read_texts
+from ..examples.text import Text, read_texts
+from ..folder import hub
 
 SEQ_LEN, STANDARD_SEQ_LEN = 512, 2048
 # characters, more than tokens have on average in any text: how much is read to have so many tokens

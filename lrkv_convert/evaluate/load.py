@@ -13,12 +13,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..adapters import ADAPTERS, ENCODER_DECODERS
 from ..errors import LrkvError, first_line
-from ..skeleton import plainly
+from ..families import ADAPTERS, ENCODER_DECODERS
 from ..source import Checkpoint, check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
+from ..source.skeleton import plainly
 
 CONVERTED = "lrkv_"  # before the model_type of what this project wrote
 

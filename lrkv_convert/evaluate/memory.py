@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..adapters import ADAPTERS, ENCODER_DECODERS, Geometry
+from ..families import ADAPTERS, ENCODER_DECODERS, Geometry
 from ..modeling.contract_lrkv import CACHE
 
 # where transformers' cache layers keep what they hold

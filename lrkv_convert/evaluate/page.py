@@ -16,10 +16,10 @@ from jinja2 import Environment, StrictUndefined
 
 from .. import plot
 from ..device import in_units
-from ..provenance import commands
-from ..record import read_record
-from ..report import version
-from ..writer import RECORD, write_text
+from ..folder.companions import version
+from ..folder.provenance import commands
+from ..folder.record import read_record
+from ..folder.writer import RECORD, write_text
 
 
 def write_page(result: dict, file: Path, command: str) -> None:

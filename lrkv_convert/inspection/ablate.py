@@ -28,8 +28,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..adapters import Geometry
-from ..skeleton import Skeleton, first_of
+from ..families import Geometry
+from ..source.skeleton import Skeleton, first_of
 from .diversity import diversity
 from .spectra import LayerLook
 

@@ -16,17 +16,17 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from ..adapters import Geometry
-from ..allocate import Curve, allocate
-from ..calibrate import solvable
 from ..conversion import gather_texts, observe, open_model, survey_layer
 from ..device import pick_device
 from ..errors import LrkvError
-from ..plan import LayerPlan, Plan
-from ..skeleton import Skeleton
-from ..store import Store
-from ..survey import KEY_WEIGHT, curve, second_order, width_caps
-from ..texts import Text, check_ids, window_length, windows
+from ..examples.text import Text, check_ids, window_length, windows
+from ..families import Geometry
+from ..folder.store import Store
+from ..observe.calibrate import solvable
+from ..plan.allocate import Curve, allocate
+from ..plan.curves import KEY_WEIGHT, curve, second_order, width_caps
+from ..plan.shapes import LayerPlan, Plan
+from ..source.skeleton import Skeleton
 from .ablate import ablate
 from .diversity import mean_diversity
 from .spectra import LayerLook, Spectrum, look

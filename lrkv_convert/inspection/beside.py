@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import Adapter, Geometry
 from ..conversion import open_model
 from ..device import pick_device
 from ..errors import LrkvError
 from ..evaluate.load import load_model
-from ..provenance import calibrated_on
-from ..skeleton import Skeleton
-from ..texts import BUILT_IN, Text, read_texts
+from ..examples.text import BUILT_IN, Text, read_texts
+from ..families import Adapter, Geometry
+from ..folder.provenance import calibrated_on
+from ..source.skeleton import Skeleton
 from .diversity import mean_diversity
 from .fidelity import LayerFidelity, fidelity
 from .text import text_windows

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import AttentionWeights, Geometry
-from ..skeleton import Skeleton, first_of
+from ..families import AttentionWeights, Geometry
+from ..source.skeleton import Skeleton, first_of
 from .diversity import gram, similarity
 
 PROBE = "lrkv_probe"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LrkvError
-from ..places import writing
+from ..examples.text import read_one
+from ..folder.places import writing
+from ..folder.writer import RECORD, write_json
 from ..source.configs import read_object
-from ..texts import read_one
-from ..writer import RECORD, write_json
 from .ahead import TARGET_KL, ahead
 from .beside import beside
 

@@ -1,5 +1,5 @@
 """How compressible the heads of one layer are, in the metric that a conversion fits in
-(metrics.py).
+(fit/metric.py).
 
     A_h = Sigma^(1/2) W_h M_h^(1/2)        energy of a head: |A_h|_F^2, the sum of its squared
                                            singular values
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters import AttentionWeights
-from ..factorise import SWEEPS, error_curve, joint
-from ..metrics import LayerMetrics, Metric
+from ..families import AttentionWeights
+from ..fit.bases import SWEEPS, error_curve, joint
+from ..fit.metric import LayerMetrics, Metric
 from .diversity import gram
 
 

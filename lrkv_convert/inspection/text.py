@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..errors import LrkvError
+from ..examples.text import Text, check_ids, window_length, windows
 from ..source import Checkpoint
-from ..texts import Text, check_ids, window_length, windows
 
 
 def text_windows(text: Text, checkpoint: Checkpoint, max_tokens: int) -> Tensor:

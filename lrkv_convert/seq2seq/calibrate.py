@@ -1,5 +1,5 @@
-"""Examples -> what the fit must know of each decoder layer, one layer at a time: as calibrate.py
-and sensitivity.py, of two kinds of attention.
+"""Examples -> what the fit must know of each decoder layer, one layer at a time: as
+observe/calibrate.py and observe/sensitivity.py, of two kinds of attention.
 
 In cross-attention T decoder tokens attend to S encoder positions x_s. What changes:
 
@@ -20,12 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, AttentionWeights, Geometry
-from ..calibrate import KEPT_AS, CalibratedLayer
-from ..metrics import HeadMoments, MetricSums
-from ..sensitivity import SEED, SHARE, drawn_gradient
-from ..skeleton import first_of
-from ..store import Store
+from ..families import Adapter, AttentionWeights, Geometry
+from ..fit.metric import HeadMoments
+from ..folder.store import Store
+from ..observe.calibrate import KEPT_AS, CalibratedLayer
+from ..observe.sensitivity import SEED, SHARE, drawn_gradient
+from ..observe.sums import MetricSums
+from ..source.skeleton import first_of
 from .skeleton import StackSkeleton
 
 # targets of so many tokens, or one in SHARE of more, have the gradient of the loss taken on them

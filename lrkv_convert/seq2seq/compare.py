@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapters import EncoderDecoder, family_with_encoder
 from ..errors import LrkvError
 from ..evaluate.compare import joined, short_names
 from ..evaluate.load import load_model, load_tokenizer, location, read_config
 from ..evaluate.memory import cache_bytes, formula_bytes_by_kind
 from ..evaluate.perplexity import Scores, divergence, prediction
 from ..evaluate.statistics import summary
+from ..evaluate.words import Alignment, align
+from ..examples.pairs import read_pairs, read_speech
+from ..examples.prepare import Tensors, prepare
+from ..examples.reader import Reader
+from ..examples.writing import encode, heard, write
+from ..families import EncoderDecoder, family_with_encoder
 from ..modeling import auto_class
 from ..modeling.contract_lrkv import CACHE
-from .data import read_pairs, read_speech
-from .examples import Tensors, prepare
-from .reader import Reader
-from .words import Alignment, align
-from .writing import encode, heard, write
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 

@@ -16,27 +16,27 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..adapters import EncoderDecoder, Geometry
-from ..allocate import allocate, check_floor
-from ..assemble import convert_layer, empty_target
 from ..conversion import Clock, Conversion, fingerprint, stored_dtype
 from ..device import give_back_memory, pick_device
 from ..errors import LrkvError
 from ..evaluate.load import load_model
+from ..examples.pairs import Corpus, read_pairs, read_speech
+from ..examples.prepare import Tensors, prepare
+from ..examples.reader import Reader
+from ..examples.text import BUILT_IN, SELF
+from ..families import EncoderDecoder, Geometry
+from ..fit.layer import convert_layer, empty_target
+from ..folder.companions import config_with, encoder_decoder_record, write_companions
+from ..folder.store import Store
+from ..folder.writer import ShardWriter, check_output, new_folder
 from ..modeling import auto_class
-from ..options import TOKENS, Options
-from ..plan import Plan
-from ..report import config_with, encoder_decoder_record, write_companions
+from ..plan.allocate import allocate, check_floor
+from ..plan.curves import survey, width_caps
+from ..plan.options import TOKENS, Options
+from ..plan.shapes import Plan
 from ..source import Checkpoint, check_finite
 from ..source.names import describe, placed
-from ..store import Store
-from ..survey import survey, width_caps
-from ..texts import BUILT_IN, SELF
-from ..writer import ShardWriter, check_output, new_folder
 from .calibrate import calibrate, calibrated_layer, gradient_rows, head_moments
-from .data import Corpus, read_pairs, read_speech
-from .examples import Tensors, prepare
-from .reader import Reader
 from .skeleton import StackSkeleton
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)

@@ -10,10 +10,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from ..adapters import EncoderDecoder
+from ..families import EncoderDecoder
 from ..modeling import auto_class
-from ..skeleton import filled, first_of, plainly, replaced
 from ..source import Checkpoint
+from ..source.skeleton import filled, first_of, plainly, replaced
 
 
 class StackSkeleton:

@@ -1,0 +1,1 @@
+"""From what was observed to factors, one layer at a time."""

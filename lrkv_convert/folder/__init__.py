@@ -1,0 +1,1 @@
+"""Folders that are whole or not there: weights, what stands beside them, and what they say."""

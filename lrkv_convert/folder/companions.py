@@ -1,0 +1,271 @@
+"""What stands beside the weights: config, tokenizer, modelling files, the record lrkv.json, and the
+model card (folder/card.py).
+"""
+
+import datetime
+import importlib.util
+import os
+import platform
+import shutil
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..errors import LrkvError
+from ..examples.text import Text
+from ..families import Adapter
+from ..modeling import CLASSES, auto_map
+from ..plan.shapes import Plan
+from ..source import Checkpoint
+from .card import PICTURE, model_card, source_metadata
+from .provenance import public_name
+from .record import read_record
+from .travelling import write_modeling
+from .writer import RECORD, write_json, write_text
+
+FORMAT = 1
+NOT_CARRIED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+)
+
+
+def converted_config(
+    checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype: torch.dtype, base: str
+):
+    """The converted model's config: the source's, with its own model_type, the classes' places, and
+    `lrkv`.
+    """
+    return config_with(checkpoint, adapter.model_type, dtype, lrkv=plan.lrkv_config(base))
+
+
+def config_with(checkpoint: Checkpoint, model_type: str, dtype: torch.dtype, **lrkv):
+    """A converted model's config; lrkv: the fields that say how."""
+    config_class, _, head_class = CLASSES[model_type]
+    fields = {
+        name: value
+        for name, value in checkpoint.config.to_dict().items()
+        # of another conversion: ours are `lrkv`
+        if name not in NOT_CARRIED and not name.startswith("lrkv")
+    }
+    config = config_class(**fields, **lrkv, dtype=str(dtype).removeprefix("torch."))
+    config.architectures, config.auto_map = [head_class.__name__], auto_map(model_type)
+    return config
+
+
+def conversion_record(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    errors: list[dict[str, float]],
+    options: dict,
+    texts: list[Text],
+    tokens: torch.Tensor | None,
+    sha256: str,
+    seconds: float,
+    stages: dict[str, float],
+    peak_bytes: int,
+) -> dict:
+    """The content of lrkv.json."""
+    return {
+        **_origin(checkpoint, options, sha256),
+        **_fitted(plan, errors),
+        "calibration": {
+            "texts": [
+                {"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())}
+                for t in texts
+            ],
+            "tokens": tokens.numel() if tokens is not None else 0,
+            "seq_len": tokens.shape[1] if tokens is not None else 0,
+        },
+        **_run(seconds, stages, peak_bytes),
+    }
+
+
+def encoder_decoder_record(
+    checkpoint: Checkpoint,
+    plans: dict[str, Plan],
+    errors: list[dict[str, dict[str, float]]],
+    options: dict,
+    corpora: list,
+    examples,
+    sha256: str,
+    seconds: float,
+    stages: dict[str, float],
+    peak_bytes: int,
+) -> dict:
+    """The content of an encoder-decoder's lrkv.json: cache, keys, geometry and layers stand under
+    the kind of attention. In cross-attention a cached token is a position of the encoder. corpora:
+    seq2seq.data.Corpus; examples: seq2seq.examples.Tensors, or None.
+    """
+    return {
+        **_origin(checkpoint, options, sha256),
+        "attention": {
+            kind: _fitted(plan, [error[kind] for error in errors]) for kind, plan in plans.items()
+        },
+        "calibration": {
+            "texts": [
+                {"name": corpus.name, "sha256": corpus.sha256, "examples": len(corpus.examples)}
+                for corpus in corpora
+            ],
+            "examples": len(examples.sources) if examples else 0,
+            "tokens": examples.tokens if examples else 0,
+            "targets_by_the_model": examples.written if examples else 0,
+        },
+        **_run(seconds, stages, peak_bytes),
+    }
+
+
+def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
+    source = checkpoint.path / checkpoint.gguf if checkpoint.gguf else checkpoint.path
+    return {
+        "format": FORMAT,
+        "source": {
+            "name": public_name(checkpoint.source),
+            "path": str(source.resolve()),
+            "sha256": sha256,
+            "model_type": checkpoint.config.model_type,
+        },
+        "notices": checkpoint.notices,
+        "recipe": options,
+        "versions": {
+            "lrkv_convert": version("lrkv-convert"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _fitted(plan: Plan, errors: list[dict[str, float]]) -> dict:
+    return {
+        "cache": {key: value for key, value in plan.as_dict().items() if key.startswith("kv_")},
+        "keys": plan.keys,
+        "geometry": asdict(plan.geometry),
+        "layers": [
+            {
+                "layer": i,
+                "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": error["keys"]},
+                "values": {
+                    "base_width": p.value_width,
+                    "rank": p.value_rank,
+                    "error": error["values"],
+                },
+            }
+            for i, (p, error) in enumerate(zip(plan.layers, errors))
+        ],
+    }
+
+
+def _run(seconds: float, stages: dict[str, float], peak_bytes: int) -> dict:
+    return {
+        # nothing here is random: windows are spaced evenly, the fit starts from the data
+        "seed": None,
+        "seconds": round(seconds, 1),
+        "seconds_per_stage": {stage: round(spent, 1) for stage, spent in stages.items()},
+        "peak_memory_bytes": peak_bytes,
+        "history": [],  # healing appends to this (healing.py)
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_companions(
+    folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, name: str
+) -> None:
+    """Everything but the weights."""
+    config.save_pretrained(folder)
+    checkpoint.generation_config().save_pretrained(folder)
+    with suppress(LrkvError):  # a model without a tokenizer converts too, uncalibrated
+        checkpoint.tokenizer().save_pretrained(folder)
+    write_modeling(folder, adapter.model_type)
+    if not checkpoint.gguf:
+        # how speech is read
+        for file in (
+            *checkpoint.path.glob("LICENSE*"),
+            *(checkpoint.path.glob("*processor_config.json") if "attention" in record else ()),
+        ):
+            shutil.copy(file, folder / file.name)
+    write_json(folder / RECORD, record)
+    if "layers" in record:  # of one kind of attention
+        draw_cache(record, name, folder / PICTURE)
+    write_card(folder, record, {} if checkpoint.gguf else source_metadata(checkpoint.path), name)
+
+
+def draw_cache(record: dict, name: str, file: Path) -> None:
+    """The picture in the card, where matplotlib is installed and works: no conversion is lost for a
+    picture.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    try:
+        from .. import plot
+
+        plot.cache(record, name, file)
+    # a broken installation, a name that it cannot set: the card does without
+    except Exception:
+        file.unlink(missing_ok=True)
+
+
+def add_evaluation(folder: Path, result: dict) -> None:
+    """Write what a comparison found of the converted model in `folder`, one of its models, into its
+    lrkv.json and its card. An earlier measurement of the same texts in the same windows is
+    replaced.
+    """
+    found = next(
+        i
+        for i, row in enumerate(result["models"])
+        if i and row["cache"] is None and Path(row["path"]).expanduser() == folder
+    )
+    record = read_record(folder)
+    measured = {
+        "date": datetime.date.today().isoformat(),
+        "texts": [t["name"] for t in result["texts"]],
+        "sha256": [t["sha256"] for t in result["texts"]],
+        "tokens": result["tokens"],
+        "seq_len": result.get("seq_len"),
+        "dtype": result["models"][found]["dtype"],
+        "rows": [
+            {
+                key: value
+                for key, value in result["models"][i].items()
+                if key not in ("path", "cache", "context", "written")
+            }
+            for i in (0, found)
+        ],
+    }
+    same = lambda other: (
+        (other["sha256"], other["seq_len"], other["tokens"])
+        == (
+            measured["sha256"],
+            measured["seq_len"],
+            measured["tokens"],
+        )
+    )
+    record["evaluations"] = [
+        other for other in record.get("evaluations", []) if not same(other)
+    ] + [measured]
+    write_json(folder / RECORD, record)
+    write_card(folder, record, source_metadata(folder), os.path.basename(os.path.abspath(folder)))
+
+
+def write_card(folder: Path, record: dict, carried: dict, name: str) -> None:
+    """README.md of a converted folder that will be called `name`."""
+    write_text(
+        folder / "README.md",
+        model_card(record, carried, name, picture=(folder / PICTURE).is_file()),
+    )

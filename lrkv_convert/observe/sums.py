@@ -1,0 +1,123 @@
+"""Second moments of what a layer reads and attends to, summed over the examples: what its metrics
+(fit/metric.py) are made of.
+
+Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from ..families import AttentionWeights, Geometry
+from ..fit.metric import ATTENDED, head_basis, run_count, runs
+
+
+class MetricSums:
+    """Accumulates one layer's second moments over windows of (input, attention): those that the
+    wanted metrics need, the others are None.
+
+    inputs, keys, values (D, D) float64: sum x x^T, sum w x x^T, sum z z^T; heads (runs, k, k)
+    float32: sum z z^T of each run of heads alone, in the coordinates of `head_basis`
+    (`Metric.grams`): orthonormal ones, so that rounding stays below what shrinkage adds; queries
+    (H, d, d) float64: sum q q^T over the group; tokens: their count.
+    """
+
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        geometry: Geometry,
+        wanted: Collection[str],
+        device: torch.device,
+    ):
+        H, D, d = geometry.kv_heads, geometry.width, geometry.head_dim
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
+        attended = not ATTENDED.isdisjoint(wanted)
+        self.inputs = zeros(D, D) if "whitened" in wanted else None
+        self.keys, self.values = (zeros(D, D), zeros(D, D)) if attended else (None, None)
+        self.runs = (
+            [
+                slice(part.start * geometry.groups, part.stop * geometry.groups)
+                for part in runs(H, count)
+            ]
+            if attended and (count := run_count(geometry))
+            else []
+        )
+        self.basis = head_basis(weights.W_V.to(device)).float() if self.runs else None
+        self.heads = (
+            torch.zeros(len(self.runs), *self.basis.shape[1:] * 2, device=device)
+            if self.runs
+            else None
+        )
+        self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
+        self.weights = (
+            weights.replace(W_K=None, W_V=None, W_O=None).to(device, torch.float32)
+            if self.queries is not None
+            else None
+        )
+
+    def add(self, x: Tensor, attention: Tensor) -> None:
+        """x (T, D): input of the attention module; attention (H G, T, T): its weights. float32
+        products, float64 sums.
+        """
+        self.tokens += x.shape[0]
+        if self.inputs is not None:
+            self.inputs += x.T @ x  # (D, D)
+        if self.keys is not None:
+            self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)  # (D, D)
+            # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
+            self.values += x.T @ (self.add_heads(x, attention, causal_gram) @ x)
+        self.add_queries(x)
+
+    def add_heads(
+        self, states: Tensor, attention: Tensor, gram: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S)
+        of some heads. Returns that of all.
+        """
+        if not self.runs:
+            return gram(attention)
+        states, total = states @ self.basis, 0  # (S, k)
+        for i, heads in enumerate(self.runs):
+            part = gram(attention[heads])
+            self.heads[i] += states.T @ (part @ states)
+            total = total + part
+        return total
+
+    def add_queries(self, x: Tensor) -> None:
+        """x (T, D): input of the attention module."""
+        if self.queries is not None:
+            # (H, G, T, d)
+            q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)
+            if self.weights.b_Q is not None:
+                q = q + self.weights.b_Q.unsqueeze(2)
+            # (H, d, d)
+            self.queries += torch.einsum("hgte,hgtf->hef", q, q)
+
+    def state(self) -> dict:
+        """The sums alone, as plain float32 tensors: what shrinkage adds is far above their
+        rounding.
+        """
+        sums = {
+            name: getattr(self, name) for name in ("inputs", "keys", "values", "heads", "queries")
+        }
+        return {
+            "tokens": self.tokens,
+            **{name: value if value is None else value.float() for name, value in sums.items()},
+        }
+
+
+def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
+    """sum_h A_h^T A_h (T, T) of causal attention weights (heads, T, T), without the products of
+    zeros above the diagonal.
+    """
+    T = attention.shape[-1]
+    gram = attention.new_zeros(T, T)
+    for rows in torch.arange(T).tensor_split(blocks):
+        if not len(rows):
+            continue
+        end = int(rows[-1]) + 1
+        # (heads rows, end)
+        part = attention[:, end - len(rows) : end, :end].reshape(-1, end)
+        gram[:end, :end] += part.T @ part
+    return gram

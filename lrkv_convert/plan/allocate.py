@@ -1,0 +1,127 @@
+"""Spend a byte budget: base widths and ranks per layer, for keys and values apart.
+
+Each side of each layer is a curve: numbers cached per token -> predicted loss. Along it the base
+widens first (at equal bytes a wider base is never worse in the fitted metric) up to a cap, then
+residual ranks grow. Segments of the curves' lower convex hulls are bought in the order of loss
+removed per number, which is optimal for convex curves; what is left of the budget buys the best
+smaller steps that still fit.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import LrkvError
+from ..families import Geometry
+from .shapes import LayerPlan, Plan
+
+WIDTH_STEP = 16  # base widths: what tensor cores take as an inner dimension
+RANK_STEP = 4  # residual ranks
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for one side of a layer: base width m, rank r, numbers cached per token m + H r,
+    predicted loss.
+    """
+
+    width: int
+    rank: int
+    numbers: int
+    loss: float
+
+
+Curve = list[Point]
+
+
+def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[int, int]]:
+    """(m, r) along the path of one side: widths up to the cap without residual, then ranks at the
+    cap; never more than the original caches.
+
+    keys: the form of keys (plan.shapes.KEYS); values are always "joint".
+    """
+    H, d = geometry.kv_heads, geometry.head_dim
+    ranks = range(RANK_STEP, d + 1, max(RANK_STEP, d // 16 // RANK_STEP * RANK_STEP))
+    if keys == "full":
+        return [(0, d)]
+    if keys == "per-head":
+        return [(0, r) for r in ranks]
+    cap = d if keys == "rotary" else min(cap, H * d)
+    widths = [d] if keys == "rotary" else sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})
+    return [(m, 0) for m in widths] + [(cap, r) for r in ranks if cap + H * r <= H * d]
+
+
+def check_floor(geometry: Geometry, caps: tuple[int, int], keys: str, cache_ratio: float) -> None:
+    """Raise LrkvError for a budget below the smallest plan there is. caps: the widest bases of keys
+    and values.
+    """
+    H, d = geometry.kv_heads, geometry.head_dim
+    smallest = [
+        min(m + H * r for m, r in candidates(geometry, cap, form))
+        for cap, form in zip(caps, (keys, "joint"))
+    ]
+    if sum(smallest) > cache_ratio * 2 * H * d:
+        raise LrkvError(
+            f"a cache ratio of {cache_ratio} is below the smallest plan",
+            f"the floor of this model is {sum(smallest) / (2 * H * d):.3f}",
+        )
+
+
+def hull(curve: Curve) -> Curve:
+    """The lower convex hull of a curve, by numbers: the points worth stopping at."""
+    kept: Curve = []
+    for point in sorted(curve, key=lambda p: (p.numbers, p.loss)):
+        if kept and point.loss >= kept[-1].loss:
+            continue  # costs more and is no better
+        while len(kept) > 1 and _gain(kept[-2], kept[-1]) <= _gain(kept[-2], point):
+            kept.pop()
+        kept.append(point)
+    return kept
+
+
+def _gain(a: Point, b: Point) -> float:
+    """Loss removed per number from a to b."""
+    return (a.loss - b.loss) / (b.numbers - a.numbers)
+
+
+def allocate(
+    curves: Iterable[tuple[Curve, Curve]],
+    geometry: Geometry,
+    element_size: int,
+    cache_ratio: float,
+    keys: str = "joint",
+) -> Plan:
+    """Plan widths and ranks from the (keys, values) curves of every layer so that the cache is at
+    most `cache_ratio` of the original.
+
+    Raises LrkvError for a budget below the smallest plan.
+    """
+    sides = [hull(curve) for pair in curves for curve in pair]
+    budget = int(cache_ratio * 2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+    chosen = [0] * len(sides)
+    spent = sum(curve[0].numbers for curve in sides)
+    if spent > budget:
+        floor = spent / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        raise LrkvError(
+            f"a cache ratio of {cache_ratio} is below the smallest plan",
+            f"the floor of this model is {floor:.3f}",
+        )
+    open_sides = set(range(len(sides)))
+    while open_sides:
+        best, step = None, 0
+        for i in list(open_sides):
+            if chosen[i] + 1 == len(sides[i]):
+                open_sides.discard(i)
+                continue
+            here, following = sides[i][chosen[i]], sides[i][chosen[i] + 1]
+            if spent + following.numbers - here.numbers > budget:
+                open_sides.discard(i)
+            elif best is None or _gain(here, following) > best:
+                best, step = _gain(here, following), i
+        if best is not None:
+            spent += sides[step][chosen[step] + 1].numbers - sides[step][chosen[step]].numbers
+            chosen[step] += 1
+    picked = [curve[c] for curve, c in zip(sides, chosen)]
+    layers = tuple(
+        LayerPlan(k.width, k.rank, v.width, v.rank) for k, v in zip(picked[::2], picked[1::2])
+    )
+    return Plan(geometry, layers, element_size, keys)

@@ -1,0 +1,1 @@
+"""Continued pretraining of converted models: data, loop, optimiser, objective, launch."""

@@ -1,0 +1,149 @@
+"""What a finished run leaves: a converted folder with better weights, its history, its card and its
+curve.
+"""
+
+import datetime
+import importlib.util
+import json
+import resource
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from ..errors import LrkvError
+from ..evaluate.load import check_folder, read_config
+from ..fit.layer import tensor_shapes
+from ..folder.card import CURVE as PICTURE
+from ..folder.card import source_metadata
+from ..folder.companions import version, write_card
+from ..folder.travelling import write_modeling
+from ..folder.writer import RECORD, WORK, ShardWriter, publish, write_json
+from ..source import check_finite
+from ..source.files import INDICES
+from .loop import Trainer
+from .run import LOG, Run
+
+
+def history_entry(
+    run: Run,
+    trainer: Trainer,
+    baseline: dict[str, float],
+    teacher: str | None,
+    recipe: str | None,
+    data: list[str],
+) -> dict:
+    """What lrkv.json keeps of this healing: all that decides the result, and what came of it."""
+    options, accelerator, windows = trainer.options, trainer.accelerator, trainer.windows
+    last, tokens = (
+        next(line for line in reversed(run.log()) if "validation_nll" in line),
+        options.steps * options.batch_size * options.seq_len,
+    )
+    return {
+        "kind": "heal",
+        "date": datetime.date.today().isoformat(),
+        "recipe": {"name": recipe, **asdict(options)},
+        "data": [Path(d).name if Path(d).exists() else d for d in data],
+        "windows_sha256": windows.sha256,
+        "rounds": round(windows.rounds(tokens), 3),
+        "teacher": teacher,
+        "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
+        "steps": options.steps,
+        "tokens": tokens,
+        "seconds": last["seconds"],
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "validation": {
+            "text": (
+                [Path(v).name for v in options.validation] if options.validation else "held out"
+            ),
+            "tokens": len(windows.validation) * (options.seq_len - 1),
+            "nll": {**baseline, "healed": last["validation_nll"]},
+        },
+        "versions": {
+            "lrkv_convert": version("lrkv-convert"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "picture": PICTURE if importlib.util.find_spec("matplotlib") else None,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process held, on the device that it trained on."""
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+
+
+def finish(
+    run: Run, trainer: Trainer, model: Path, record: dict, max_shard_size: int | str
+) -> None:
+    """Write everything a converted folder has into the run's folder and give it its name. Raises
+    LrkvError where there is no room.
+
+    model: the folder that was healed; record: lrkv.json of the result.
+    """
+    accelerator = run.accelerator
+    state = accelerator.get_state_dict(trainer.student)  # of a sharded model, too
+    if accelerator.is_main_process:
+        try:
+            write(run, trainer, state, model, record, max_shard_size)
+            publish(run.folder, run.out)
+        except OSError as error:
+            raise LrkvError(
+                f"cannot write {run.folder}: {error.strerror or error}",
+                f"{run.last_good()}; make room, then go on with --resume",
+            ) from error
+        shutil.rmtree(run.out / WORK, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def write(
+    run: Run,
+    trainer: Trainer,
+    state: dict[str, torch.Tensor],
+    model: Path,
+    record: dict,
+    max_shard_size: int | str,
+) -> None:
+    """The weights, in the dtype they came in, and what stands beside them; what did not train is
+    taken over from there.
+    """
+    stored = getattr(
+        torch,
+        json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32",
+    )
+    for stale in run.folder.glob("*.safetensors*"):  # of a run that was killed here
+        stale.unlink()
+    student = trainer.accelerator.unwrap_model(trainer.student)
+    frozen = {
+        name for name, p in student.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
+    writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
+    # as it was loaded
+    before = check_folder(str(model), model, read_config(str(model)), AutoModelForCausalLM)
+    for name in writer.shapes.keys() & frozen:
+        writer.add(name, before.tensor(name))
+    for name in writer.shapes.keys() - frozen:
+        writer.add(name, check_finite(name, state[name]))
+    writer.finish()
+    for file in model.iterdir():
+        weights = file in before.files or file.suffix == ".safetensors" or file.name in INDICES
+        if file.is_file() and not weights and file.name not in (RECORD, "README.md", LOG, PICTURE):
+            shutil.copy(file, run.folder / file.name)
+    # the model may have been converted by an older release
+    write_modeling(run.folder, record["source"]["model_type"])
+    write_json(run.folder / RECORD, record)
+    if record["history"][-1]["picture"]:
+        from .. import plot
+
+        plot.healing(run.log(), record["history"][-1], run.folder / PICTURE)
+    write_card(run.folder, record, source_metadata(model), run.out.name)
