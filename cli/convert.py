@@ -179,16 +179,11 @@ def convert(
     if as_json:
         print(
             json.dumps(
-                done.record
-                or (
-                    {kind: plan.as_dict() for kind, plan in done.plans.items()}
-                    if done.plans
-                    else done.plan.as_dict()
-                ),
+                done.record or {kind: plan.as_dict() for kind, plan in done.plans.items()},
                 indent=2,
             )
         )
     elif dry_run:
-        display.show_plan(done.plan, model, done.plans)
+        display.show_plan(done.plans, model)
     else:
         display.show_conversion(done.record, model, out)

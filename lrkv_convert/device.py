@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,3 +92,13 @@ def fast_bf16(device: torch.device) -> bool:
         getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()
         for name in ("avx512_bf16", "amx_tile")
     )
+
+
+def peak_memory() -> int | None:
+    """Most bytes of memory this process held; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,25 +26,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .conversion import gather_texts, open_model, plan_budget
+from .conversion import plan_budgets
 from .errors import LrkvError
 from .evaluate.compare import positions_exceeded
 from .evaluate.load import load_model
 from .evaluate.perplexity import Candidate, measure, text_windows
-from .examples.text import Text, check_ids, window_length, windows
-from .families import Geometry
+from .examples.example import tokens_of
+from .examples.text import Text, check_ids
+from .families import Geometry, Site
 from .fit.bases import group_count
-from .fit.layer import convert_layer, empty_target
+from .fit.layer import fit_site
 from .fit.metric import METRICS
 from .folder.companions import converted_config
 from .folder.places import writing
 from .folder.store import Store
+from .folder.target import empty_target
 from .folder.writer import write_json
-from .observe.calibrate import calibrate, calibrated_layer
-from .observe.sensitivity import gradient_rows, head_moments
 from .plan.options import Options
-from .plan.shapes import LayerPlan, Plan
-from .source.skeleton import Skeleton
+from .plan.shapes import Plan, Shape, SitePlan
+from .study import Study
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)
 METHODS: dict[str, tuple[str, Callable[[int, int, int], tuple[int, int]]]] = {
@@ -95,10 +95,13 @@ def sweep(
     is shared. `each` is given the result so far after every rank, so that what was measured is not
     lost when a long sweep is stopped.
     """
-    checkpoint, adapter = open_model(model)
-    geometry = adapter.geometry(checkpoint.config)
-    chosen = [parse(name) for name in methods]
-    ranks = sorted(set(ranks))
+    study, chosen, ranks = (
+        Study(model, progress=progress),
+        [parse(m) for m in methods],
+        sorted(set(ranks)),
+    )
+    checkpoint, geometry = study.checkpoint, study.sites[0].geometry
+    check_methods(study, chosen)
     if not ranks or not all(0 <= r <= geometry.head_dim for r in ranks):
         raise LrkvError(
             f"ranks {', '.join(map(str, ranks)) or '(none)'} are out of range",
@@ -119,58 +122,27 @@ def sweep(
         raise LrkvError(
             f"the text {text.name} is empty or too short", "perplexity needs at least two tokens"
         )
-    skeleton = Skeleton(checkpoint, adapter, device)
+    check_ids(ids, checkpoint.config.vocab_size, model)
+    study.build(device)
     # as many as a conversion reads
-    wanted = Options(calibration=calibration, calibration_tokens=calibration_tokens).tokens
-    tokens = windows(
-        gather_texts(calibration, wanted, model, skeleton),
-        tokenizer,
-        window_length(checkpoint.config),
-        wanted,
-    )
-    check_ids(torch.cat((ids, tokens.flatten())), checkpoint.config.vocab_size, model)
-    original, rows = load_model(model, device, torch.float32), gradient_rows(tokens)
+    wanted = Options(calibration=calibration, calibration_tokens=calibration_tokens)
+    study.gather(calibration, wanted.tokens_of(study.family))
+    study.check()
+    if not study.read():
+        raise LrkvError("a sweep fits on calibration text, and there is none", "give --calibration")
+    original = load_model(model, device, torch.float32)
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
-        calibrate(
-            skeleton,
-            geometry,
-            tokens,
-            {"fisher"} | {metric for _, metric in chosen},
-            store,
-            rows,
-            refit,
-            lambda done, total: progress("calibrating", done, total),
-        )
-        head_moments(
-            skeleton,
-            geometry,
-            tokens[rows],
-            store,
-            lambda done, total: progress("gradients", done, total),
-        )
+        study.observe({"fisher"} | {metric for _, metric in chosen}, store, refit)
         for i, rank in enumerate(ranks):
             plans, models = [], []
             for j, (method, metric) in enumerate(chosen):
-                plans.append(
-                    budget_plan(rank, skeleton, geometry, store)
-                    if method == "budget"
-                    else matching_plan(method, rank, geometry)
-                )
-                models.append(
-                    build(
-                        original,
-                        skeleton,
-                        plans[-1],
-                        metric,
-                        store,
-                        METHODS[method][0] if method != "budget" else "joint",
-                        refit,
-                    )
-                )
+                plans.append(plans_of(method, rank, study, store))
+                base = "joint" if method == "budget" else METHODS[method][0]
+                models.append(build(original, study, plans[-1], metric, store, base, refit))
                 progress("sweeping", i * len(chosen) + j + 1, total)
-            base, *scores = measure([Candidate(m) for m in (original, *models)], batches)
+            first, *scores = measure([Candidate(m) for m in (original, *models)], batches)
             for (method, metric), plan, other in zip(chosen, plans, scores):
                 nll = other.mean("nll")
                 outcomes.append(
@@ -178,20 +150,20 @@ def sweep(
                         method,
                         metric,
                         rank,
-                        plan.ratio,
+                        ratio_of(plan),
                         math.exp(nll),
-                        math.exp(nll - base.mean("nll")),
+                        math.exp(nll - first.mean("nll")),
                         other.mean("kl"),
                     )
                 )
             result = {
                 "model": checkpoint.source,
                 "text": {"name": text.name, "sha256": text.sha256},
-                "tokens": base.tokens,
+                "tokens": first.tokens,
                 "seq_len": seq_len,
                 "refit": refit,
-                "calibration_tokens": tokens.numel(),
-                "base_perplexity": math.exp(base.mean("nll")),
+                "calibration_tokens": tokens_of(study.examples),
+                "base_perplexity": math.exp(first.mean("nll")),
                 "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]),
                 "points": [asdict(o) for o in outcomes],
             }
@@ -211,46 +183,71 @@ def parse(name: str) -> tuple[str, str]:
     return method, metric
 
 
-def matching_plan(method: str, rank: int, geometry: Geometry) -> Plan:
-    """The plan of a method with one shape for all layers that caches no more than LRKV does at
-    `rank`.
-    """
+def check_methods(study: Study, chosen: list[tuple[str, str]]) -> None:
+    """Raise LrkvError for a metric that says nothing of this model, as a conversion does."""
+    for metric in dict.fromkeys(metric for _, metric in chosen):
+        Options(metric=metric, rank=0).check(study.sites, study.config)
+
+
+def matching_shape(method: str, rank: int, geometry: Geometry) -> Shape:
+    """The shape of a method that caches no more than LRKV does at `rank`, for either side."""
     H, d = geometry.kv_heads, geometry.head_dim
-    m, r = METHODS[method][1](min(d + H * rank, H * d), H, d)
-    return Plan(geometry, (LayerPlan(m, r, m, r),) * geometry.layers, 4)
+    return Shape(*METHODS[method][1](min(d + H * rank, H * d), H, d))
 
 
-def budget_plan(rank: int, skeleton: Skeleton, geometry: Geometry, store: Store) -> Plan:
-    """Widths and ranks per layer, in the bytes of LRKV at `rank`."""
-    options = Options(cache_ratio=matching_plan("lrkv", rank, geometry).ratio)
-    return plan_budget(skeleton, geometry, options, torch.float32, store, lambda *_: None)
+def matching_plan(method: str, rank: int, sites: Sequence[Site], layers: int) -> Plan:
+    """The plan of a method with one shape for all modules of a kind of attention."""
+    planned = (
+        SitePlan(site.layer, site.geometry, shape, shape)
+        for site in sites
+        for shape in [matching_shape(method, rank, site.geometry)]
+    )
+    return Plan(tuple(planned), 4, layers)
+
+
+def plans_of(method: str, rank: int, study: Study, store: Store) -> dict[str, Plan]:
+    """The plans of all kinds of attention in the bytes of LRKV at `rank`."""
+    same = "lrkv" if method == "budget" else method
+    plans = {
+        kind: matching_plan(same, rank, sites, study.layers)
+        for kind, sites in study.by_kind.items()
+    }
+    if method != "budget":
+        return plans
+    options = Options(cache_ratio=ratio_of(plans))
+    return plan_budgets(study, options, torch.float32, store)
+
+
+def ratio_of(plans: dict[str, Plan]) -> float:
+    """Bytes cached, as a share of the original's, all kinds of attention together."""
+    return sum(p.bytes_after for p in plans.values()) / sum(p.bytes_before for p in plans.values())
 
 
 def build(
     original: PreTrainedModel,
-    skeleton: Skeleton,
-    plan: Plan,
+    study: Study,
+    plans: dict[str, Plan],
     metric: str,
     store: Store,
     base: str,
     refit: bool,
 ) -> PreTrainedModel:
     """The converted model in memory; what the conversion leaves alone is shared with `original`."""
-    adapter = skeleton.adapter
-    model = empty_target(converted_config(skeleton.checkpoint, adapter, plan, torch.float32, base))
-    state = dict(original.named_parameters())
-    for i in range(plan.geometry.layers):
-        prefix, layer = adapter.module(i), calibrated_layer(skeleton, store, i)
-        _, attention = convert_layer(
-            layer,
-            layer.metrics(plan.geometry, metric),
-            plan,
+    config = converted_config(study.checkpoint, study.family, plans, torch.float32, base)
+    model, state = empty_target(config), dict(original.named_parameters())
+    for site in study.sites:
+        planned = next(p for p in plans[site.kind].sites if p.layer == site.layer)
+        seen = study.seen(store, site)
+        _, attention = fit_site(
+            seen,
+            seen.metrics(metric),
+            planned.keys,
+            planned.values,
             base,
-            adapter,
-            model.get_submodule(prefix.rstrip(".")),
+            model.get_submodule(site.path),
             refit,
         )
-        state |= {prefix + name: tensor.float() for name, tensor in attention.items()}
+        state |= {f"{site.path}.{name}": tensor.float() for name, tensor in attention.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(
         {name: tensor for name, tensor in state.items() if name in names}, strict=False, assign=True

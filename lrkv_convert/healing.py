@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 
 from .errors import LrkvError
 from .evaluate.load import load_model, load_tokenizer, read_config, refuse_encoder
-from .families import ADAPTERS
+from .families import family_named
 from .folder.places import folder_to_make
 from .folder.record import read_record
 from .folder.writer import RECORD, check_output, check_shard_size
@@ -258,7 +258,7 @@ def prepare(
     """(trainer, validation losses before training, the step to begin with)."""
     accelerator = run.accelerator
     student = load_model(str(model), torch.device("cpu"))
-    adapter = ADAPTERS[student.config.model_type.removeprefix("lrkv_")]
+    adapter = family_named(student.config.model_type).any
     choose_trained(student, adapter, options.train)
     set_precision(
         student,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import LrkvError
-from .families import ADAPTERS, ENCODER_DECODERS, Adapter
+from .families import Adapter, family_named
 
 # what people write, whatever the family calls its own
 USUAL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
@@ -31,7 +31,10 @@ def lora_targets(
     model = model if isinstance(model, nn.Module) else _built(where)
     if not str(model.config.model_type).startswith("lrkv_"):
         raise LrkvError(f"{where} is no converted model", "there, PEFT takes names as they are")
-    adapters, linear = _adapters(model.config.model_type), nn.Linear | Conv1D
+    adapters, linear = (
+        list(family_named(model.config.model_type).kinds.values()),
+        nn.Linear | Conv1D,
+    )
     layers = [name for name, module in model.named_modules() if isinstance(module, linear)]
     found = []
     for name in [names] if isinstance(names, str) else map(str, names):
@@ -57,8 +60,8 @@ def _short(layer: str) -> str:
 
 def attention_targets(record: dict) -> list[str]:
     """The same for all of attention, as lrkv.json tells it."""
-    kinds = record.get("attention") or {None: record}
-    adapters = _adapters(record["source"]["model_type"])
+    kinds, family = record["attention"], family_named(record["source"]["model_type"])
+    adapters = list(family.kinds.values())
     factors = [
         f"{side}.{factor}"
         for side in ("keys", "values")
@@ -66,7 +69,7 @@ def attention_targets(record: dict) -> list[str]:
         if any(layer[side][size] for kind in kinds.values() for layer in kind["layers"])
     ]
     unchanged = [
-        name for adapter in adapters for name in adapter.projections[1:] if "attention" in record
+        name for adapter in adapters for name in adapter.projections[1:] if family.encoder
     ]  # the encoder's
     return list(dict.fromkeys([adapters[0].query, *unchanged, *factors, adapters[0].output]))
 
@@ -91,20 +94,10 @@ def _meant(name: str, adapter: Adapter) -> list[str]:
     ]
 
 
-def _adapters(model_type: str) -> list[Adapter]:
-    """One for each kind of attention."""
-    family = model_type.removeprefix("lrkv_")
-    return (
-        list(ENCODER_DECODERS[family].kinds.values())
-        if family in ENCODER_DECODERS
-        else [ADAPTERS[family]]
-    )
-
-
 def _built(folder: str) -> PreTrainedModel:
     """The model of a folder without its weights."""
     from .evaluate.load import read_config
-    from .fit.layer import empty_target
+    from .folder.target import empty_target
 
     config = read_config(folder)
     if not config.model_type.startswith("lrkv_"):

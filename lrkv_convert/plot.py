@@ -186,12 +186,13 @@ def cache(record: dict, name: str, file: Path) -> None:
     """Numbers that each layer caches per token, base and residuals of keys and values, and below
     the relative error of their fit.
     """
+    fitted = record["attention"]["self"]
     layers, heads, width = (
-        record["layers"],
-        record["geometry"]["kv_heads"],
-        record["geometry"]["head_dim"],
+        fitted["layers"],
+        fitted["geometry"]["kv_heads"],
+        fitted["geometry"]["head_dim"],
     )
-    places, height = range(len(layers)), [0] * len(record["layers"])
+    places, height = range(len(layers)), [0] * len(fitted["layers"])
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True
     )

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from rich.console import Console
 
 from lrkv_convert.device import in_units
-from lrkv_convert.families import ENCODER_DECODERS
+from lrkv_convert.families import family_named
 from lrkv_convert.folder.markup import quoted
 
 from .parts import console_for, say, table_of
@@ -23,35 +22,27 @@ KINDS = {
 }
 
 
-def show_plan(plan, model: str, plans: Mapping = MappingProxyType({})) -> None:
-    """A dry run: per layer what is cached, and the sum. plans: of an encoder-decoder, by kind of
-    attention.
-    """
+def show_plan(plans: Mapping, model: str) -> None:
+    """A dry run: per layer what is cached, and the sum, by kind of attention."""
     out = console_for()
-    for kind, each in plans.items() or [(None, plan)]:
-        _show_plan(out, each, model, kind)
+    for kind, plan in plans.items():
+        _show_plan(out, plan, model, kind if len(plans) > 1 or kind != "self" else None)
     out.print("Nothing was refused, nothing written.")
 
 
 def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
     g, (name, unit) = plan.geometry, KINDS.get(kind, ("", "token"))
     out.print(
-        f"{model}: {f'{name}, ' if name else ''}{g.layers} layers, {g.kv_heads} KV heads of width"
-        f" {g.head_dim}, {g.groups} query head(s) each,"
-        f" {'RoPE' if g.rotary else 'no rotary positions'}"
+        f"{model}: {f'{name}, ' if name else ''}{plan.layers} layers, {g.kv_heads} KV heads of"
+        f" width {g.head_dim}, {g.groups} query head(s) each,"
+        f" {'RoPE' if any(s.geometry.rotary for s in plan.sites) else 'no rotary positions'}"
     )
     table = table_of("layer", "keys", "values", f"numbers/{unit}", "before")
-    for i, p in enumerate(plan.layers):
-        after = p.key_width + g.kv_heads * p.key_rank + p.value_width + g.kv_heads * p.value_rank
-        table.add_row(
-            str(i),
-            f"{p.key_width} + {g.kv_heads}·{p.key_rank}",
-            f"{p.value_width} + {g.kv_heads}·{p.value_rank}",
-            str(after),
-            str(2 * g.kv_heads * g.head_dim),
-        )
+    for site in plan.sites:
+        sides = (f"{s.width} + {g.kv_heads}·{s.rank}" for s in (site.keys, site.values))
+        table.add_row(str(site.layer), *sides, str(site.numbers), str(site.numbers_before))
     out.print(table)
-    _show_cost(out, plan.as_dict(), unit)
+    _show_cost(out, plan.cache(), unit)
 
 
 def _show_cost(out: Console, cache: dict, unit: str = "token") -> None:
@@ -67,9 +58,9 @@ def _show_cost(out: Console, cache: dict, unit: str = "token") -> None:
 
 def show_conversion(record: dict, model: str, folder: Path, layers: bool = True) -> None:
     """Per layer ranks and errors, the cache, time and memory, and the next command."""
-    out = console_for()
-    for kind, fitted in (record.get("attention") or {None: record}).items():
-        name, unit = KINDS.get(kind, ("layer", "token"))
+    out, family = console_for(), family_named(record["source"]["model_type"])
+    for kind, fitted in record["attention"].items():
+        name, unit = KINDS[kind] if family.encoder else ("layer", "token")
         if layers:
             table = table_of(name, "keys", "error", "values", "error")
             for row in fitted["layers"]:
@@ -82,23 +73,20 @@ def show_conversion(record: dict, model: str, folder: Path, layers: bool = True)
                 )
             out.print(table)
         _show_cost(out, fitted["cache"], unit)
-    width, examples = fitted["geometry"]["width"], record["calibration"].get("examples")
-    if examples and record["calibration"]["tokens"] < width:
+    width = fitted["geometry"]["width"]
+    if (
+        family.encoder
+        and record["calibration"]["tokens"]
+        and record["calibration"]["tokens"] < width
+    ):
         out.print(
             f"calibrated on {record['calibration']['tokens']:,} target tokens, fewer than the model"
             f" is wide ({width:,}): the errors say little, give more"
         )
     out.print(f"{record['seconds']:.0f} s, {in_units(record['peak_memory_bytes'])} of memory")
     if layers:
-        measured_on = (
-            "--text FILE"
-            if "attention" not in record
-            else (
-                "--audio FOLDER"
-                if ENCODER_DECODERS[record["source"]["model_type"]].speech
-                else "--pairs FILE"
-            )
-        )
+        pairs = "--audio FOLDER" if family.speech else "--pairs FILE"
+        measured_on = "--text FILE" if family.encoder is None else pairs
         say(f"next: lrkv compare {quoted([model, str(folder)])} {measured_on}")
 
 

@@ -14,13 +14,11 @@ from transformers import (
 )
 
 from ..errors import LrkvError, first_line
-from ..families import ADAPTERS, ENCODER_DECODERS
+from ..families import CONVERTED, family_named
 from ..source import Checkpoint, check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
 from ..source.skeleton import plainly
-
-CONVERTED = "lrkv_"  # before the model_type of what this project wrote
 
 
 def location(model: str) -> tuple[str, dict]:
@@ -106,19 +104,17 @@ def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -
     """
     if getattr(config, "quantization_config", None):
         return None
-    checkpoint, family = open_folder(path, model, config), config.model_type.removeprefix(CONVERTED)
+    checkpoint, family = open_folder(path, model, config), family_named(config.model_type)
     described = describe(checkpoint, auto)
-    if family in ADAPTERS:
-        return placed(checkpoint, described, ADAPTERS[family].stored)
-    return placed(checkpoint, described) if family in ENCODER_DECODERS else None
+    return None if family is None else placed(checkpoint, described, family.any.stored)
 
 
 def refuse_encoder(model: str, config: PreTrainedConfig) -> None:
     """Raise LrkvError for an encoder-decoder, saying what it reads: transformers would load its
     decoder alone.
     """
-    family = ENCODER_DECODERS.get(config.model_type.removeprefix(CONVERTED))
-    if family is not None:
+    family = family_named(config.model_type)
+    if family is not None and family.encoder is not None:
         kind, option = (
             ("speech", "--audio FOLDER")
             if family.speech

@@ -4,7 +4,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..families import ADAPTERS, ENCODER_DECODERS, Geometry
+from ..families import Site, by_kind, family_named
+from ..folder.companions import FIELDS
 from ..modeling.contract_lrkv import CACHE
 
 # where transformers' cache layers keep what they hold
@@ -33,36 +34,34 @@ def _bytes(held) -> int:
 
 
 def formula_bytes(config, element_size: int) -> int | None:
-    """sum over layers of (m_K + H r_K + m_V + H r_V), or 2 H d per layer for an original (arXiv
-    2601.11471, Eq 8), times the element size. None for a family this package does not know.
+    """sum over modules of self-attention of (m_K + H r_K + m_V + H r_V), or 2 H d each for an
+    original (arXiv 2601.11471, Eq 8), times the element size. None for a family this package does
+    not know.
     """
-    adapter = ADAPTERS.get(config.model_type.removeprefix("lrkv_"))
-    return (
-        None
-        if adapter is None
-        else element_size * _numbers(adapter.geometry(config), getattr(config, "lrkv", None))
-    )
+    found = formula_bytes_by_kind(config, element_size)
+    return None if found is None else found["self"]
 
 
-def formula_bytes_by_kind(config, element_size: int) -> dict[str, int]:
-    """The same of an encoder-decoder: of self-attention per decoded token, of cross-attention per
-    position of the encoder.
+def formula_bytes_by_kind(config, element_size: int) -> dict[str, int] | None:
+    """The same of each kind of attention: of self-attention per token of the decoder, of
+    cross-attention per position of the encoder.
     """
-    kinds = ENCODER_DECODERS[config.model_type.removeprefix("lrkv_")].kinds
-    fields = {"self": "lrkv", "cross": "lrkv_cross"}
+    family = family_named(config.model_type)
+    if family is None:
+        return None
     return {
-        kind: element_size * _numbers(adapter.geometry(config), getattr(config, fields[kind], None))
-        for kind, adapter in kinds.items()
+        kind: element_size * _numbers(sites, getattr(config, FIELDS[kind], None))
+        for kind, sites in by_kind(family.sites(config)).items()
     }
 
 
-def _numbers(g: Geometry, spec: dict | None) -> int:
+def _numbers(sites: list[Site], spec: dict | None) -> int:
     if spec is None:
-        return 2 * g.layers * g.kv_heads * g.head_dim
+        return sum(2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites)
     return sum(
-        m + g.kv_heads * r
+        side["base_width"][site.layer] + site.geometry.kv_heads * side["rank"][site.layer]
+        for site in sites
         for side in spec.values()
-        for m, r in zip(side["base_width"], side["rank"])
     )
 
 

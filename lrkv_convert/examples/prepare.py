@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import LrkvError
+from .example import Example, pair
 from .pairs import Corpus, spread
 from .reader import Reader
 from .text import check_ids
@@ -35,9 +36,12 @@ class Tensors:
         """That the decoder reads."""
         return sum(len(sequence) - 1 for sequence in self.sequences)
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [sequence[:-1] for sequence in self.sequences]
+    def examples(self) -> list[Example]:
+        """As a decoder's windows come."""
+        return [
+            pair(source, sequence, given, source.is_floating_point())
+            for source, sequence, given in zip(self.sources, self.sequences, self.given)
+        ]
 
 
 def prepare(

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from ..errors import LrkvError, first_line
-from ..families import EncoderDecoder
-from .pairs import RATE, TOKENS_PER_SECOND, Example
+from ..families import Family
+from .pairs import Pair
+from .speech import RATE, TOKENS_PER_SECOND
 from .text import window_length
 
 # the last word of a speech model's prompt: text follows, and no times
@@ -30,7 +31,7 @@ class Reader:
     def __init__(
         self,
         folder: Path,
-        family: EncoderDecoder,
+        family: Family,
         tokenizer: PreTrainedTokenizerBase,
         config,
         generation_config: GenerationConfig,
@@ -107,7 +108,7 @@ class Reader:
             or window_length(self.config)
         )
 
-    def source(self, example: Example) -> Tensor:
+    def source(self, example: Pair) -> Tensor:
         """Features (1, bins, frames) of speech, ids (1, S) of a text. Raises LrkvError for what is
         too long, or of the wrong kind.
         """
@@ -159,7 +160,7 @@ class Reader:
         """What a sequence says."""
         return " ".join(self.tokenizer.decode(target, skip_special_tokens=True).split())
 
-    def size(self, example: Example) -> int:
+    def size(self, example: Pair) -> int:
         """About how many tokens an example counts for: of speech those of what is said, of text
         those of the source.
         """
@@ -171,7 +172,7 @@ class Reader:
             )
         return len(self.tokenizer(example.source, verbose=False)["input_ids"])
 
-    def fitting(self, example: Example) -> list[Example]:
+    def fitting(self, example: Pair) -> list[Pair]:
         """The example, or as many parts of a text without a target as its length asks for."""
         # a token or two are added around it
         limit = (
@@ -181,7 +182,7 @@ class Reader:
             return [example]
         ids = self.tokenizer(example.source, add_special_tokens=False, verbose=False)["input_ids"]
         return [
-            Example(f"{example.name}.{i}", self.tokenizer.decode(ids[start : start + limit]))
+            Pair(f"{example.name}.{i}", self.tokenizer.decode(ids[start : start + limit]))
             for i, start in enumerate(range(0, len(ids), limit), 1)
         ]
 

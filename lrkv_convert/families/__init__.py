@@ -1,4 +1,4 @@
-"""The families: the only place that knows tensor names and layouts. `adapter_for` looks a config's
+"""The families: the only place that knows tensor names and layouts. `family_of` looks a config's
 model_type up in the dict below.
 """
 
@@ -7,53 +7,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import LrkvError
-from .base import Adapter, AttentionWeights, Geometry
-from .encoder_decoder import ENCODER_DECODERS, KINDS, EncoderDecoder
-from .rows import FAMILIES
+from .base import (
+    KINDS,
+    Adapter,
+    AttentionWeights,
+    Encoder,
+    Family,
+    Geometry,
+    Site,
+    by_kind,
+)
+from .encoder_decoder import ENCODER_DECODERS
+from .rows import DECODERS
 
-ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in FAMILIES}
+CONVERTED = "lrkv_"  # before the model_type of what this project wrote
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (*(Family({"self": adapter}) for adapter in DECODERS), *ENCODER_DECODERS)
+}
 
 __all__ = [
-    "ADAPTERS",
-    "ENCODER_DECODERS",
+    "CONVERTED",
+    "FAMILIES",
     "KINDS",
     "Adapter",
     "AttentionWeights",
-    "EncoderDecoder",
+    "Encoder",
+    "Family",
     "Geometry",
-    "adapter_for",
-    "family_with_encoder",
+    "Site",
+    "by_kind",
+    "family_named",
+    "family_of",
 ]
 
 
-def adapter_for(config) -> Adapter:
-    """The adapter of a model's family. Raises LrkvError for unsupported families (naming the
-    nearest), variants, and a single KV head.
+def family_named(model_type: str) -> Family | None:
+    """The family of an original or a converted model; None for one this package does not know."""
+    return FAMILIES.get(model_type.removeprefix(CONVERTED))
+
+
+def family_of(config) -> Family:
+    """The family of a model that is to be converted. Raises LrkvError for unsupported families
+    (naming the nearest), variants, and a single KV head.
     """
-    if config.model_type in ENCODER_DECODERS:
-        raise LrkvError(
-            f"{config.model_type} is an encoder-decoder, which this command does not handle",
-            "lrkv convert and lrkv compare do",
-        )
-    adapter = ADAPTERS.get(config.model_type)
-    if adapter is None:
-        near = difflib.get_close_matches(
-            config.model_type, [*ADAPTERS, *ENCODER_DECODERS], n=1, cutoff=0.0
-        )[0]
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        near = difflib.get_close_matches(config.model_type, FAMILIES, n=1, cutoff=0.0)[0]
         raise LrkvError(
             f"the family {config.model_type!r} is not supported",
-            f"nearest supported: {near}; all: {', '.join(sorted([*ADAPTERS, *ENCODER_DECODERS]))}",
+            f"nearest supported: {near}; all: {', '.join(sorted(FAMILIES))}",
         )
     with _sensible(config):
-        adapter.refuse(config)
-        geometry = adapter.geometry(config)
-    check_heads(geometry, config.num_attention_heads)
-    if geometry.kv_heads == 1:
-        raise LrkvError(
-            "this model has one KV head (multi-query attention)",
-            "there is nothing to share; LRKV needs at least two KV heads",
-        )
-    return adapter
+        family.refuse(config)
+        geometries = {adapter.geometry(config) for adapter in family.kinds.values()}
+    for geometry in geometries:
+        if family.encoder is None:
+            check_heads(geometry, config.num_attention_heads)
+        if geometry.kv_heads == 1:
+            what, least = (
+                ("one KV head (multi-query attention)", "two KV heads")
+                if family.encoder is None
+                else ("one attention head", "two")
+            )
+            raise LrkvError(
+                f"this model has {what}", f"there is nothing to share; LRKV needs at least {least}"
+            )
+    return family
 
 
 def check_heads(g: Geometry, heads: int) -> None:
@@ -72,17 +92,6 @@ def check_heads(g: Geometry, heads: int) -> None:
             " pairs of a head's own",
             "is config.json that of these weights?",
         )
-
-
-def family_with_encoder(config) -> EncoderDecoder | None:
-    """The family of a model that has an encoder, None for decoder-only ones. Raises LrkvError for
-    variants.
-    """
-    family = ENCODER_DECODERS.get(config.model_type.removeprefix("lrkv_"))
-    if family is not None:
-        with _sensible(config):
-            family.refuse(config)
-    return family
 
 
 @contextmanager

@@ -6,16 +6,20 @@ row vectors: q = x W_Q + b_Q.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..errors import LrkvError
+
+KINDS = ("self", "cross")  # of decoder attention
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """Attention shapes of a model, and what may be done to its keys."""
+    """Shapes of one attention module, and what may be done to its keys."""
 
-    layers: int
     width: int  # D
     kv_heads: int  # H
     groups: int  # G
@@ -81,8 +85,16 @@ class Adapter(ABC):
     norms: str  # the same of what normalises keys and queries
 
     @abstractmethod
-    def geometry(self, config) -> Geometry:
-        """Shapes of the model's attention."""
+    def layers(self, config) -> int:
+        """How many layers the stack has that this attention stands in."""
+
+    @abstractmethod
+    def geometry(self, config, layer: int = 0) -> Geometry:
+        """Shapes of the attention of a layer."""
+
+    def attends(self, config, layer: int) -> bool:
+        """Whether this layer has such attention: hybrids have layers without."""
+        return True
 
     def refuse(self, config) -> None:  # noqa: B027  (most refuse nothing)
         """Raise LrkvError for variants of the family that cannot be converted exactly."""
@@ -126,3 +138,98 @@ class Adapter(ABC):
     @abstractmethod
     def queries(self, tensors: dict[str, Tensor], geometry: Geometry) -> Tensor:
         """W_Q (H, G, D, d) out of a converted attention module's tensors: what `join` put there."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module to convert: what a plan, a fit and a record speak of.
+
+    layer: its layer in the stack; kind: "self" or "cross"; path: of the module in the model, e.g.
+    "model.layers.3.self_attn"; adapter: where its weights lie; geometry: its own shapes.
+    """
+
+    layer: int
+    kind: str
+    path: str
+    adapter: Adapter
+    geometry: Geometry
+
+    @property
+    def name(self) -> str:
+        """What a store calls it."""
+        return f"{self.kind}-{self.layer}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What stands before the decoder of an encoder-decoder.
+
+    path: of the encoder in the model; decoder: of the decoder; layers: name of the layers in
+    either; speech: whether the encoder reads sound; relative: whether the first layer's attention
+    makes a position bias that the others are handed (and layers give tuples); mask: what attention
+    calls what it is to add to its scores.
+    """
+
+    path: str
+    decoder: str
+    layers: str
+    speech: bool = False
+    relative: bool = False
+    mask: str = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The attention of a family by kind, in the order of KINDS, and what its decoder reads beside.
+
+    encoder: None for a decoder on its own.
+    """
+
+    kinds: dict[str, Adapter]
+    encoder: Encoder | None = None
+
+    @property
+    def any(self) -> Adapter:
+        """One of the kinds, for what all have."""
+        return next(iter(self.kinds.values()))
+
+    @property
+    def model_type(self) -> str:
+        return self.any.model_type
+
+    @property
+    def speech(self) -> bool:
+        """Whether it reads sound."""
+        return self.encoder is not None and self.encoder.speech
+
+    def layers(self, config) -> int:
+        """How many layers its decoder has."""
+        return self.any.layers(config)
+
+    def sites(self, config, kinds: Collection[str] | None = None) -> list[Site]:
+        """Every attention module of these kinds (default: all), layer by layer."""
+        wanted = {kind: a for kind, a in self.kinds.items() if kinds is None or kind in kinds}
+        return [
+            Site(i, kind, adapter.module(i).rstrip("."), adapter, adapter.geometry(config, i))
+            for i in range(self.layers(config))
+            for kind, adapter in wanted.items()
+            if adapter.attends(config, i)
+        ]
+
+    def refuse(self, config) -> None:
+        """Raise LrkvError for variants that cannot be converted exactly."""
+        if self.encoder is not None and not config.is_encoder_decoder:
+            raise LrkvError(
+                f"this {config.model_type} is a decoder on its own",
+                "whole encoder-decoders are supported",
+            )
+        for adapter in self.kinds.values():
+            adapter.refuse(config)
+
+
+def by_kind(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Sites of each kind of attention, in their order."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.kind, []).append(site)
+    return found

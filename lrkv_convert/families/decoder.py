@@ -85,11 +85,12 @@ class DecoderAdapter(Adapter):
     projections: names of those of queries, keys and values, or of the one that holds all three;
     layout: its rows; query: name of the queries' projection in the converted module; transposed:
     weights are (in, out), as in Conv1D; biased: whether queries, keys and values have biases, or
-    which of "qkv"; rotary: how many channels of a head of width d RoPE turns; interleaved: whether
-    as neighbours; key_norm: whether there is QK-norm; kv_heads: how many (default: as many as the
-    config says); norm_weights: names of QK-norms with a weight per head and channel; stored,
-    arguments: see `Adapter.stored` and `layer_arguments`; refuses: what of the family cannot be
-    exact; legacy, kernel, models, positions, norms: see `Adapter`. The functions take the config.
+    which of "qkv"; rotary: how many channels of a head of width d RoPE turns; rotates: whether it
+    does so in this layer; interleaved: whether as neighbours; key_norm: whether there is QK-norm;
+    kv_heads: how many (default: as many as the config says); norm_weights: names of QK-norms with a
+    weight per head and channel; stored, arguments: see `Adapter.stored` and `layer_arguments`;
+    refuses: what of the family cannot be exact; legacy, kernel, models, positions, norms: see
+    `Adapter`. The functions take the config.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class DecoderAdapter(Adapter):
         transposed: bool = False,
         biased: Callable = lambda c: False,
         rotary: Callable = lambda c, d: 0,
+        rotates: Callable = lambda c, layer: True,
         interleaved: bool = False,
         key_norm: Callable = lambda c: False,
         kv_heads: Callable | None = None,
@@ -143,10 +145,14 @@ class DecoderAdapter(Adapter):
             kernel,
         )
         self.models, self.positions, self.norms = models, positions, norms
+        self.rotates = rotates
         self.stored = stored or super().stored
         self.layer_arguments = arguments or super().layer_arguments
 
-    def geometry(self, config) -> Geometry:
+    def layers(self, config) -> int:
+        return config.num_hidden_layers
+
+    def geometry(self, config, layer: int = 0) -> Geometry:
         heads = config.num_attention_heads
         H = (
             self.kv_heads(config)
@@ -155,12 +161,11 @@ class DecoderAdapter(Adapter):
         )
         d = getattr(config, "head_dim", None) or config.hidden_size // heads
         return Geometry(
-            config.num_hidden_layers,
             config.hidden_size,
             H,
             heads // H,
             d,
-            self.rotary(config, d),
+            self.rotary(config, d) if self.rotates(config, layer) else 0,
             self.key_norm(config),
         )
 

@@ -1,4 +1,4 @@
-"""The table of decoder families. An entry says what is particular; what is not said is as in
+"""The table of decoders. An entry says what is particular; what is not said is as in
 Llama.
 """
 
@@ -75,7 +75,7 @@ NEIGHBOURS = dict(
 )
 ALIBI = dict(legacy=True, kernel=False, positions="ALiBi")
 
-FAMILIES = (
+DECODERS = (
     DecoderAdapter(
         "llama",
         models="Llama 1-3, CodeLlama, SmolLM",

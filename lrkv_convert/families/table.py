@@ -5,9 +5,10 @@ lrkv_convert.families.table README.md
 import sys
 from pathlib import Path
 
+from .base import Family
 from .decoder import DecoderAdapter
-from .encoder_decoder import ENCODER_DECODERS, EncoderDecoder
-from .rows import FAMILIES, PARTIAL
+from .encoder_decoder import ENCODER_DECODERS
+from .rows import DECODERS, PARTIAL
 
 HEAD = [
     "| family | such as | positions | norm of keys | refused | keys are read | on a GPU |",
@@ -17,7 +18,7 @@ HEAD = [
 
 def readme_rows() -> list[str]:
     """Lines of Markdown: a row per family, decoders first."""
-    return [*HEAD, *map(_decoder, FAMILIES), *map(_encoder_decoder, ENCODER_DECODERS.values())]
+    return [*HEAD, *map(_decoder, DECODERS), *map(_encoder_decoder, ENCODER_DECODERS)]
 
 
 def _decoder(adapter: DecoderAdapter) -> str:
@@ -45,7 +46,7 @@ def _decoder(adapter: DecoderAdapter) -> str:
     )
 
 
-def _encoder_decoder(family: EncoderDecoder) -> str:
+def _encoder_decoder(family: Family) -> str:
     paths = [
         f"{'kernel' if adapter.kernel else 'split'} in {kind}-attention"
         for kind, adapter in family.kinds.items()

@@ -10,7 +10,7 @@ metric cannot see.
 import torch
 from torch import Tensor, nn
 
-from ..observe.calibrate import CalibratedLayer
+from ..observe.calibrate import Observed
 
 RIDGE = 1e-2  # share of the mean eigenvalue of sum ô ô^T, pulling towards no change
 # below this fitted error there is nothing to give back, and the rounding of activations would only
@@ -20,7 +20,7 @@ NOTHING_LOST = 1e-6
 
 @torch.no_grad()
 def refit_output(
-    layer: CalibratedLayer, attention: nn.Module, output: str, W_O: Tensor, ridge: float = RIDGE
+    seen: Observed, attention: nn.Module, output: str, W_O: Tensor, ridge: float = RIDGE
 ) -> Tensor:
     """The corrected output projection, (H, G, d, D) float64.
 
@@ -34,7 +34,7 @@ def refit_output(
     )
     n = W_O.shape[0] * W_O.shape[1] * W_O.shape[2]
     gram, cross = (torch.zeros(n, n, dtype=torch.float64, device=W_O.device) for _ in range(2))
-    for x, arguments, original in layer.calls(W_O.device):
+    for x, arguments, original in seen.calls(W_O.device):
         attention(x, **arguments)
         # (windows T, H G d) each
         o, o_hat = original.flatten(0, 1), converted.pop().flatten(0, 1)
@@ -44,5 +44,5 @@ def refit_output(
     pull = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(pull)
     # (H G d, D)
-    wanted = cross @ layer.weights.W_O.reshape(n, -1).double() + pull * W_O.reshape(n, -1).double()
+    wanted = cross @ seen.weights.W_O.reshape(n, -1).double() + pull * W_O.reshape(n, -1).double()
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram)).view(W_O.shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import LrkvError
-from ..families import ENCODER_DECODERS
+from ..families import family_named
 from ..lora import attention_targets
 from ..modeling.contract_lrkv import TESTED
 from .markup import block, cell, code, front, literal, prose, quoted
@@ -77,10 +77,10 @@ def metadata(record: dict, carried: dict, name: str) -> dict:
 
 def _task(record: dict) -> str:
     """As the hub calls it."""
-    family = ENCODER_DECODERS.get(record["source"]["model_type"])
+    family = family_named(record["source"]["model_type"])
     return (
         "text-generation"
-        if family is None
+        if family is None or family.encoder is None
         else "automatic-speech-recognition"
         if family.speech
         else "text2text-generation"
@@ -106,7 +106,7 @@ def model_card(record: dict, carried: dict, name: str, picture: bool = False) ->
     try:
         return (
             encoder_decoder_card(record, carried, name)
-            if "attention" in record
+            if set(record["attention"]) != {"self"} or _task(record) != "text-generation"
             else decoder_card(record, carried, name, picture)
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -118,7 +118,8 @@ def model_card(record: dict, carried: dict, name: str, picture: bool = False) ->
 
 
 def decoder_card(record: dict, carried: dict, name: str, picture: bool) -> str:
-    cache, source, history = record["cache"], record["source"]["name"], record["history"]
+    fitted, source = record["attention"]["self"], record["source"]["name"]
+    cache, history = fitted["cache"], record["history"]
     texts = _listed(t["name"] for t in record["calibration"]["texts"]) or "none (weights only)"
     return f"""---
 {front(metadata(record, carried, name))}---
@@ -152,7 +153,7 @@ measure on yours. {_licence(carried)}
 
 Numbers cached per token (shared base + H residuals of that rank) and relative error in the metric of the fit{", before healing" if history else ""}.
 {f"{chr(10)}![what each layer caches]({PICTURE}){chr(10)}" if picture else ""}
-{_fit(record["layers"])}
+{_fit(fitted["layers"])}
 Source weights sha256 {code(record["source"]["sha256"])}; everything else about the conversion stands in `lrkv.json`.
 """
 

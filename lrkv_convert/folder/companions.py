@@ -16,8 +16,7 @@ import torch
 import transformers
 
 from ..errors import LrkvError
-from ..examples.text import Text
-from ..families import Adapter
+from ..families import Family
 from ..modeling import CLASSES, auto_map
 from ..plan.shapes import Plan
 from ..source import Checkpoint
@@ -27,7 +26,7 @@ from .record import read_record
 from .travelling import write_modeling
 from .writer import RECORD, write_json, write_text
 
-FORMAT = 1
+FORMAT = 2
 NOT_CARRIED = (
     "model_type",
     "architectures",
@@ -40,87 +39,52 @@ NOT_CARRIED = (
 )
 
 
+FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}  # of the config, by kind of attention
+
+
 def converted_config(
-    checkpoint: Checkpoint, adapter: Adapter, plan: Plan, dtype: torch.dtype, base: str
+    checkpoint: Checkpoint, family: Family, plans: dict[str, Plan], dtype: torch.dtype, base: str
 ):
     """The converted model's config: the source's, with its own model_type, the classes' places, and
-    `lrkv`.
+    the field of each kind of attention, None for a kind that stays as it was.
     """
-    return config_with(checkpoint, adapter.model_type, dtype, lrkv=plan.lrkv_config(base))
-
-
-def config_with(checkpoint: Checkpoint, model_type: str, dtype: torch.dtype, **lrkv):
-    """A converted model's config; lrkv: the fields that say how."""
+    model_type = family.model_type
     config_class, _, head_class = CLASSES[model_type]
-    fields = {
+    spec = {kind: plans[kind].lrkv_config(base) if kind in plans else None for kind in family.kinds}
+    carried = {
         name: value
         for name, value in checkpoint.config.to_dict().items()
         # of another conversion: ours are `lrkv`
         if name not in NOT_CARRIED and not name.startswith("lrkv")
     }
-    config = config_class(**fields, **lrkv, dtype=str(dtype).removeprefix("torch."))
+    config = config_class(
+        **carried,
+        **{FIELDS[kind]: value for kind, value in spec.items()},
+        dtype=str(dtype).removeprefix("torch."),
+    )
     config.architectures, config.auto_map = [head_class.__name__], auto_map(model_type)
     return config
 
 
 def conversion_record(
     checkpoint: Checkpoint,
-    plan: Plan,
-    errors: list[dict[str, float]],
-    options: dict,
-    texts: list[Text],
-    tokens: torch.Tensor | None,
-    sha256: str,
-    seconds: float,
-    stages: dict[str, float],
-    peak_bytes: int,
-) -> dict:
-    """The content of lrkv.json."""
-    return {
-        **_origin(checkpoint, options, sha256),
-        **_fitted(plan, errors),
-        "calibration": {
-            "texts": [
-                {"name": t.name, "sha256": t.sha256, "bytes": len(t.content.encode())}
-                for t in texts
-            ],
-            "tokens": tokens.numel() if tokens is not None else 0,
-            "seq_len": tokens.shape[1] if tokens is not None else 0,
-        },
-        **_run(seconds, stages, peak_bytes),
-    }
-
-
-def encoder_decoder_record(
-    checkpoint: Checkpoint,
     plans: dict[str, Plan],
     errors: list[dict[str, dict[str, float]]],
     options: dict,
-    corpora: list,
-    examples,
+    calibration: dict,
     sha256: str,
     seconds: float,
     stages: dict[str, float],
-    peak_bytes: int,
+    peak_bytes: int | None,
 ) -> dict:
-    """The content of an encoder-decoder's lrkv.json: cache, keys, geometry and layers stand under
-    the kind of attention. In cross-attention a cached token is a position of the encoder. corpora:
-    seq2seq.data.Corpus; examples: seq2seq.examples.Tensors, or None.
+    """The content of lrkv.json. Cache, keys, geometry and layers stand under the kind of attention.
+    In cross-attention a cached token is a position of the encoder. errors: of every layer, by kind;
+    calibration: `Material.record`.
     """
     return {
         **_origin(checkpoint, options, sha256),
-        "attention": {
-            kind: _fitted(plan, [error[kind] for error in errors]) for kind, plan in plans.items()
-        },
-        "calibration": {
-            "texts": [
-                {"name": corpus.name, "sha256": corpus.sha256, "examples": len(corpus.examples)}
-                for corpus in corpora
-            ],
-            "examples": len(examples.sources) if examples else 0,
-            "tokens": examples.tokens if examples else 0,
-            "targets_by_the_model": examples.written if examples else 0,
-        },
+        "attention": {kind: _fitted(plan, errors, kind) for kind, plan in plans.items()},
+        "calibration": calibration,
         **_run(seconds, stages, peak_bytes),
     }
 
@@ -146,27 +110,24 @@ def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
     }
 
 
-def _fitted(plan: Plan, errors: list[dict[str, float]]) -> dict:
+def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str) -> dict:
+    side = lambda shape, error: {"base_width": shape.width, "rank": shape.rank, "error": error}
     return {
-        "cache": {key: value for key, value in plan.as_dict().items() if key.startswith("kv_")},
+        "cache": plan.cache(),
         "keys": plan.keys,
-        "geometry": asdict(plan.geometry),
+        "geometry": {"layers": plan.layers, **asdict(plan.geometry)},
         "layers": [
             {
-                "layer": i,
-                "keys": {"base_width": p.key_width, "rank": p.key_rank, "error": error["keys"]},
-                "values": {
-                    "base_width": p.value_width,
-                    "rank": p.value_rank,
-                    "error": error["values"],
-                },
+                "layer": site.layer,
+                "keys": side(site.keys, errors[site.layer][kind]["keys"]),
+                "values": side(site.values, errors[site.layer][kind]["values"]),
             }
-            for i, (p, error) in enumerate(zip(plan.layers, errors))
+            for site in plan.sites
         ],
     }
 
 
-def _run(seconds: float, stages: dict[str, float], peak_bytes: int) -> dict:
+def _run(seconds: float, stages: dict[str, float], peak_bytes: int | None) -> dict:
     return {
         # nothing here is random: windows are spaced evenly, the fit starts from the data
         "seed": None,
@@ -185,23 +146,23 @@ def version(package: str) -> str:
 
 
 def write_companions(
-    folder: Path, checkpoint: Checkpoint, adapter: Adapter, config, record: dict, name: str
+    folder: Path, checkpoint: Checkpoint, family: Family, config, record: dict, name: str
 ) -> None:
     """Everything but the weights."""
     config.save_pretrained(folder)
     checkpoint.generation_config().save_pretrained(folder)
     with suppress(LrkvError):  # a model without a tokenizer converts too, uncalibrated
         checkpoint.tokenizer().save_pretrained(folder)
-    write_modeling(folder, adapter.model_type)
+    write_modeling(folder, family.model_type)
     if not checkpoint.gguf:
         # how speech is read
         for file in (
             *checkpoint.path.glob("LICENSE*"),
-            *(checkpoint.path.glob("*processor_config.json") if "attention" in record else ()),
+            *(checkpoint.path.glob("*processor_config.json") if family.encoder else ()),
         ):
             shutil.copy(file, folder / file.name)
     write_json(folder / RECORD, record)
-    if "layers" in record:  # of one kind of attention
+    if family.encoder is None:
         draw_cache(record, name, folder / PICTURE)
     write_card(folder, record, {} if checkpoint.gguf else source_metadata(checkpoint.path), name)
 

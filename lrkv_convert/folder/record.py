@@ -26,6 +26,7 @@ def read_record(folder: Path) -> dict:
             f"{folder} is not a converted model: it has no {RECORD}",
             "make one with lrkv convert MODEL --out DIR",
         ) from error
+    record = upgraded(record)
     try:
         model_card(record, {}, "model")
         commands(published(record), "model")
@@ -38,3 +39,14 @@ def read_record(folder: Path) -> dict:
             "convert the model again",
         ) from error
     return record
+
+
+def upgraded(record: dict) -> dict:
+    """A record as it is written today. Format 1 had one kind of attention, of decoders, at the top;
+    what is no record at all is left for others to refuse.
+    """
+    moved = ("cache", "keys", "geometry", "layers")
+    if "attention" in record or not all(name in record for name in moved):
+        return record
+    rest = {name: value for name, value in record.items() if name not in moved}
+    return rest | {"format": 2, "attention": {"self": {name: record[name] for name in moved}}}

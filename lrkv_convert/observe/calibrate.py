@@ -1,19 +1,20 @@
-"""Text -> what the fit must know of each layer, one layer at a time.
+"""Examples -> what the fit must know of each attention module, one layer at a time.
 
-Memory holds one layer (source/skeleton.py), the hidden states of the calibration windows and one
-layer's sums; what the layers gave lies in a Store. Attention runs eagerly, because the metrics need
-its weights.
+Memory holds one layer (source/skeleton.py), the hidden states of the examples and one layer's sums;
+what the layers gave lies in a Store. Attention runs eagerly, because the metrics need its weights.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import LrkvError, first_line
-from ..families import AttentionWeights, Geometry
+from ..examples.example import Example
+from ..families import AttentionWeights, Site
 from ..fit.metric import HeadMoments, LayerMetrics
 from ..folder.store import Store
 from ..source.skeleton import Skeleton, first_of
@@ -39,139 +40,181 @@ def solvable() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class CalibratedLayer:
-    """One layer as calibration saw it.
+class Observed:
+    """One attention module as calibration saw it.
 
-    weights: as stored in the checkpoint; rest: the other tensors of its attention module, norms and
-    the like. With calibration text also the sums of its metrics (`MetricSums.state()`), and what
-    its attention module saw and did on each window: inputs and heads, bfloat16, lists of (1, T, D)
-    and (1, T, H G d) (the concatenated head outputs, which W_O reads), and the other arguments it
-    was called with; moments where gradients were taken. Without text these are None or empty.
+    weights: as stored in the checkpoint; rest: the other tensors of the module, norms and the like.
+    With examples also the sums of its metrics (`MetricSums.state()`), and what it saw and did on
+    each: inputs and heads, bfloat16, lists of (1, T, D) and (1, T, H G d) (the concatenated head
+    outputs, which W_O reads); arguments: what else it is called with, by example; alike: whether
+    that is the same for all; moments where gradients were taken. Without examples these are None or
+    empty.
     """
 
-    index: int
+    site: Site
     weights: AttentionWeights
     rest: dict[str, Tensor] = field(default_factory=dict)
     sums: dict | None = None
     inputs: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
-    arguments: dict = field(default_factory=dict)
+    arguments: Callable[[int], dict] = lambda n: {}
+    alike: bool = True
     moments: HeadMoments | None = None
 
     def calls(self, device: torch.device) -> Iterator[tuple[Tensor, dict, Tensor]]:
-        """What the attention module was called with and did, some windows at a time, float32:
-        inputs (n, T, D), its other arguments, heads (n, T, H G d).
+        """What the module was called with and did, some examples at a time, float32: inputs
+        (n, T, D), its other arguments, heads (n, T, H G d).
         """
-        for start in range(0, len(self.inputs), AT_ONCE):
+        step = AT_ONCE if self.alike else 1
+        for start in range(0, len(self.inputs), step):
             x, heads = (
-                torch.cat(windows[start : start + AT_ONCE]).to(device, torch.float32)
-                for windows in (self.inputs, self.heads)
+                torch.cat(each[start : start + step]).to(device, torch.float32)
+                for each in (self.inputs, self.heads)
             )
-            yield x, self.arguments, heads
+            yield x, self.arguments(start), heads
 
-    def metrics(self, geometry: Geometry, name: str) -> LayerMetrics:
+    def metrics(self, name: str) -> LayerMetrics:
         """The metrics called `name` (fit.metric.METRICS)."""
-        return LayerMetrics(self.weights, geometry, name, self.sums, self.moments)
+        return LayerMetrics(self.weights, self.site.geometry, name, self.sums, self.moments)
+
+
+class Watch:
+    """What one attention module of a layer sees and does on every example."""
+
+    def __init__(self, site: Site, skeleton: Skeleton, wanted: Collection[str], activations: bool):
+        weights = site.adapter.split(skeleton.tensor, site.layer, skeleton.checkpoint.config)
+        self.site, self.activations = site, activations
+        self.sums = MetricSums(weights, site.geometry, wanted, skeleton.device)
+        self.inputs, self.heads, self.arguments = [], [], {}
+
+    def hooks(self, layer: nn.Module) -> list[RemovableHandle]:
+        attention = layer.get_submodule(self.site.adapter.attention)
+        output = attention.get_submodule(self.site.adapter.output)
+        return [
+            attention.register_forward_hook(self._called, with_kwargs=True),
+            output.register_forward_pre_hook(self._averaged),
+        ]
+
+    def _called(self, module, args, kwargs, output) -> None:
+        self.arguments = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        states = kwargs.get("key_value_states")
+        if self.activations:
+            self.inputs.append(x.to(KEPT_AS))
+        self.sums.add(x[0], output[-1][0], None if states is None else states[0])  # weights last
+
+    def _averaged(self, module, args) -> None:
+        if self.activations:
+            self.heads.append(args[0].to(KEPT_AS))
+
+    def state(self, whole: bool) -> dict:
+        """For the store. whole: with what the module was called with."""
+        found = {"sums": self.sums.state(), "inputs": self.inputs, "heads": self.heads}
+        return found | ({"arguments": self.arguments} if whole else {})
+
+
+def encoder_states(
+    skeleton: Skeleton, examples: Sequence[Example], store: Store
+) -> Callable[[int], Tensor | None]:
+    """The encoder's last hidden states (1, S, D) by example, worked out once; None without one."""
+    if skeleton.family.encoder is None:
+        return lambda n: None
+    if "encoder" not in store:
+        store.save("encoder", skeleton.encode(examples))
+    found = store.load("encoder")
+    return lambda n: found[n].to(skeleton.device)
 
 
 @torch.no_grad()
 def calibrate(
     skeleton: Skeleton,
-    geometry: Geometry,
-    tokens: Tensor,
+    sites: Sequence[Site],
+    examples: Sequence[Example],
     wanted: Collection[str],
     store: Store,
-    keep: Tensor | None = None,
+    keep: Sequence[int] = (),
     activations: bool = True,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """Run every layer on all windows (n, T) and save what `calibrated_layer` reads, for the metrics
+    """Run every decoder layer on all examples and save what `observed` reads, for the metrics
     called `wanted`.
 
-    keep: indices of windows whose hidden states before each layer are saved too, as "entering-i",
+    keep: indices of examples whose hidden states before each layer are saved too, as "entering-i",
     and after the last as "entering-L". activations: whether inputs and heads are saved, which only
     the refit reads.
     """
-    if f"entering-{geometry.layers}" in store:
+    layers = len(skeleton.layers)
+    if f"entering-{layers}" in store:
         return
-    checkpoint, adapter, device = skeleton.checkpoint, skeleton.adapter, skeleton.device
-    hidden, calls = skeleton.embed(tokens)
-    begin = 0
+    states, begin = encoder_states(skeleton, examples, store), 0
+    hidden, call = skeleton.embed(examples)
     if "forward" in store:
         state = store.load("forward")
-        begin, hidden = state["next"], state.pop("hidden").clone().to(device)
-    for i in range(begin, geometry.layers):
-        sums, inputs, heads, arguments = (
-            MetricSums(
-                adapter.split(checkpoint.tensor, i, checkpoint.config), geometry, wanted, device
-            ),
-            [],
-            [],
-            {},
-        )
-        entering = None if keep is None else hidden[keep]
-
-        def see(module, args, kwargs, output):
-            arguments.update(kwargs)
-            x = arguments.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-            if activations:
-                inputs.append(x.to(KEPT_AS))
-            sums.add(x[0], output[1][0])
-
+        begin, hidden = state["next"], [h.clone().to(skeleton.device) for h in state["hidden"]]
+    for i in range(begin, layers):
+        here = [site for site in sites if site.layer == i]
+        watches = {site.kind: Watch(site, skeleton, wanted, activations) for site in here}
+        if keep:
+            store.save(f"entering-{i}", [hidden[n] for n in keep])
         with skeleton.layer(i) as layer:
-            attention = layer.get_submodule(adapter.attention)
-            hooks = [
-                attention.register_forward_hook(see, with_kwargs=True),
-                attention.get_submodule(adapter.output).register_forward_pre_hook(
-                    lambda module, args: heads.append(args[0].to(KEPT_AS)) if activations else None
-                ),
-            ]
-            for n in range(len(hidden)):
-                hidden[n : n + 1] = first_of(
-                    layer(hidden[n : n + 1], *calls[i].args, **calls[i].kwargs)
-                )
+            hooks = [hook for watch in watches.values() for hook in watch.hooks(layer)]
+            for n, h in enumerate(hidden):
+                args, kwargs = call(i, h.shape[1], states(n))
+                hidden[n] = first_of(layer(h, *args, **kwargs))
             for hook in hooks:
                 hook.remove()
-        if not torch.isfinite(hidden).all():
+        if not all(torch.isfinite(h).all() for h in hidden):
             raise LrkvError(
                 f"layer {i} gives NaN or Inf on the calibration text",
                 "are its weights too large, or damaged? --calibration none fits them alone",
             )
-        if entering is not None:
-            store.save(f"entering-{i}", entering)
-        store.save(
-            f"layer-{i}",
-            {"sums": sums.state(), "inputs": inputs, "heads": heads, "arguments": arguments},
-        )
+        whole = skeleton.family.encoder is None
+        store.save(f"layer-{i}", {kind: watch.state(whole) for kind, watch in watches.items()})
         store.save("forward", {"next": i + 1, "hidden": hidden})
-        progress(i + 1, geometry.layers)
-    store.save(f"entering-{geometry.layers}", hidden[:0] if keep is None else hidden[keep])
+        progress(i + 1, layers)
+    store.save(f"entering-{layers}", [hidden[n] for n in keep])
     store.remove("forward")
 
 
-def calibrated_layer(skeleton: Skeleton, store: Store, i: int) -> CalibratedLayer:
-    """Layer i as far as the store knows it: weights alone where there was no text."""
+def observed(skeleton: Skeleton, store: Store, site: Site) -> Observed:
+    """One attention module as far as the store knows it: weights alone where there were no
+    examples.
+    """
     checkpoint, device = skeleton.checkpoint, skeleton.device
     there = lambda value: value.to(device) if isinstance(value, Tensor) else value
-    weights = skeleton.adapter.split(checkpoint.tensor, i, checkpoint.config).to(device)
-    rest = {name: there(tensor) for name, tensor in skeleton.adapter.rest(checkpoint, i).items()}
-    if f"layer-{i}" not in store:
-        return CalibratedLayer(i, weights, rest)
-    seen = store.load(f"layer-{i}")
-    moments = (
-        HeadMoments(*map(there, store.load(f"moments-{i}"))) if f"moments-{i}" in store else None
-    )
-    arguments = {
-        name: tuple(map(there, value)) if isinstance(value, tuple) else there(value)
-        for name, value in seen["arguments"].items()
-    }
-    return CalibratedLayer(
-        i,
+    weights = site.adapter.split(skeleton.tensor, site.layer, checkpoint.config).to(device)
+    rest = {name: there(t) for name, t in site.adapter.rest(checkpoint, site.layer).items()}
+    if f"layer-{site.layer}" not in store:
+        return Observed(site, weights, rest)
+    seen = store.load(f"layer-{site.layer}")[site.kind]
+    taken = f"moments-{site.layer}" in store
+    moments = store.load(f"moments-{site.layer}")[site.kind] if taken else None
+    return Observed(
+        site,
         weights,
         rest,
         {name: there(value) for name, value in seen["sums"].items()},
         seen["inputs"],
         seen["heads"],
-        arguments,
-        moments,
+        _arguments(skeleton, store, site, seen),
+        skeleton.family.encoder is None,
+        None if moments is None else HeadMoments(*map(there, moments)),
+    )
+
+
+def _arguments(skeleton: Skeleton, store: Store, site: Site, seen: dict) -> Callable[[int], dict]:
+    """By example, what the module is called with beside its input."""
+    device, inputs = skeleton.device, seen["inputs"]
+    there = lambda value: value.to(device) if isinstance(value, Tensor) else value
+    if skeleton.family.encoder is None:
+        given = {
+            name: tuple(map(there, value)) if isinstance(value, tuple) else there(value)
+            for name, value in seen["arguments"].items()
+        }
+        return lambda n: given
+    longest = max((x.shape[1] for x in inputs), default=1)
+    arguments = skeleton.attention_arguments(site.kind, longest)
+    states = store.load("encoder") if site.kind == "cross" else None
+    return lambda n: arguments(
+        inputs[n].shape[1], None if states is None else states[n].to(device, torch.float32)
     )

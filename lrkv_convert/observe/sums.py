@@ -1,6 +1,15 @@
 """Second moments of what a layer reads and attends to, summed over the examples: what its metrics
 (fit/metric.py) are made of.
 
+In cross-attention T decoder tokens attend to S encoder positions x_s. What changes:
+
+    keys     Sigma_K = sum_s w_s x_s x_s^T      w_s: attention mass that encoder position s
+                                                receives from all decoder tokens and heads
+    values   Sigma_V = sum_t z_t z_t^T          z_t = sum_s a_ts x_s, for every head
+
+All are means per decoder token, which is what the loss is a mean over, so that errors of keys and
+values, and of layers, compare.
+
 Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
 """
 
@@ -56,17 +65,20 @@ class MetricSums:
             else None
         )
 
-    def add(self, x: Tensor, attention: Tensor) -> None:
-        """x (T, D): input of the attention module; attention (H G, T, T): its weights. float32
-        products, float64 sums.
+    def add(self, x: Tensor, attention: Tensor, states: Tensor | None = None) -> None:
+        """x (T, D): input of the attention module; attention (H G, T, S): its weights; states
+        (S, D): what it attends to, None for x itself, causally. float32 products, float64 sums.
         """
         self.tokens += x.shape[0]
+        gram = causal_gram if states is None else plain_gram
+        seen = x if states is None else states
         if self.inputs is not None:
-            self.inputs += x.T @ x  # (D, D)
+            share = x.shape[0] / len(seen)  # 1, but in cross-attention: per decoder token
+            self.inputs += seen.T @ seen * share  # (D, D)
         if self.keys is not None:
-            self.keys += x.T @ (attention.sum((0, 1)).unsqueeze(1) * x)  # (D, D)
+            self.keys += seen.T @ (attention.sum((0, 1)).unsqueeze(1) * seen)  # (D, D)
             # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
-            self.values += x.T @ (self.add_heads(x, attention, causal_gram) @ x)
+            self.values += seen.T @ (self.add_heads(seen, attention, gram) @ seen)
         self.add_queries(x)
 
     def add_heads(
@@ -121,3 +133,9 @@ def causal_gram(attention: Tensor, blocks: int = 8) -> Tensor:
         part = attention[:, end - len(rows) : end, :end].reshape(-1, end)
         gram[:end, :end] += part.T @ part
     return gram
+
+
+def plain_gram(attention: Tensor) -> Tensor:
+    """sum_h A_h^T A_h (S, S) of attention weights (heads, T, S)."""
+    every = attention.flatten(0, 1)
+    return every.T @ every

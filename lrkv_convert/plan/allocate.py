@@ -7,12 +7,13 @@ removed per number, which is optimal for convex curves; what is left of the budg
 smaller steps that still fit.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import LrkvError
-from ..families import Geometry
-from .shapes import LayerPlan, Plan
+from ..families import Geometry, Site
+from .shapes import Plan, Shape, SitePlan
 
 WIDTH_STEP = 16  # base widths: what tensor cores take as an inner dimension
 RANK_STEP = 4  # residual ranks
@@ -31,6 +32,7 @@ class Point:
 
 
 Curve = list[Point]
+Caps = Callable[[Geometry], tuple[int, int]]  # the widest bases of keys and values
 
 
 def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[int, int]]:
@@ -50,19 +52,20 @@ def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[
     return [(m, 0) for m in widths] + [(cap, r) for r in ranks if cap + H * r <= H * d]
 
 
-def check_floor(geometry: Geometry, caps: tuple[int, int], keys: str, cache_ratio: float) -> None:
-    """Raise LrkvError for a budget below the smallest plan there is. caps: the widest bases of keys
-    and values.
+def check_floor(sites: Sequence[Site], caps: Caps, keys: str, cache_ratio: float) -> None:
+    """Raise LrkvError for a budget below the smallest plan there is. sites: of one kind of
+    attention; caps: the widest bases of keys and values of a geometry (curves.width_caps).
     """
-    H, d = geometry.kv_heads, geometry.head_dim
-    smallest = [
-        min(m + H * r for m, r in candidates(geometry, cap, form))
-        for cap, form in zip(caps, (keys, "joint"))
-    ]
-    if sum(smallest) > cache_ratio * 2 * H * d:
+    smallest = before = 0
+    for geometry in (site.geometry for site in sites):
+        H, d = geometry.kv_heads, geometry.head_dim
+        for cap, form in zip(caps(geometry), (keys, "joint")):
+            smallest += min(m + H * r for m, r in candidates(geometry, cap, form))
+        before += 2 * H * d
+    if smallest > cache_ratio * before:
         raise LrkvError(
             f"a cache ratio of {cache_ratio} is below the smallest plan",
-            f"the floor of this model is {sum(smallest) / (2 * H * d):.3f}",
+            f"the floor of this model is {smallest / before:.3f}",
         )
 
 
@@ -85,22 +88,25 @@ def _gain(a: Point, b: Point) -> float:
 
 def allocate(
     curves: Iterable[tuple[Curve, Curve]],
-    geometry: Geometry,
+    sites: Sequence[Site],
+    layers: int,
     element_size: int,
     cache_ratio: float,
     keys: str = "joint",
 ) -> Plan:
-    """Plan widths and ranks from the (keys, values) curves of every layer so that the cache is at
-    most `cache_ratio` of the original.
+    """Plan widths and ranks from the (keys, values) curves of every site of one kind of attention
+    so that the cache is at most `cache_ratio` of the original. layers: of their stack.
 
     Raises LrkvError for a budget below the smallest plan.
     """
     sides = [hull(curve) for pair in curves for curve in pair]
-    budget = int(cache_ratio * 2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+    before = sum(2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites)
+    alike = Counter((site.geometry.kv_heads, site.geometry.head_dim) for site in sites)
+    budget = int(sum(cache_ratio * 2 * count * H * d for (H, d), count in alike.items()))
     chosen = [0] * len(sides)
     spent = sum(curve[0].numbers for curve in sides)
     if spent > budget:
-        floor = spent / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        floor = spent / before
         raise LrkvError(
             f"a cache ratio of {cache_ratio} is below the smallest plan",
             f"the floor of this model is {floor:.3f}",
@@ -121,7 +127,13 @@ def allocate(
             spent += sides[step][chosen[step] + 1].numbers - sides[step][chosen[step]].numbers
             chosen[step] += 1
     picked = [curve[c] for curve, c in zip(sides, chosen)]
-    layers = tuple(
-        LayerPlan(k.width, k.rank, v.width, v.rank) for k, v in zip(picked[::2], picked[1::2])
+    planned = (
+        SitePlan(
+            site.layer,
+            site.geometry,
+            Shape(k.width, k.rank, keys),
+            Shape(v.width, v.rank),
+        )
+        for site, k, v in zip(sites, picked[::2], picked[1::2], strict=True)
     )
-    return Plan(geometry, layers, element_size, keys)
+    return Plan(tuple(planned), element_size, layers)

@@ -1,15 +1,15 @@
 """Look at every layer before any rank is chosen: loss curves for the planner."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 
 import torch
 
-from ..families import AttentionWeights, Geometry
+from ..families import AttentionWeights, Geometry, Site
 from ..fit.bases import error_curve, rotary_error_curve
 from ..fit.metric import LayerMetrics, Metric
 from ..folder.store import Store
-from .allocate import Curve, Point, candidates
+from .allocate import Caps, Curve, Point, candidates
 
 # From squared error to loss, measured on SmolLM2-135M (benchmarks/NOTES.md). The Fisher metric is
 # the loss to second order; at the errors of a
@@ -32,32 +32,28 @@ def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tupl
 
 
 def survey(
-    layers: Iterable[Callable[[], tuple[AttentionWeights, LayerMetrics]]],
-    geometry: Geometry,
-    caps: tuple[int, int],
+    sites: Sequence[Site],
+    look: Callable[[Site], tuple[AttentionWeights, LayerMetrics]],
+    caps: Caps,
     keys: str,
     store: Store,
     progress: Callable[[int], None] = lambda *_: None,
-    label: str = "curves",
 ) -> list[tuple[Curve, Curve]]:
-    """(keys, values) curves of every layer; keys: their form (plan.shapes.KEYS). Finished layers
-    are kept in the store, under this label.
+    """(keys, values) curves of every site; look: its weights and its metrics; keys: their form
+    (plan.shapes.KEYS). Finished ones are kept in the store.
     """
     curves = []
-    for i, layer in enumerate(layers):
-        if (name := f"{label}-{keys}-{i}") not in store:
-            weights, metrics = layer()
-            store.save(
-                name,
-                [
-                    [astuple(point) for point in side]
-                    for side in (
-                        curve(weights.W_K, metrics.keys, geometry, caps[0], KEY_WEIGHT, keys),
-                        curve(weights.W_V, metrics.values, geometry, caps[1], 1.0),
-                    )
-                ],
+    for i, site in enumerate(sites):
+        if (name := f"curves-{keys}-{site.name}") not in store:
+            (weights, metrics), geometry = look(site), site.geometry
+            widest = caps(geometry)
+            sides = (
+                curve(weights.W_K, metrics.keys, geometry, widest[0], KEY_WEIGHT, keys),
+                curve(weights.W_V, metrics.values, geometry, widest[1], 1.0),
             )
-        curves.append(tuple([Point(*point) for point in side] for side in store.load(name)))
+            store.save(name, [[astuple(point) for point in side] for side in sides])
+        keys_curve, values_curve = ([Point(*p) for p in side] for side in store.load(name))
+        curves.append((keys_curve, values_curve))
         progress(i + 1)
     return curves
 

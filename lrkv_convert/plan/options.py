@@ -2,18 +2,19 @@
 anything is read in full.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import LrkvError
-from ..families import KINDS, Geometry
+from ..families import KINDS, Family, Site
 from ..fit.bases import BASES, check_shape
 from ..fit.metric import METRICS
-from ..folder.writer import check_shard_size
 from ..settings.fields import Typed
 from .shapes import Plan, check_keys, uniform_plan
 
 # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
 TOKENS, BUILT_IN_TOKENS = 16384, 32768
+SPEECH_TOKENS = 4096  # of transcripts: about 20 minutes of speech
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ class Options(Typed):
             "width_v": self.base_width_v,
         }
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of calibration text to read."""
+    def tokens_of(self, family: Family) -> int:
+        """Tokens of calibration to read."""
         if self.calibration_tokens is not None:
             return self.calibration_tokens
-        return BUILT_IN_TOKENS if self.calibration is None else TOKENS
+        if family.speech:
+            return SPEECH_TOKENS
+        return BUILT_IN_TOKENS if self.calibration is None and family.encoder is None else TOKENS
 
     @property
     def without_text(self) -> bool:
@@ -99,33 +101,34 @@ class Options(Typed):
             return self.cache_ratio
         return 0.75 if self.keys == "full" else 0.5  # keys alone are half of the cache
 
-    def kinds(self, encoder_decoder: bool) -> tuple[str, ...]:
+    def kinds(self, family: Family) -> tuple[str, ...]:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that
         this model has not.
         """
         asked = (
             [kind.strip() for kind in self.attention.split(",")]
             if self.attention is not None
-            else KINDS
-            if encoder_decoder
-            else ("self",)
+            else list(family.kinds)
         )
         if unknown := [kind for kind in asked if kind not in KINDS]:
             raise LrkvError(
                 f"unknown attention {unknown[0]!r}", "choose self, cross, or self,cross for both"
             )
-        if "cross" in asked and not encoder_decoder:
+        if unknown := [kind for kind in asked if kind not in family.kinds]:
             raise LrkvError(
-                "this model has no cross-attention", "it is a decoder alone: leave --attention out"
+                f"this model has no {unknown[0]}-attention",
+                "it is a decoder alone: leave --attention out",
             )
         return tuple(kind for kind in KINDS if kind in asked)
 
-    def check(self, geometry: Geometry, config) -> None:
+    def check(self, sites: Sequence[Site], config) -> None:
         """Raise LrkvError for values out of range and for options that contradict one another."""
         for value, known, name in ((self.base, BASES, "base"), (self.metric, METRICS, "metric")):
             if value not in known:
                 raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
-        check_keys(self.keys, self.base, geometry, config)
+        geometries = list(dict.fromkeys(site.geometry for site in sites))
+        for geometry in geometries:
+            check_keys(self.keys, self.base, geometry, config)
         if self.cache_ratio is not None:
             self._check_budget()
         if self.metric == "whitened" and self.without_text:
@@ -137,19 +140,18 @@ class Options(Typed):
             raise LrkvError(
                 "the widest base is at least 1 wide", "see --max-width-k and --max-width-v"
             )
-        if self.metric == "attention" and geometry.key_norm:
+        if self.metric == "attention" and any(g.key_norm for g in geometries):
             raise LrkvError(
                 "the attention metric knows nothing of QK-norm, which this model has",
                 "leave --metric out, or take whitened or plain",
             )
-        check_shard_size(self.max_shard_size)
         if self.keys != "joint" and self.max_width_k is not None:
             raise LrkvError(
                 f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out"
             )
-        if self.tokens < 1:
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
             raise LrkvError(
-                f"{self.tokens} calibration tokens are none",
+                f"{self.calibration_tokens} calibration tokens are none",
                 "give --calibration none for the weights alone",
             )
         if self.budget is None and (self.max_width_k or self.max_width_v):
@@ -179,24 +181,20 @@ class Options(Typed):
                 "give --rank without text or with other metrics",
             )
 
-    def uniform_plan(self, geometry: Geometry, element_size: int) -> Plan | None:
-        """The plan, where it is the same in every layer; None where it waits for calibration.
-        Raises LrkvError for shapes that cannot be.
+    def uniform_plan(self, sites: Sequence[Site], layers: int, element_size: int) -> Plan | None:
+        """The plan of one kind of attention, where it is the same in every layer; None where it
+        waits for calibration. Raises LrkvError for shapes that cannot be.
         """
         if self.budget is not None:
             return None
         plan = uniform_plan(
-            geometry, element_size, **self.uniform, keys=self.keys, force=self.force
+            sites, layers, element_size, **self.uniform, keys=self.keys, force=self.force
         )
-        layer = plan.layers[0]
+        g, first = plan.geometry, plan.sites[0]
         try:
-            check_shape(
-                self.base, geometry.kv_heads, geometry.head_dim, layer.value_width, layer.value_rank
-            )
+            check_shape(self.base, g.kv_heads, g.head_dim, first.values.width, first.values.rank)
             if self.keys == "joint":
-                check_shape(
-                    self.base, geometry.kv_heads, geometry.head_dim, layer.key_width, layer.key_rank
-                )
+                check_shape(self.base, g.kv_heads, g.head_dim, first.keys.width, first.keys.rank)
         except ValueError as error:
             raise LrkvError(str(error), "see --base-width and --rank") from error
         return plan

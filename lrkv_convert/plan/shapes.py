@@ -4,10 +4,11 @@ Cache per token and layer: (m_K + H r_K) + (m_V + H r_V) numbers instead of 2 H 
 Eq 8-9, with m = d in the paper).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import LrkvError
-from ..families import Geometry
+from ..families import Geometry, Site
 from ..fit.bases import UNALIGNED
 
 # of all residual rank, when none is given: values need about three times the rank of keys
@@ -30,39 +31,87 @@ KEYS = {
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """Base width m and residual rank r of keys and values of one layer."""
+class Shape:
+    """How one side (keys or values) of one attention module is cached: base width m and residual
+    rank r, in one of KEYS; "full" is width 0 and rank d.
+    """
 
-    key_width: int
-    key_rank: int
-    value_width: int
-    value_rank: int
+    width: int
+    rank: int
+    form: str = "joint"
+
+    def numbers(self, geometry: Geometry) -> int:
+        """Cached per token: m + H r."""
+        return self.width + geometry.kv_heads * self.rank
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One attention module of the plan: its layer, its geometry and the shapes of its two sides."""
+
+    layer: int
+    geometry: Geometry
+    keys: Shape
+    values: Shape
+
+    @property
+    def numbers(self) -> int:
+        """Cached per token."""
+        return self.keys.numbers(self.geometry) + self.values.numbers(self.geometry)
+
+    @property
+    def numbers_before(self) -> int:
+        """The same of the original: 2 H d."""
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim
+
+    @property
+    def work_before(self) -> int:
+        """Multiply-adds to score one cached key and to weigh one value."""
+        return 2 * self._heads * self.geometry.head_dim
+
+    @property
+    def work(self) -> int:
+        """The same when values and position-free keys are never rebuilt (Eq 6-7: queries and
+        outputs are mapped instead, once per step), while keys under RoPE are, once per KV head,
+        where they are cached before rotation.
+        """
+        return self._key_work + self._heads * (self.values.width + self.values.rank)
+
+    @property
+    def _heads(self) -> int:
+        return self.geometry.kv_heads * self.geometry.groups
+
+    @property
+    def _key_work(self) -> int:
+        """Multiply-adds to score one cached key."""
+        H, d, shape = self.geometry.kv_heads, self.geometry.head_dim, self.keys
+        if shape.form == "full":
+            return self._heads * d
+        if not self.geometry.rebuilt:
+            return self._heads * (shape.width + shape.rank)
+        rebuilt = shape.rank if shape.form == "rotary" else shape.width + shape.rank
+        return H * rebuilt * d + self._heads * d
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will produce. Bytes and flops are per cached token over all layers, bytes
-    in the dtype the model is stored in.
+    """What a conversion will produce of one kind of attention. Bytes and flops are per cached token
+    over all its modules, bytes in the dtype the model is stored in.
 
-    keys: one of KEYS; "full" is planned as width 0 and rank d.
+    layers: of the stack, those without such attention included.
     """
 
-    geometry: Geometry
-    layers: tuple[LayerPlan, ...]
+    sites: tuple[SitePlan, ...]
     element_size: int
-    keys: str = "joint"
+    layers: int
 
     @property
     def bytes_before(self) -> int:
-        g = self.geometry
-        return 2 * g.layers * g.kv_heads * g.head_dim * self.element_size
+        return self.element_size * sum(site.numbers_before for site in self.sites)
 
     @property
     def bytes_after(self) -> int:
-        H = self.geometry.kv_heads
-        return self.element_size * sum(
-            p.key_width + H * p.key_rank + p.value_width + H * p.value_rank for p in self.layers
-        )
+        return self.element_size * sum(site.numbers for site in self.sites)
 
     @property
     def ratio(self) -> float:
@@ -73,69 +122,69 @@ class Plan:
         """Of one decoding step, per token in the cache: scores and weighted values, two flops per
         multiply-add.
         """
-        g = self.geometry
-        return 2 * 2 * g.layers * g.kv_heads * g.groups * g.head_dim
+        return 2 * sum(site.work_before for site in self.sites)
 
     @property
     def flops_after(self) -> int:
-        """The same when values and position-free keys are never rebuilt (Eq 6-7: queries and
-        outputs are mapped instead, once per step), while keys under RoPE are, once per KV head,
-        where they are cached before rotation.
-        """
-        return 2 * sum(
-            self._key_work(p) + self._heads * (p.value_width + p.value_rank) for p in self.layers
-        )
+        return 2 * sum(site.work for site in self.sites)
 
     @property
-    def _heads(self) -> int:
-        return self.geometry.kv_heads * self.geometry.groups
+    def geometry(self) -> Geometry:
+        """Of the first module, for what all have."""
+        return self.sites[0].geometry
 
-    def _key_work(self, p: LayerPlan) -> int:
-        """Multiply-adds to score one cached key of a layer."""
-        H, d = self.geometry.kv_heads, self.geometry.head_dim
-        if self.keys == "full":
-            return self._heads * d
-        if not self.geometry.rebuilt:
-            return self._heads * (p.key_width + p.key_rank)
-        rebuilt = p.key_rank if self.keys == "rotary" else p.key_width + p.key_rank
-        return H * rebuilt * d + self._heads * d
+    @property
+    def keys(self) -> str:
+        """The form of keys."""
+        return self.sites[0].keys.form
 
     def lrkv_config(self, base: str) -> dict:
-        """The `lrkv` field of the converted model's config."""
-        side = lambda name, **more: {
-            "base_width": [getattr(p, f"{name}_width") for p in self.layers],
-            "rank": [getattr(p, f"{name}_rank") for p in self.layers],
-            **more,
-        }
+        """The `lrkv` field of the converted model's config: lists have an entry per layer, 0 and 0
+        where a layer has no such attention.
+        """
+        at = {site.layer: site for site in self.sites}
+
+        def side(name: str, **more) -> dict:
+            shapes = [getattr(at.get(i), name, Shape(0, 0)) for i in range(self.layers)]
+            return {
+                "base_width": [shape.width for shape in shapes],
+                "rank": [shape.rank for shape in shapes],
+                **more,
+            }
+
+        form = "joint" if self.keys == "per-head" else self.keys  # which is joint without a base
         return {
-            "keys": side("key", alignment=self.key_base(base) not in UNALIGNED, form=self.form),
-            "values": side("value", alignment=base not in UNALIGNED),
+            "keys": side("keys", alignment=key_base(self.keys, base) not in UNALIGNED, form=form),
+            "values": side("values", alignment=base not in UNALIGNED),
         }
-
-    def key_base(self, base: str) -> str:
-        """How the keys' base is found when that of the values is `base`: one that RoPE passes
-        through is the paper's own form.
-        """
-        return "aligned" if self.keys == "rotary" else base
-
-    @property
-    def form(self) -> str:
-        """What the modelling code must know of the keys: per-head ones are joint ones without a
-        base.
-        """
-        return "joint" if self.keys == "per-head" else self.keys
 
     def as_dict(self) -> dict:
         return {
             "geometry": asdict(self.geometry),
             "keys": self.keys,
-            "layers": [asdict(p) for p in self.layers],
+            "layers": [
+                {"layer": site.layer, "keys": asdict(site.keys), "values": asdict(site.values)}
+                for site in self.sites
+            ],
+            **self.cache(),
+        }
+
+    def cache(self) -> dict:
+        """Bytes and flops per cached token, before and after."""
+        return {
             "kv_bytes_per_token_before": self.bytes_before,
             "kv_bytes_per_token": self.bytes_after,
             "kv_ratio": self.ratio,
             "kv_flops_per_token_before": self.flops_before,
             "kv_flops_per_token": self.flops_after,
         }
+
+
+def key_base(form: str, base: str) -> str:
+    """How the base of keys in this form is found when that of the values is `base`: one that RoPE
+    passes through is the paper's own form.
+    """
+    return "aligned" if form == "rotary" else base
 
 
 def check_keys(keys: str, base: str, geometry: Geometry, config) -> None:
@@ -182,7 +231,8 @@ def halving_ranks(geometry: Geometry) -> tuple[int, int]:
 
 
 def uniform_plan(
-    geometry: Geometry,
+    sites: Sequence[Site],
+    layers: int,
     element_size: int,
     rank: int | None = None,
     rank_k: int | None = None,
@@ -193,13 +243,15 @@ def uniform_plan(
     keys: str = "joint",
     force: bool = False,
 ) -> Plan:
-    """The same in every layer. rank_k and rank_v override rank, none at all halves the cache; the
-    base is as wide as a head unless width, width_k or width_v say otherwise: 0 is one latent per
-    head, a wide base with rank 0 one joint latent for all heads. keys: one of KEYS.
+    """The same in every layer. sites: of one kind of attention; layers: of their stack. rank_k and
+    rank_v override rank, none at all halves the cache; the base is as wide as a head unless width,
+    width_k or width_v say otherwise: 0 is one latent per head, a wide base with rank 0 one joint
+    latent for all heads. keys: one of KEYS.
 
     Raises LrkvError for ranks and widths out of range, and for a cache that does not shrink, unless
     `force`.
     """
+    geometry = sites[0].geometry
     if rank is rank_k is rank_v is None and not width is width_k is width_v is None:
         raise LrkvError(
             "a base width needs a rank beside it",
@@ -240,8 +292,9 @@ def uniform_plan(
                 f"a base is between 0 and {H * d} wide (all heads together), "
                 "and width and rank are not both 0",
             )
+    shapes = Shape(*sides["key"], keys), Shape(*sides["value"])
     plan = Plan(
-        geometry, (LayerPlan(*sides["key"], *sides["value"]),) * geometry.layers, element_size, keys
+        tuple(SitePlan(site.layer, site.geometry, *shapes) for site in sites), element_size, layers
     )
     if plan.ratio >= 1 and not force:
         says = ", ".join(f"{name}s {m} + {H}·{r}" for name, (m, r) in sides.items())

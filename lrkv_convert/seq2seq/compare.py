@@ -16,11 +16,12 @@ from ..evaluate.memory import cache_bytes, formula_bytes_by_kind
 from ..evaluate.perplexity import Scores, divergence, prediction
 from ..evaluate.statistics import summary
 from ..evaluate.words import Alignment, align
-from ..examples.pairs import read_pairs, read_speech
+from ..examples.pairs import read_pairs
 from ..examples.prepare import Tensors, prepare
 from ..examples.reader import Reader
+from ..examples.speech import read_speech
 from ..examples.writing import encode, heard, write
-from ..families import EncoderDecoder, family_with_encoder
+from ..families import Family, family_named
 from ..modeling import auto_class
 from ..modeling.contract_lrkv import CACHE
 
@@ -45,7 +46,7 @@ def compare(
     Words are those that each model writes greedily, beside the first model's and beside the
     references.
     """
-    families = [family_of(path) for path in paths]
+    families = [family_with_encoder(path) for path in paths]
     family = families[0]
     if bool(audio) != family.speech or bool(pairs) == family.speech:
         kind, option = ("speech", "--audio FOLDER") if family.speech else ("text", "--pairs FILE")
@@ -54,7 +55,7 @@ def compare(
         )
     corpora = [read_speech(folder) for folder in audio] + [read_pairs(file) for file in pairs]
     models = [
-        load_model(path, device, dtype, auto_class(each.any.model_type))
+        load_model(path, device, dtype, auto_class(each.model_type))
         for path, each in zip(paths, families)
     ]
     check_vocabularies(paths, models)
@@ -135,14 +136,15 @@ def compare(
     }
 
 
-def family_of(path: str) -> EncoderDecoder:
+def family_with_encoder(path: str) -> Family:
     """The family of a model, original or converted. Raises LrkvError for one without an encoder."""
-    family = family_with_encoder(read_config(path))
-    if family is None:
+    family = family_named(read_config(path).model_type)
+    if family is None or family.encoder is None:
         raise LrkvError(
             f"{path} has no encoder: it reads plain text",
             "give --text, and neither --audio nor --pairs",
         )
+    family.refuse(read_config(path))
     return family
 
 

@@ -5,7 +5,6 @@ curve.
 import datetime
 import importlib.util
 import json
-import resource
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from ..device import peak_memory
 from ..errors import LrkvError
 from ..evaluate.load import check_folder, read_config
-from ..fit.layer import tensor_shapes
 from ..folder.card import CURVE as PICTURE
 from ..folder.card import source_metadata
 from ..folder.companions import version, write_card
+from ..folder.target import tensor_shapes
 from ..folder.travelling import write_modeling
 from ..folder.writer import RECORD, WORK, ShardWriter, publish, write_json
 from ..source import check_finite
@@ -54,7 +54,7 @@ def history_entry(
         "steps": options.steps,
         "tokens": tokens,
         "seconds": last["seconds"],
-        "peak_memory_bytes": peak_memory(accelerator.device),
+        "peak_memory_bytes": peak_bytes(accelerator.device),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "precision": accelerator.mixed_precision,
@@ -74,13 +74,9 @@ def history_entry(
     }
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int | None:
     """Most bytes this process held, on the device that it trained on."""
-    return (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def finish(
