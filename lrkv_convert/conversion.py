@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -206,7 +207,8 @@ def write_weights(
     """Fit layer after layer and write each as it is done; returns the fit errors of every layer, by
     kind of attention.
     """
-    target, skeleton, errors = empty_target(config), study.skeleton, []
+    # a model writes into its config what it runs with
+    target, skeleton, errors = empty_target(deepcopy(config)), study.skeleton, []
     state, stack = target.state_dict(), f"{study.family.any.layer_path}."
     shapes = {name: (tuple(state[name].shape), stored) for name in skeleton.names(target)}
     writer = ShardWriter(folder, shapes, options.max_shard_size)

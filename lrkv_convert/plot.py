@@ -223,7 +223,7 @@ def cache(record: dict, name: str, file: Path) -> None:
     above.set_ylabel("numbers cached per token")
     above.set_ylim(0, 2 * heads * width * 1.35)  # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
-    above.set_title(f"{shown(name)}: {record['cache']['kv_ratio']:.1%} of the original's cache")
+    above.set_title(f"{shown(name)}: {fitted['cache']['kv_ratio']:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")
     below.set_ylabel("relative error of the fit\n(in its metric)")
     below.set_ylim(bottom=0)

@@ -18,11 +18,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import pytest
 import torch
 from families import CONFIGS
-from lrkv_cli.main import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert import convert
 from lrkv_convert.modeling import FAMILIES
 

@@ -27,6 +27,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
     StableLmConfig,
 )
 
@@ -80,6 +81,7 @@ CONFIGS = {
     ),
     "qwen3": lambda: Qwen3Config(**ROPE),
     "qwen3_moe": lambda: Qwen3MoeConfig(**EXPERTS, num_experts=4, sliding_window=None),
+    "smollm3": lambda: SmolLM3Config(**{**ROPE, "num_hidden_layers": 3}, no_rope_layers=[1, 0, 1]),
     "olmo": lambda: OlmoConfig(**ROPE),
     "olmo2": lambda: Olmo2Config(**ROPE),
     "gemma": lambda: GemmaConfig(**ROPE),

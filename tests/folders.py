@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from conftest import prompt, relative
-from lrkv_cli.main import app
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+
+from lrkv_cli.main import app
 
 CLOSE = 1e-4  # relative: full rank, in float32
 EMBEDDING = {
@@ -225,6 +226,8 @@ def convert_fully(folder: Path, out: Path, *options: str, rank: int = 20):
             "--force",
             "--calibration",
             "none",
+            "--metric",  # named: that of the gradient needs text, and a notice would say so
+            "plain",
             "--dtype",
             "float32",
             *options,

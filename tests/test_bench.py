@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 import torch
 from conftest import prompt, uneven
-from lrkv_cli.main import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert import LrkvError
 from lrkv_convert.evaluate.bench import (
     Contender,

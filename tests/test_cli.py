@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from lrkv_cli.main import app
 from typer.testing import CliRunner
+
+from lrkv_cli.main import app
 
 ROOT = Path(__file__).parent.parent
 runner = CliRunner()

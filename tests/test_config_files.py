@@ -307,13 +307,19 @@ def test_a_converted_folder_whose_config_was_edited(change, tiny, converted, tex
         {"calibration": None},
         {"calibration": {"texts": 7}},
         {"recipe": []},
+        {"attention": None},
+        {"attention": {}},
+        {"attention": {"self": 7}},
         {"evaluations": 7},
     ],
     ids=str,
 )
 def test_a_record_of_the_wrong_kind(content, tiny, converted, text, tmp_path):
     folder = shutil.copytree(converted(), tmp_path / "model")
-    if isinstance(content, dict):
+    if isinstance(content, dict) and content.keys() & {"cache", "layers"}:
+        fitted = json.loads((folder / "lrkv.json").read_text())["attention"]["self"]
+        edit(folder / "lrkv.json", attention={"self": fitted | content})
+    elif isinstance(content, dict):
         edit(folder / "lrkv.json", **content)
     else:
         (folder / "lrkv.json").write_text(content)

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from conftest import prompt
-from lrkv_cli.main import app
 from test_model import load
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert.modeling import ENCODER_DECODERS, FAMILIES, contract_lrkv
 from lrkv_convert.modeling.contract_lrkv import CACHE, CACHE_NAMES, BrokenContract, take_cache
 

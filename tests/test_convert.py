@@ -108,15 +108,16 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
 
 def test_the_record_tells_how_to_reproduce_it(converted, tiny):
     record = json.loads((converted() / "lrkv.json").read_text())
+    fitted = record["attention"]["self"]
     assert (
         record["source"]["sha256"]
         == hashlib.sha256((tiny() / "model.safetensors").read_bytes()).hexdigest()
     )
     assert record["recipe"]["rank"] == 7 and record["recipe"]["base"] == "joint"
-    assert record["cache"]["kv_ratio"] == pytest.approx((20 + 3 * 7) / (3 * 20))
-    assert [layer["keys"]["rank"] for layer in record["layers"]] == [7, 7]
+    assert fitted["cache"]["kv_ratio"] == pytest.approx((20 + 3 * 7) / (3 * 20))
+    assert [layer["keys"]["rank"] for layer in fitted["layers"]] == [7, 7]
     assert all(
-        0 < layer[side]["error"] < 1 for layer in record["layers"] for side in ("keys", "values")
+        0 < layer[side]["error"] < 1 for layer in fitted["layers"] for side in ("keys", "values")
     )
     [text] = record["calibration"]["texts"]
     assert (
@@ -135,7 +136,8 @@ def test_the_model_card_states_the_cache(converted):
     card = (converted() / "README.md").read_text()
     record = json.loads((converted() / "lrkv.json").read_text())
     assert card.startswith("---\n") and "library_name: transformers" in card
-    assert f"{record['cache']['kv_ratio']:.1%}" in card and "trust_remote_code=True" in card
+    ratio = record["attention"]["self"]["cache"]["kv_ratio"]
+    assert f"{ratio:.1%}" in card and "trust_remote_code=True" in card
 
 
 def test_conversion_is_deterministic(converted, tiny, tmp_path):
@@ -287,7 +289,8 @@ def test_half_the_cache_is_the_default(tiny, tmp_path):
     assert 0.42 < plan.ratio <= 0.5 and not (tmp_path / "out").exists()
     # nothing to plan with
     uniform = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[]).plan
-    assert uniform.ratio <= 0.5 and uniform.layers[0].key_rank < uniform.layers[0].value_rank
+    first = uniform.sites[0]
+    assert uniform.ratio <= 0.5 and first.keys.rank < first.values.rank
 
 
 @pytest.mark.parametrize("width, rank", [(0, 12), (40, 0), (33, 3)])

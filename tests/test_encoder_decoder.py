@@ -25,8 +25,6 @@ from encoder_decoders import (
     tiny,
     write_little,
 )
-from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
-from lrkv_convert.seq2seq.skeleton import StackSkeleton
 from safetensors.torch import load_file, save_file
 
 from lrkv_convert import convert
@@ -35,7 +33,9 @@ from lrkv_convert.families import ENCODER_DECODERS, KINDS
 from lrkv_convert.folder.store import Store
 from lrkv_convert.observe.sensitivity import SEED, draw
 from lrkv_convert.seq2seq import conversion as story
+from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
 from lrkv_convert.seq2seq.compare import compare
+from lrkv_convert.seq2seq.skeleton import StackSkeleton
 from lrkv_convert.source import open_checkpoint
 
 

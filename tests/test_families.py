@@ -16,14 +16,15 @@ from test_model import FLOAT32, FLOAT64, STEPS, load, logits, step_by_step
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrkv_convert import LrkvError, convert
-from lrkv_convert.conversion import open_model
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
-from lrkv_convert.families import ADAPTERS
+from lrkv_convert.families import FAMILIES as KNOWN
+from lrkv_convert.families import family_named
 from lrkv_convert.families.table import readme_rows
 from lrkv_convert.inspection.fidelity import key_heads
 from lrkv_convert.modeling import FAMILIES, attention_lrkv
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.study import Study
 from lrkv_convert.train.student import choose_trained, set_precision
 
 QUICK = dict(calibration=[])  # the weights alone
@@ -35,7 +36,8 @@ class TestFamily:
         """Heads hold every number of the original's projections, each once, where the adapter
         says.
         """
-        checkpoint, adapter = open_model(str(tiny(family)))
+        study = Study(str(tiny(family)))
+        checkpoint, adapter = study.checkpoint, study.family.any
         weights, at = adapter.split(checkpoint.tensor, 0, checkpoint.config), adapter.module(0)
         sides = {}
         for kind, (W, b, rows) in enumerate(
@@ -100,13 +102,15 @@ class TestFamily:
         says, and the record says it too.
         """
         folder = converted(family, metric="plain", refit=False, **QUICK)
-        checkpoint, adapter = open_model(str(tiny(family)))
+        study = Study(str(tiny(family)))
+        checkpoint, adapter = study.checkpoint, study.family.any
         layer = load(folder).get_submodule(adapter.layer_path)[1]
         W = adapter.split(checkpoint.tensor, 1, checkpoint.config).W_K.double()
         missed = (
             (key_heads(layer.get_submodule(adapter.attention).keys) - W).norm() / W.norm()
         ).item()
-        recorded = json.loads((folder / "lrkv.json").read_text())["layers"][1]["keys"]["error"]
+        recorded = json.loads((folder / "lrkv.json").read_text())["attention"]["self"]
+        recorded = recorded["layers"][1]["keys"]["error"]
         assert missed == pytest.approx(recorded, rel=1e-3) and 0.01 < missed < 1
 
     def test_cached_equals_uncached(self, family, converted):
@@ -186,8 +190,7 @@ class TestFamily:
 
 
 def geometry(folder):
-    checkpoint, adapter = open_model(str(folder))
-    return adapter.geometry(checkpoint.config)
+    return Study(str(folder)).sites[0].geometry
 
 
 def takes_positions(model) -> bool:
@@ -302,21 +305,23 @@ def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
     with torch.no_grad():
         for token in range(2):
             model(prompt(1, seed=token), past_key_values=cache)
-    adapter = ADAPTERS[model.config.model_type.removeprefix("lrkv_")]
+    adapter = family_named(model.config.model_type).any
     # ALiBi; what the table says of the norm
     without = family == "falcon" or adapter.key_norm(model.config) and "LayerNorm" in adapter.norms
     assert set(taken) == {"kernel" if adapter.kernel and not without else "split"}
 
 
-def test_the_readme_lists_the_families():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_docs_list_the_families():
+    text = (Path(__file__).parents[1] / "docs/families.md").read_text()
     table = text.split("<!-- families")[1].split("-->\n")[1].split("<!-- end of families")[0]
     assert table.strip().splitlines() == readme_rows(), (
-        "python -m lrkv_convert.families.table README.md writes it anew"
+        "python -m lrkv_convert.families.table docs/families.md writes it anew"
     )
-    assert {config().model_type for config in CONFIGS.values()} == set(ADAPTERS) == set(FAMILIES), (
-        "a family needs an entry, a modelling class and a row of the tests"
-    )
+    assert (
+        {config().model_type for config in CONFIGS.values()}
+        == {name for name, family in KNOWN.items() if family.encoder is None}
+        == set(FAMILIES)
+    ), "a family needs an entry, a modelling class and a row of the tests"
 
 
 def test_experts_are_left_alone(tiny, converted):
@@ -404,7 +409,10 @@ def test_without_text_a_norm_of_keys_is_fitted_plainly(tiny, tmp_path):
 )
 def test_masks_that_old_checkpoints_hold_are_passed_over(family, buffers, tiny, tmp_path):
     """-1e9 is -inf in float16; transformers reads none of them."""
-    source, layer = shutil.copytree(tiny(family), tmp_path / "source"), ADAPTERS[family].layer_path
+    source, layer = (
+        shutil.copytree(tiny(family), tmp_path / "source"),
+        family_named(family).any.layer_path,
+    )
     tensors = load_file(source / "model.safetensors") | {
         f"{layer}.0.{name}": tensor for name, tensor in buffers.items()
     }
@@ -429,12 +437,12 @@ def test_healing_turns_every_dropout_off(family, tmp_path):
             setattr(config, name, 0.3)
     model = AutoModelForCausalLM.from_config(config).train()
     assert not torch.equal(model(prompt()).logits, model(prompt()).logits)
-    choose_trained(model, ADAPTERS[family], "all")
+    choose_trained(model, family_named(family).any, "all")
     assert torch.equal(model(prompt()).logits, model(prompt()).logits)
 
 
 def test_frozen_experts_are_held_small_in_healing(converted):
-    model, adapter = load(converted("mixtral")), ADAPTERS["mixtral"]
+    model, adapter = load(converted("mixtral")), family_named("mixtral").any
     choose_trained(model, adapter, "attention")
     set_precision(model, adapter, torch.bfloat16)
     assert (
@@ -459,3 +467,18 @@ def test_heads_can_be_removed_where_positions_are_added_to_scores(family, tiny, 
         "--calibration-tokens",
         1024,
     )
+
+
+def test_layers_may_differ(tiny, tmp_path):
+    """SmolLM3 leaves RoPE out of some layers: their keys are position-free, may share a wider base,
+    are read in place, and a form of keys that needs RoPE is refused.
+    """
+    study = Study(str(tiny("smollm3")))
+    assert [site.geometry.rotary for site in study.sites] == [True, False, True]
+    plan = convert(
+        str(tiny("smollm3")), tmp_path / "out", cache_ratio=0.8, calibration_tokens=512
+    ).plan
+    rotated, plain = plan.sites[0].work_before - plan.sites[0].work, plan.sites[1]
+    assert plain.work <= plain.work_before and rotated < 0
+    with pytest.raises(LrkvError, match="needs RoPE"):
+        convert(str(tiny("smollm3")), tmp_path / "rotary", rank=4, keys="rotary")

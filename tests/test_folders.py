@@ -94,7 +94,7 @@ def test_tensors_that_would_change_the_model_are_refused(extra, says, tiny, tmp_
 
 def test_tensors_without_a_place_are_named_once(tiny, tmp_path):
     result = convert_fully(make(tiny(), tmp_path / "in", "llama", extra="a head"), tmp_path / "out")
-    assert result.stderr.splitlines() == [
+    assert [line for line in result.stderr.splitlines() if "no place" in line] == [
         "note: the checkpoint holds v_head.summary.weight, for which the model has no place: left "
         "out, as transformers does"
     ]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrkv_convert import LrkvError
 from lrkv_convert.evaluate.load import load_model
+from lrkv_convert.study import Study
 
 gguf = pytest.importorskip("gguf")
 from gguf_fixture import write_gguf  # noqa: E402
@@ -251,14 +252,11 @@ def test_scaling_that_cannot_be_exact_is_refused(keys, tensors, tmp_path):
 
 
 def test_calibration_sees_the_scaled_rotation(tmp_path):
-    from lrkv_convert.conversion import open_model
-    from lrkv_convert.source.skeleton import Skeleton
-
     model = model_of(LLAMA3, 500000.0, 64)
-    checkpoint, adapter = open_model(
+    study = Study(
         str(written(model, tmp_path / "a.gguf", tensors={"rope_freqs.weight": divisors(model)}))
     )
-    skeleton = Skeleton(checkpoint, adapter, torch.device("cpu"))
+    skeleton = study.build(torch.device("cpu"))
     assert torch.allclose(
         skeleton.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-5
     )

@@ -69,9 +69,10 @@ def test_a_validation_text_is_named_and_a_healing_that_does_not_help_says_so(
 def test_the_bar_keeps_step_loss_ratio_and_time_on_narrow_terminals(width, monkeypatch):
     import io
 
+    from rich.console import Console
+
     from lrkv_cli import display
     from lrkv_cli.display import training
-    from rich.console import Console
 
     stream = io.StringIO()
     monkeypatch.setattr(

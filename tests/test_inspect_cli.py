@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import run
-from lrkv_cli.main import app
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert.inspection import inspect, save
 
 

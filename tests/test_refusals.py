@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, refused
-from lrkv_cli.main import app
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
+
+from lrkv_cli.main import app
 
 runner = CliRunner()
 
@@ -66,8 +67,8 @@ def test_a_broken_gguf(tmp_path):
 
 def test_an_unsupported_family_names_the_nearest(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "smollm3"}))
-    line = refused(source, tmp_path / "out", says="'smollm3' is not supported")
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "granite"}))
+    line = refused(source, tmp_path / "out", says="'granite' is not supported")
     assert "nearest supported: " in line and "gpt2, gpt_neo, gpt_neox, gptj, llama" in line
 
 
@@ -245,7 +246,7 @@ def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(
         story,
-        "convert_layer",
+        "fit_site",
         lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     refused(source, tmp_path / "new" / "deep" / "out", says="No space left")

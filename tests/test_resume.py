@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 from conftest import refused
-from lrkv_cli.main import app
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert import convert
 
 runner = CliRunner()
@@ -28,12 +28,12 @@ if limit:       # a disk that fills up in mid-write: no file may grow beyond thi
 import lrkv_convert.conversion as story
 if {slow}:
     import time
-    fit = story.convert_layer
+    fit = story.fit_site
     def slowly(*a):
         print("fitting", flush=True)
         time.sleep(20)
         return fit(*a)
-    story.convert_layer = slowly
+    story.fit_site = slowly
 from lrkv_cli.main import app
 sys.argv = ["lrkv", "convert", {source!r}, "--out", {out!r}, "--rank", "7", "--calibration", "none"]
 app()
@@ -130,7 +130,7 @@ def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path,
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(story, "convert_layer", fails)
+    monkeypatch.setattr(story, "fit_site", fails)
     refused(source, tmp_path / "out", "--overwrite", says="No space left on device")
     assert (tmp_path / "out" / "lrkv.json").read_text() == before
 
@@ -142,7 +142,7 @@ def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path,
         ("entering-2", "layer-1"),
         ("moments-1", "layer-1"),
         ("backward", "moments-1"),
-        ("curves-joint-0", "curves-joint-0"),
+        ("curves-joint-self-0", "curves-joint-self-0"),
         ("fitted-0", "fitted-0"),
     ],
 )

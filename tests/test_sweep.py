@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from lrkv_cli.main import app
 from typer.testing import CliRunner
 
+from lrkv_cli.main import app
 from lrkv_convert.evaluate import compare
 from lrkv_convert.examples.text import Text
 from lrkv_convert.families import Geometry

@@ -101,6 +101,13 @@ DECODERS = (
         **WINDOW,
         **QK_NORM,
     ),
+    DecoderAdapter(
+        "smollm3",
+        models="SmolLM3",
+        biased=biased,
+        rotates=lambda c, layer: bool(c.no_rope_layers[layer]),
+        **{**ROPE, "positions": "RoPE, none in some layers"},
+    ),
     DecoderAdapter("olmo", models="OLMo", biased=biased, rotary=whole, refuses=(PARTIAL, CLIPPED)),
     DecoderAdapter(
         "olmo2",

@@ -4,6 +4,8 @@ Importing this package registers them with transformers, so that converted folde
 `trust_remote_code`.
 """
 
+import importlib
+import pkgutil
 import sys
 
 from transformers import (
@@ -12,90 +14,36 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    GenerationMixin,
+    PreTrainedConfig,
 )
 
-from .modeling_lrkv_bart import LrkvBartConfig, LrkvBartForConditionalGeneration, LrkvBartModel
-from .modeling_lrkv_bloom import LrkvBloomConfig, LrkvBloomForCausalLM, LrkvBloomModel
-from .modeling_lrkv_codegen import LrkvCodeGenConfig, LrkvCodeGenForCausalLM, LrkvCodeGenModel
-from .modeling_lrkv_cohere import LrkvCohereConfig, LrkvCohereForCausalLM, LrkvCohereModel
-from .modeling_lrkv_falcon import LrkvFalconConfig, LrkvFalconForCausalLM, LrkvFalconModel
-from .modeling_lrkv_gemma import LrkvGemmaConfig, LrkvGemmaForCausalLM, LrkvGemmaModel
-from .modeling_lrkv_gemma2 import LrkvGemma2Config, LrkvGemma2ForCausalLM, LrkvGemma2Model
-from .modeling_lrkv_gemma3_text import (
-    LrkvGemma3TextConfig,
-    LrkvGemma3TextForCausalLM,
-    LrkvGemma3TextModel,
-)
-from .modeling_lrkv_gpt2 import LrkvGPT2Config, LrkvGPT2LMHeadModel, LrkvGPT2Model
-from .modeling_lrkv_gpt_neo import LrkvGPTNeoConfig, LrkvGPTNeoForCausalLM, LrkvGPTNeoModel
-from .modeling_lrkv_gpt_neox import LrkvGPTNeoXConfig, LrkvGPTNeoXForCausalLM, LrkvGPTNeoXModel
-from .modeling_lrkv_gptj import LrkvGPTJConfig, LrkvGPTJForCausalLM, LrkvGPTJModel
-from .modeling_lrkv_llama import LrkvLlamaConfig, LrkvLlamaForCausalLM, LrkvLlamaModel
-from .modeling_lrkv_marian import LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel
-from .modeling_lrkv_mistral import LrkvMistralConfig, LrkvMistralForCausalLM, LrkvMistralModel
-from .modeling_lrkv_mixtral import LrkvMixtralConfig, LrkvMixtralForCausalLM, LrkvMixtralModel
-from .modeling_lrkv_mpt import LrkvMptConfig, LrkvMptForCausalLM, LrkvMptModel
-from .modeling_lrkv_olmo import LrkvOlmoConfig, LrkvOlmoForCausalLM, LrkvOlmoModel
-from .modeling_lrkv_olmo2 import LrkvOlmo2Config, LrkvOlmo2ForCausalLM, LrkvOlmo2Model
-from .modeling_lrkv_opt import LrkvOPTConfig, LrkvOPTForCausalLM, LrkvOPTModel
-from .modeling_lrkv_pegasus import (
-    LrkvPegasusConfig,
-    LrkvPegasusForConditionalGeneration,
-    LrkvPegasusModel,
-)
-from .modeling_lrkv_phi import LrkvPhiConfig, LrkvPhiForCausalLM, LrkvPhiModel
-from .modeling_lrkv_phi3 import LrkvPhi3Config, LrkvPhi3ForCausalLM, LrkvPhi3Model
-from .modeling_lrkv_qwen2 import LrkvQwen2Config, LrkvQwen2ForCausalLM, LrkvQwen2Model
-from .modeling_lrkv_qwen2_moe import LrkvQwen2MoeConfig, LrkvQwen2MoeForCausalLM, LrkvQwen2MoeModel
-from .modeling_lrkv_qwen3 import LrkvQwen3Config, LrkvQwen3ForCausalLM, LrkvQwen3Model
-from .modeling_lrkv_qwen3_moe import LrkvQwen3MoeConfig, LrkvQwen3MoeForCausalLM, LrkvQwen3MoeModel
-from .modeling_lrkv_stablelm import LrkvStableLmConfig, LrkvStableLmForCausalLM, LrkvStableLmModel
-from .modeling_lrkv_t5 import LrkvT5Config, LrkvT5ForConditionalGeneration, LrkvT5Model
-from .modeling_lrkv_whisper import (
-    LrkvWhisperConfig,
-    LrkvWhisperForConditionalGeneration,
-    LrkvWhisperModel,
-)
+OWN = "modeling_lrkv_"  # before the family in the name of its file
+Classes = tuple[type, type, type]  # config, base model, model with its language head
 
-# original model_type -> (config, base model, causal LM)
-FAMILIES: dict[str, tuple[type, type, type]] = {
-    "bloom": (LrkvBloomConfig, LrkvBloomModel, LrkvBloomForCausalLM),
-    "codegen": (LrkvCodeGenConfig, LrkvCodeGenModel, LrkvCodeGenForCausalLM),
-    "cohere": (LrkvCohereConfig, LrkvCohereModel, LrkvCohereForCausalLM),
-    "falcon": (LrkvFalconConfig, LrkvFalconModel, LrkvFalconForCausalLM),
-    "gemma": (LrkvGemmaConfig, LrkvGemmaModel, LrkvGemmaForCausalLM),
-    "gemma2": (LrkvGemma2Config, LrkvGemma2Model, LrkvGemma2ForCausalLM),
-    "gemma3_text": (LrkvGemma3TextConfig, LrkvGemma3TextModel, LrkvGemma3TextForCausalLM),
-    "gpt2": (LrkvGPT2Config, LrkvGPT2Model, LrkvGPT2LMHeadModel),
-    "gpt_neo": (LrkvGPTNeoConfig, LrkvGPTNeoModel, LrkvGPTNeoForCausalLM),
-    "gpt_neox": (LrkvGPTNeoXConfig, LrkvGPTNeoXModel, LrkvGPTNeoXForCausalLM),
-    "gptj": (LrkvGPTJConfig, LrkvGPTJModel, LrkvGPTJForCausalLM),
-    "llama": (LrkvLlamaConfig, LrkvLlamaModel, LrkvLlamaForCausalLM),
-    "mistral": (LrkvMistralConfig, LrkvMistralModel, LrkvMistralForCausalLM),
-    "mixtral": (LrkvMixtralConfig, LrkvMixtralModel, LrkvMixtralForCausalLM),
-    "mpt": (LrkvMptConfig, LrkvMptModel, LrkvMptForCausalLM),
-    "olmo": (LrkvOlmoConfig, LrkvOlmoModel, LrkvOlmoForCausalLM),
-    "olmo2": (LrkvOlmo2Config, LrkvOlmo2Model, LrkvOlmo2ForCausalLM),
-    "opt": (LrkvOPTConfig, LrkvOPTModel, LrkvOPTForCausalLM),
-    "phi": (LrkvPhiConfig, LrkvPhiModel, LrkvPhiForCausalLM),
-    "phi3": (LrkvPhi3Config, LrkvPhi3Model, LrkvPhi3ForCausalLM),
-    "qwen2": (LrkvQwen2Config, LrkvQwen2Model, LrkvQwen2ForCausalLM),
-    "qwen2_moe": (LrkvQwen2MoeConfig, LrkvQwen2MoeModel, LrkvQwen2MoeForCausalLM),
-    "qwen3": (LrkvQwen3Config, LrkvQwen3Model, LrkvQwen3ForCausalLM),
-    "qwen3_moe": (LrkvQwen3MoeConfig, LrkvQwen3MoeModel, LrkvQwen3MoeForCausalLM),
-    "stablelm": (LrkvStableLmConfig, LrkvStableLmModel, LrkvStableLmForCausalLM),
+
+def classes_of(model_type: str) -> Classes:
+    """The classes in a family's own file: its config, the model of the same name, and the one that
+    generates.
+    """
+    module = importlib.import_module(f".{OWN}{model_type}", __name__)
+    every = [value for value in vars(module).values() if isinstance(value, type)]
+    own = [cls for cls in every if cls.__module__ == module.__name__]
+    [config] = [cls for cls in own if issubclass(cls, PreTrainedConfig)]
+    [head] = [cls for cls in own if issubclass(cls, GenerationMixin)]
+    return config, getattr(module, config.__name__.removesuffix("Config") + "Model"), head
+
+
+# original model_type -> its classes: a file is a family
+CLASSES: dict[str, Classes] = {
+    name.removeprefix(OWN): classes_of(name.removeprefix(OWN))
+    for _, name, _ in pkgutil.iter_modules(__path__)
+    if name.startswith(OWN)
 }
-
-# the same of encoder-decoders: original model_type -> (config, base model, model with its language
-# head)
-ENCODER_DECODERS: dict[str, tuple[type, type, type]] = {
-    "bart": (LrkvBartConfig, LrkvBartModel, LrkvBartForConditionalGeneration),
-    "marian": (LrkvMarianConfig, LrkvMarianModel, LrkvMarianMTModel),
-    "pegasus": (LrkvPegasusConfig, LrkvPegasusModel, LrkvPegasusForConditionalGeneration),
-    "t5": (LrkvT5Config, LrkvT5Model, LrkvT5ForConditionalGeneration),
-    "whisper": (LrkvWhisperConfig, LrkvWhisperModel, LrkvWhisperForConditionalGeneration),
+ENCODER_DECODERS = {
+    name: classes for name, classes in CLASSES.items() if classes[0]().is_encoder_decoder
 }
-CLASSES = FAMILIES | ENCODER_DECODERS
+FAMILIES = {name: classes for name, classes in CLASSES.items() if name not in ENCODER_DECODERS}
 
 
 def auto_class(model_type: str) -> type:

@@ -478,6 +478,7 @@ class LrkvRotaryAttention(LrkvAttention):
     """
 
     interleaved = False  # whether the family's RoPE turns neighbouring channels
+    rotates = True  # whether this module's keys are turned: some layers may go without RoPE
     projections: tuple[str, ...] = ("k_proj", "v_proj")  # those that are replaced
     output = "o_proj"
 
@@ -489,6 +490,20 @@ class LrkvRotaryAttention(LrkvAttention):
         """Extra arguments of the family's attention call: its sliding window, its soft cap."""
         return {}
 
+    def rotations(self, hidden_states, given, of_kinds, cache) -> tuple:
+        """(cos, sin) of the queries and of all cached keys. given: the model's own of these tokens;
+        of_kinds: those of the cache by kind of layer, or None where the cache carries them.
+        """
+        kind = layer_kinds(self.config)[self.layer_idx]
+        found = (
+            rotations_in(cache, kind, hidden_states.device) if of_kinds is None else of_kinds[kind]
+        )
+        if found is not None:
+            return found
+        # keys that lie rotated in the cache keep the positions they were given
+        tables = self.looked_at(given, hidden_states.shape[1], self.interleaved)
+        return (as_halves(tables, self.interleaved),) * 2
+
     def forward(
         self,
         hidden_states,
@@ -497,20 +512,9 @@ class LrkvRotaryAttention(LrkvAttention):
         lrkv_rotations=None,
         **kwargs,
     ):
-        cache = take_cache(kwargs)
-        kind = layer_kinds(self.config)[self.layer_idx]
-        rotations = (
-            rotations_in(cache, kind, hidden_states.device)
-            if lrkv_rotations is None
-            else lrkv_rotations[kind]
-        )
-        # keys that lie rotated in the cache keep the positions they were given
-        if rotations is None:
-            given = as_halves(
-                self.looked_at(position_embeddings, hidden_states.shape[1], self.interleaved),
-                self.interleaved,
-            )
-            rotations = (given, given)
+        cache, rotations = take_cache(kwargs), None
+        if self.rotates:
+            rotations = self.rotations(hidden_states, position_embeddings, lrkv_rotations, cache)
         dropout = (
             self.attention_dropout.p
             if isinstance(self.attention_dropout, nn.Module)
