@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from lrkv_convert.modeling import kernel_lrkv
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.modeling.forms_lrkv import FORMS
 
 # bytes of shared memory a program may take, CUDA programming guide, table of compute capabilities
 SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -63,7 +64,7 @@ def launches(case: tuple, dtype: torch.dtype, tokens: int = 8192) -> list:
             setattr(kernel_lrkv, name, Recorder(kernel, found))
         with device:
             sides = [
-                LowRankHeads(H * d, H, d, m, r, form == "joint", False, form),
+                FORMS[form](H * d, H, d, m, r, FORMS[form].has_maps, False),
                 LowRankHeads(H * d, H, d, v_m, v_r, True, False),
             ]
             sides = [side.to(dtype) for side in sides]

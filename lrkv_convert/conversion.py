@@ -162,7 +162,9 @@ def without_gradient(study: Study, options: Options) -> tuple[Options, list[str]
 
 def caps_of(options: Options) -> Caps:
     """How wide bases may become."""
-    return lambda geometry: width_caps(geometry, options.max_width_k, options.max_width_v)
+    return lambda geometry: width_caps(
+        geometry, options.max_width_k, options.max_width_v, options.keys
+    )
 
 
 def uniform_plans(study: Study, options: Options, stored: torch.dtype) -> dict[str, Plan]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, Sta
 
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.modeling import FAMILIES
-from lrkv_convert.modeling.cache_lrkv import with_residual_layers
+from lrkv_convert.modeling.cache_lrkv import with_pairs
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=258)
 
@@ -156,9 +156,9 @@ class Away(DynamicCache):
     but a layer that is away cannot be read.
     """
 
-    def __init__(self, config):
-        super().__init__(config=config)
-        with_residual_layers(self, config)
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        with_pairs(self, model.base_model.cache_pairs)
         self.offloading, self.away = True, {}
         for layer in self.layers:
             layer.prefetch = lambda layer=layer: self.__fetch(layer)
@@ -185,7 +185,7 @@ class Away(DynamicCache):
 @pytest.mark.parametrize("layers", ["even", "uneven"])
 def test_every_layer_is_back_when_it_is_read(layers, converted):
     model, ids = uneven() if layers == "uneven" else load(converted()), prompt(40)
-    found = steps(model, ids, Away(model.config))
+    found = steps(model, ids, Away(model))
     assert relative(found, whole(model, ids)) < 1e-4
 
 

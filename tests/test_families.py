@@ -20,7 +20,6 @@ from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.families import FAMILIES as KNOWN
 from lrkv_convert.families import family_named
 from lrkv_convert.families.table import readme_rows
-from lrkv_convert.inspection.fidelity import key_heads
 from lrkv_convert.modeling import FAMILIES, attention_lrkv
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
@@ -107,7 +106,7 @@ class TestFamily:
         layer = load(folder).get_submodule(adapter.layer_path)[1]
         W = adapter.split(checkpoint.tensor, 1, checkpoint.config).W_K.double()
         missed = (
-            (key_heads(layer.get_submodule(adapter.attention).keys) - W).norm() / W.norm()
+            (layer.get_submodule(adapter.attention).keys.matrices() - W).norm() / W.norm()
         ).item()
         recorded = json.loads((folder / "lrkv.json").read_text())["attention"]["self"]
         recorded = recorded["layers"][1]["keys"]["error"]

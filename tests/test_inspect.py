@@ -23,7 +23,7 @@ from lrkv_convert.fit.metric import Metric, square_root
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ahead import checked_ranks, planned_kl
 from lrkv_convert.inspection.diversity import diversity, gram, inner_products, similarity
-from lrkv_convert.inspection.fidelity import PROBE, fidelity, key_heads
+from lrkv_convert.inspection.fidelity import PROBE, fidelity
 from lrkv_convert.inspection.spectra import spectrum
 from lrkv_convert.plan.curves import KEY_WEIGHT, curve, second_order
 from lrkv_convert.source.skeleton import Skeleton
@@ -345,10 +345,10 @@ def test_similarity_is_that_of_the_explicit_circuits_in_every_form(options, tiny
         # positions all zero
         still = (torch.ones(1, D, 20), torch.zeros(1, D, 20))
         # (H, D, d)
-        keys = module.keys.rebuild(*module.keys.encode(torch.eye(D).unsqueeze(0), still), still)[
+        keys = module.keys.rebuild(module.keys.encode(torch.eye(D).unsqueeze(0), still), still)[
             0
         ].double()
-    assert relative(key_heads(module.keys), keys) < FLOAT32
+    assert relative(module.keys.matrices(), keys) < FLOAT32
     A, B = circuits(w.W_Q, w.W_K).flatten(1), circuits(queries, keys).flatten(1)
     found = faithful(tiny(), folder, prompt(24))[0]
     assert relative(found.similarity.float(), torch.cosine_similarity(A, B).float()) < FLOAT32

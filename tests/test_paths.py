@@ -17,6 +17,7 @@ from lrkv_convert.evaluate.step import Layer, Shape
 from lrkv_convert.modeling import attention_lrkv, factors_lrkv, reference
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
+from lrkv_convert.modeling.forms_lrkv import FORMS
 from lrkv_convert.modeling.kernel_lrkv import decode, missing
 
 # of the root mean square, against float64; bfloat16 rounds each factor to 8 bits and the weights of
@@ -75,7 +76,7 @@ def problem(
     torch.manual_seed(tokens)
     H, d = 3, 20
     keys, values = (
-        LowRankHeads(8, H, d, m, r, alignment, biased, form),
+        FORMS[form](8, H, d, m, r, alignment, biased),
         LowRankHeads(8, H, d, v_m, v_r, True, biased),
     )
     for parameter in [*keys.parameters(), *values.parameters()]:
@@ -98,8 +99,8 @@ def problem(
         "keys": keys.to(dtype).requires_grad_(False),
         "values": values.to(dtype).requires_grad_(False),
         "query": new(batch, H, G, d),
-        "cached_keys": (new(batch, 1, tokens, m), new(batch, H, tokens, r)),
-        "cached_values": (new(batch, 1, tokens, v_m), new(batch, H, tokens, v_r)),
+        "cached_keys": tuple(new(batch, h, tokens, width) for h, width in keys.slots()),
+        "cached_values": tuple(new(batch, h, tokens, width) for h, width in values.slots()),
         "rotation": rotation,
         "mask": mask,
         "scale": d**-0.5,
@@ -123,14 +124,14 @@ def kernel(**given) -> torch.Tensor:
 
 
 def split(keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm):
-    scores = keys.scores(query * scale, *cached_keys, rotation, norm)
-    return values.average((scores if mask is None else scores + mask).softmax(-1), *cached_values)
+    scores = keys.scores(query * scale, cached_keys, rotation, norm)
+    return values.average((scores if mask is None else scores + mask).softmax(-1), cached_values)
 
 
 def rebuild(keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm):
     k, v = (
-        keys.rebuild(*cached_keys, rotation, norm if keys.form != "full" else None),
-        values.rebuild(*cached_values),
+        keys.rebuild(cached_keys, rotation, norm),
+        values.rebuild(cached_values),
     )
     scores = query @ k.mT * scale
     return (scores if mask is None else scores + mask).softmax(-1) @ v
@@ -207,7 +208,7 @@ def test_the_kernel_writes_all_it_allocates(monkeypatch):
 
 # ---------------------------------------------------------------------------------------- in models
 
-FORMS = [
+CONVERSIONS = [
     {},
     {"rank_k": 0, "rank_v": 12},
     {"base": "aligned"},
@@ -233,7 +234,7 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
 # a model without RoPE has no rotary form of keys, and is refused one (test_refusals.py)
 @pytest.mark.parametrize(
     "family, options",
-    [(f, o) for f in THOROUGH for o in FORMS if f != "gpt2" or o.get("keys") != "rotary"],
+    [(f, o) for f in THOROUGH for o in CONVERSIONS if f != "gpt2" or o.get("keys") != "rotary"],
     ids=str,
 )
 def test_forced_paths_give_the_same_logits(family, options, converted):

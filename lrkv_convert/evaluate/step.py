@@ -22,6 +22,7 @@ from torch import Tensor
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import LrkvAttention
 from ..modeling.factors_lrkv import LowRankHeads
+from ..modeling.forms_lrkv import FORMS
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,16 @@ class Layer(LrkvAttention):
         new = lambda *size: random(size, device, dtype)
         self.scaling = d**-0.5
         # the width D plays no part
-        self.keys = LowRankHeads(
-            64, H, d, *shape.keys, shape.alignment and shape.form == "joint", False, shape.form
-        )
+        form = FORMS[shape.form]
+        self.keys = form(64, H, d, *shape.keys, shape.alignment and form.has_maps, False)
         self.values = LowRankHeads(64, H, d, *shape.values, True, False)
         for side in (self.keys, self.values):
             for parameter in side.parameters():
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             side.to(device, dtype).requires_grad_(False)
         self.cached = [
-            (new(batch, 1, tokens, m), new(batch, H, tokens, r))
-            for m, r in (shape.keys, shape.values)
+            tuple(new(batch, heads, tokens, width) for heads, width in side.slots())
+            for side in (self.keys, self.values)
         ]
         self.query = new(batch, H * shape.groups, 1, d)
         self.rotation = None
@@ -121,8 +121,8 @@ class Layer(LrkvAttention):
         """(N, 1, H G, d)."""
         if path == "rebuild":
             key, value = (
-                self.keys.rebuild(*self.cached[0], self.rotation),
-                self.values.rebuild(*self.cached[1]),
+                self.keys.rebuild(self.cached[0], self.rotation),
+                self.values.rebuild(self.cached[1]),
             )
             return full_attention(self.query, key, value).transpose(1, 2)
         return self.read_in_place(path, self.query, *self.cached, None, self.rotation)[0]

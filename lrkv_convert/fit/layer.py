@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..device import give_back_memory
+from ..families import AttentionWeights
+from ..forms import FORMS, Shape, of_values
 from ..observe.calibrate import Observed
-from ..plan.shapes import Shape, key_base
 from ..source.skeleton import empty
-from .bases import BASES, Factors
 from .metric import LayerMetrics
 from .refit import NOTHING_LOST, refit_output
 
@@ -26,36 +26,18 @@ def fit_site(
 
     attention: that module; it is filled for the refit and emptied again.
     """
-    weights, adapter, rotary = seen.weights, seen.site.adapter, seen.site.geometry.rotary
+    weights, adapter, geometry = seen.weights, seen.site.adapter, seen.site.geometry
     # norms, the output's bias
     own = {name for name, _ in attention.named_parameters()}
     rest = {name: tensor for name, tensor in seen.rest.items() if name in own}
-    if keys.form == "full":
-        # (H d, D)
-        factored, key_error = {"keys.U.weight": weights.W_K.transpose(1, 2).flatten(0, 1)}, 0.0
-        if weights.b_K is not None:
-            factored["keys.bias"] = weights.b_K
-    else:
-        fit = BASES[key_base(keys.form, base)](
-            weights.W_K, metrics.keys, keys.width, keys.rank, rotary=rotary
-        )
-        if fit.gauge is not None:  # q (k gauge)^T = (q gauge^T) k^T
-            weights = weights.replace(
-                W_Q=torch.einsum("hgDe,hfe->hgDf", weights.W_Q.double(), fit.gauge),
-                b_Q=(
-                    None
-                    if weights.b_Q is None
-                    else torch.einsum("hge,hfe->hgf", weights.b_Q.double(), fit.gauge)
-                ),
-            )
-        factored, key_error = side_tensors("keys", fit, weights.b_K), fit.error
-    fit = BASES[base](weights.W_V, metrics.values, values.width, values.rank)
-    if fit.gauge is not None:  # (v gauge) W_O = v (gauge W_O)
-        weights = weights.replace(
-            W_O=torch.einsum("hef,hgfD->hgeD", fit.gauge, weights.W_O.double())
-        )
-    factored |= side_tensors("values", fit, weights.b_V)
-    errors = {"keys": key_error, "values": fit.error}
+    fit = FORMS[keys.form].fit(weights.W_K, weights.b_K, metrics.keys, keys, geometry, base)
+    errors, factored = {"keys": fit.error}, _named("keys", fit.tensors)
+    weights = weights if fit.gauge is None else _queries_absorb(weights, fit.gauge)
+    fit = FORMS[values.form].fit(
+        weights.W_V, weights.b_V, metrics.values, values, of_values(geometry), base
+    )
+    errors, factored = errors | {"values": fit.error}, factored | _named("values", fit.tensors)
+    weights = weights if fit.gauge is None else _outputs_absorb(weights, fit.gauge)
     del fit
     give_back_memory()
     if refit and seen.inputs and max(errors.values()) > NOTHING_LOST:
@@ -69,25 +51,22 @@ def fit_site(
     return errors, rest | adapter.join(weights) | factored
 
 
-def side_tensors(side: str, factors: Factors, bias: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of one `LowRankHeads` module, by their names in the attention module. A bias b
-    becomes b gauge^-1.
-    """
-    tensors = {}
-    if factors.W_shared.shape[1]:
-        tensors["W_shared.weight"] = factors.W_shared.T  # (m, D)
-        if factors.C is not None:
-            # (H, m, d)
-            tensors["C"] = factors.C
-    if factors.U.shape[2]:
-        # (H r, D)
-        tensors["U.weight"] = factors.U.transpose(1, 2).reshape(-1, factors.U.shape[1])
-        # (H, d, r)
-        tensors["B"] = factors.B
-    if bias is not None:
-        tensors["bias"] = (
-            bias
-            if factors.gauge is None
-            else torch.linalg.solve(factors.gauge.mT, bias.double().unsqueeze(-1)).squeeze(-1)
-        )
+def _named(side: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{side}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _queries_absorb(weights: AttentionWeights, gauge: Tensor) -> AttentionWeights:
+    """q (k gauge)^T = (q gauge^T) k^T, gauge (H, d, d)."""
+    return weights.replace(
+        W_Q=torch.einsum("hgDe,hfe->hgDf", weights.W_Q.double(), gauge),
+        b_Q=(
+            None
+            if weights.b_Q is None
+            else torch.einsum("hge,hfe->hgf", weights.b_Q.double(), gauge)
+        ),
+    )
+
+
+def _outputs_absorb(weights: AttentionWeights, gauge: Tensor) -> AttentionWeights:
+    """(v gauge) W_O = v (gauge W_O), gauge (H, d, d)."""
+    return weights.replace(W_O=torch.einsum("hef,hgfD->hgeD", gauge, weights.W_O.double()))

@@ -146,33 +146,11 @@ def fidelity(
                 sums,
                 weights,
                 adapter.queries(dict(other.named_parameters()), geometry),
-                key_heads(other.keys),
+                other.keys.matrices(),
             )
         )
         progress(i + 1, geometry.layers)
     return found
-
-
-def key_heads(keys: nn.Module) -> Tensor:
-    """W_K (H, D, d) that the keys' module of a converted layer stands for, W_shared C_h + U_h
-    B_h^T, whatever it caches; float64.
-    """
-    W = torch.zeros(
-        keys.num_heads,
-        keys.width,
-        keys.head_dim,
-        dtype=torch.float64,
-        device=next(keys.parameters()).device,
-    )
-    if keys.W_shared is not None:
-        # (D, m)
-        base = keys.W_shared.weight.T.double()
-        W += base if keys.C is None else base @ keys.C.double()
-    if keys.U is not None:
-        # (H, D, r)
-        U = keys.U.weight.double().view(keys.num_heads, keys.rank, keys.width).mT
-        W += U if keys.B is None else U @ keys.B.double().mT
-    return W
 
 
 def _summary(sums: ErrorSums, weights: AttentionWeights, W_Q: Tensor, W_K: Tensor) -> LayerFidelity:

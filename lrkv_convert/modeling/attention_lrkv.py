@@ -32,7 +32,8 @@ from .contract_lrkv import (
     note_written,
     take_cache,
 )
-from .factors_lrkv import low_rank_heads, rotate
+from .factors_lrkv import rotate
+from .forms_lrkv import low_rank_heads
 from .kernel_lrkv import decode
 from .kernel_lrkv import missing as missing_for_kernel
 
@@ -218,7 +219,7 @@ class LrkvAttention:
 
     def encode_keys(
         self, hidden_states: torch.Tensor, rotation: tuple | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Hidden states (N, T, D) -> what the cache is to hold of their keys."""
         return self.keys.encode(hidden_states, rotation, self.key_norm())
 
@@ -299,8 +300,8 @@ class LrkvAttention:
         if path == "rebuild":
             return self.attend_whole(
                 query,
-                self.keys.rebuild(*keys, rotation, norm),
-                self.values.rebuild(*values),
+                self.keys.rebuild(keys, rotation, norm),
+                self.values.rebuild(values),
                 attention_mask,
                 dropout,
                 **kwargs,
@@ -347,8 +348,8 @@ class LrkvAttention:
     ):
         """Continuous batching: the pages keep whole keys and values."""
         keys, values = (
-            self.keys.rebuild(*keys, rotation, self.key_norm()),
-            self.values.rebuild(*values),
+            self.keys.rebuild(keys, rotation, self.key_norm()),
+            self.values.rebuild(values),
         )
         if PAGED_IN_ATTENTION:
             keys, values = pages.update(
@@ -416,7 +417,7 @@ class LrkvAttention:
         )
         scores = self.keys.scores(
             grouped.to(exactly) * self.scaling,
-            *(t.to(exactly) for t in keys),
+            tuple(t.to(exactly) for t in keys),
             rotation,
             self.key_norm(),
         ).reshape(N, heads, T, -1)
@@ -424,7 +425,7 @@ class LrkvAttention:
         scores = scores if mask is None else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # (N, H G, T, S)
         # (N, H, G T, d)
-        output = self.values.average(weights.reshape(N, self.keys.num_heads, -1, length), *values)
+        output = self.values.average(weights.reshape(N, self.keys.num_heads, -1, length), values)
         return output.reshape(N, heads, T, d).transpose(1, 2), weights if with_weights else None
 
 

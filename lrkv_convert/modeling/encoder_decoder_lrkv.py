@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from .attention_lrkv import LrkvAttention
-from .cache_lrkv import read_cache, two_per_layer, update_cache
+from .cache_lrkv import pair_count, read_cache, update_cache, with_pairs
 from .contract_lrkv import (
     Written,
     cache_argument,
@@ -39,8 +39,8 @@ class LrkvDecoderAttention(LrkvAttention):
     num_layers: int  # of the decoder; a config's num_hidden_layers may be the encoder's
 
     def cached(self, hidden_states, key_value_states, given, mask) -> tuple[tuple, tuple]:
-        """(base, residual) of keys and of values that are attended to: (N, 1, S, m) and (N, H, S,
-        r). In cross-attention they are made of key_value_states (N, S, D) and, once written, only
+        """What is cached of keys and of values that are attended to, as `LowRankHeads.encode` gives
+        it. In cross-attention it is made of key_value_states (N, S, D) and, once written, only
         read. given: the cache, of both kinds of attention or of this one, or None.
         """
         cross, cache = key_value_states is not None, given
@@ -123,15 +123,14 @@ class LrkvDecoder(LrkvPreTrained):
 
     def __init__(self, config):
         super().__init__(config)
+        self.cache_pairs = {kind: [] for kind in self.attention_names}
         for layer_idx, layer in enumerate(self.decoder_layers()):
             for kind, place in self.attention_names.items():
                 if getattr(config, FIELDS[kind]) is not None:
                     parent, _, name = place.rpartition(".")
-                    setattr(
-                        layer.get_submodule(parent),
-                        name,
-                        self.attention_class(config, layer_idx, kind),
-                    )
+                    attention = self.attention_class(config, layer_idx, kind)
+                    setattr(layer.get_submodule(parent), name, attention)
+                    self.cache_pairs[kind].append(pair_count(attention.keys, attention.values))
         require_arguments(self.attention_class, rotary=False)
         self.given_as, self.arguments = cache_argument(super().forward), parameters(super().forward)
         self.post_init()
@@ -156,21 +155,22 @@ class LrkvDecoder(LrkvPreTrained):
             )
             seen = 0 if states is None or both.is_updated.get(0) else states.shape[1]
             tokens = (input_ids if embeds is None else embeds).shape[1]
-            for cache, field, added, mask in (
-                (both.self_attention_cache, "lrkv", tokens, kwargs.get("attention_mask")),
-                (both.cross_attention_cache, "lrkv_cross", seen, None),
+            for cache, kind, added, mask in (
+                (both.self_attention_cache, "self", tokens, kwargs.get("attention_mask")),
+                (both.cross_attention_cache, "cross", seen, None),
             ):
-                L, spec = len(self.decoder_layers()), getattr(self.config, field)
-                if len(cache.layers) not in (L, 2 * L) and cache.layer_class_to_replicate is None:
+                L, pairs = len(self.decoder_layers()), self.cache_pairs[kind]
+                if (
+                    len(cache.layers) not in (L, L * max(2, *pairs, 0))
+                    and cache.layer_class_to_replicate is None
+                ):
                     fit_layers(cache, L)
-                if spec is not None:
-                    two_per_layer(cache, spec, L)
+                if pairs:
+                    with_pairs(cache, pairs)
                     # see models_lrkv.py
-                    if not self.training and (field == "lrkv" or states is not None):
+                    if not self.training and (kind == "self" or states is not None):
                         written.append(
-                            Written(
-                                cache, L, added, mask, implementation if field == "lrkv" else ""
-                            )
+                            Written(cache, L, added, mask, implementation if kind == "self" else "")
                         )
         elif both is not None:
             raise ValueError(

@@ -9,8 +9,8 @@ Value Attention", arXiv 2601.11471, Eq 2-5),
 
 and caches only s and R_h: m + H r numbers per token instead of H d. C_h is an alignment map
 (weights, never cached); the paper's own form is m = d and C_h = I. Keys are cached before RoPE: the
-rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Two other
-forms of keys cache less before it, or nothing (`LowRankHeads.form`).
+rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Other forms of
+keys are in forms_lrkv.py.
 
 What is cached is used in two ways, equal up to rounding: `rebuild` materialises K_h or V_h (Eq
 4-5); `scores` and `average` read it in place (Eq 6-7).
@@ -32,18 +32,22 @@ CHUNK = 1 << 19
 
 
 class LowRankHeads(nn.Module):
-    """Keys or values of all KV heads of one layer, in factored form.
+    """Keys or values of all KV heads of one layer, in factored form; the class of the joint form,
+    and what other forms differ from.
 
     Args: width D, num_heads H, head_dim d, base_width m >= 0, rank r >= 0 (m + r > 0), alignment
-    (whether C is there; without it m must be d or 0), bias (whether b is there), form: what is
-    cached of keys under RoPE. Raises ValueError when these do not fit together.
+    (whether C is there; without it m must be d or 0), bias (whether b is there). Raises ValueError
+    when these do not fit together.
 
-        "joint"     base and residual before rotation: keys are rebuilt, then rotated
-        "rotary"    the base after rotation (C = I: it passes through RoPE as it is), the residual
-                    before
-        "full"      the keys themselves after rotation, as residuals of rank d without B: nothing to
-                    rebuild
+    What it caches is a tuple of tensors, one for each of its `slots`; here base (N, 1, T, m) and
+    residual (N, H, T, r).
     """
+
+    form = "joint"
+    has_maps = True  # whether there may be maps C
+    # of keys under RoPE: whether any is rotated when it is read (by its index in the cache), and
+    # whether any lies rotated in the cache
+    rotates_on_read, caches_rotated = True, False
 
     def __init__(
         self,
@@ -54,7 +58,6 @@ class LowRankHeads(nn.Module):
         rank: int,
         alignment: bool,
         bias: bool,
-        form: str = "joint",
     ):
         super().__init__()
         if base_width < 0 or rank < 0 or base_width + rank == 0:
@@ -67,17 +70,6 @@ class LowRankHeads(nn.Module):
                 f"without alignment maps the base must be as wide as a head ({head_dim}), got"
                 f" {base_width}"
             )
-        if (
-            form not in ("joint", "rotary", "full")
-            or form == "rotary"
-            and alignment
-            or form == "full"
-            and (base_width, rank) != (0, head_dim)
-        ):
-            raise ValueError(
-                f"form {form!r} does not go with base_width {base_width}, rank {rank} and alignment"
-                f" {alignment}"
-            )
         self.width, self.num_heads, self.head_dim, self.base_width, self.rank = (
             width,
             num_heads,
@@ -85,7 +77,6 @@ class LowRankHeads(nn.Module):
             base_width,
             rank,
         )
-        self.form = form
         # weight (m, D)
         self.W_shared = nn.Linear(width, base_width, bias=False) if base_width else None
         self.C = (
@@ -95,23 +86,32 @@ class LowRankHeads(nn.Module):
         )
         # weight (H r, D), head-major
         self.U = nn.Linear(width, num_heads * rank, bias=False) if rank else None
-        self.B = (
-            nn.Parameter(torch.empty(num_heads, head_dim, rank))
-            if rank and form != "full"
-            else None
-        )
+        self.B = nn.Parameter(torch.empty(num_heads, head_dim, rank)) if rank else None
         self.bias = nn.Parameter(torch.empty(num_heads, head_dim)) if bias else None
+
+    def refuse(self, alignment: bool) -> None:
+        """Raise ValueError for sizes that the form cannot have."""
+        raise ValueError(
+            f"form {self.form!r} does not go with base_width {self.base_width}, rank {self.rank}"
+            f" and alignment {alignment}"
+        )
 
     def extra_repr(self) -> str:
         return (
-            f"heads={self.num_heads}, head_dim={self.head_dim}, base_width={self.base_width},"
-            f" rank={self.rank}"
+            f"form={self.form}, heads={self.num_heads}, head_dim={self.head_dim},"
+            f" base_width={self.base_width}, rank={self.rank}"
         )
+
+    def slots(self) -> list[tuple[int, int]]:
+        """(heads, width) of each tensor that a token caches, 1 head for what all share. A slot of
+        no width is not cached; those at one place of keys and of values have the same heads.
+        """
+        return [(1, self.base_width), (self.num_heads, self.rank)]
 
     def encode(
         self, x: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (N, T, D) -> what the cache holds: base (N, 1, T, m) and residual (N, H, T, r).
+    ) -> tuple[torch.Tensor, ...]:
+        """x (N, T, D) -> what the cache holds: a tensor (N, heads, T, width) for each slot.
 
         rotation: (cos, sin) of these T tokens, for keys under RoPE; norm: the QK-norm of keys,
         before rotation.
@@ -127,49 +127,69 @@ class LowRankHeads(nn.Module):
             # (N, H, T, r)
             else x.new_empty(N, self.num_heads, T, 0)
         )
-        if self.form == "rotary" and self.W_shared is not None:
-            base = rotate(base, rotation)
-        if self.form == "full":
-            residual = residual if self.bias is None else residual + self.bias.unsqueeze(1)
-            residual = residual if norm is None else norm(residual)
-            residual = residual if rotation is None else rotate(residual, rotation)
         return base, residual
 
     def rebuild(
         self,
-        base: torch.Tensor,
-        residual: torch.Tensor,
+        cached: tuple[torch.Tensor, ...],
         rotation: tuple | None = None,
         norm: nn.Module | None = None,
     ) -> torch.Tensor:
-        """base (N, 1, S, m), residual (N, H, S, r) -> keys, or values, (N, H, S, d) (Eq 4-5).
-        rotation: (cos, sin) of all cached tokens.
+        """What is cached -> keys, or values, (N, H, S, d) (Eq 4-5). rotation: (cos, sin) of all
+        cached tokens.
         """
-        if self.form == "full":
-            return residual
-        heads, rotated = None, None
-        if self.form == "rotary":
-            rotated = base if self.W_shared is not None else None  # (N, 1, S, d)
-        elif self.W_shared is not None:
-            heads = base if self.C is None else self._aligned(base)  # (N, 1 or H, S, d)
+        base, residual = cached
+        shared = None
+        if self.W_shared is not None:
+            shared = base if self.C is None else self._aligned(base)  # (N, 1 or H, S, d)
+        return self._finished(shared, residual, rotation, norm).expand(-1, self.num_heads, -1, -1)
+
+    def _finished(
+        self,
+        shared: torch.Tensor | None,
+        residual: torch.Tensor,
+        rotation: tuple | None,
+        norm: nn.Module | None,
+    ) -> torch.Tensor | None:
+        """Heads (N, 1 or H, S, d) with their residuals and biases, normalised and rotated; None
+        where nothing is there.
+        """
+        heads = shared
         if self.U is not None:
             own = residual @ self.B.transpose(1, 2)  # (N, H, S, d)
             heads = own if heads is None else heads + own
         if self.bias is not None:
-            bias = self.bias.unsqueeze(1).to(base.dtype)  # (H, 1, d)
-            heads = bias.expand(len(base), -1, base.shape[2], -1) if heads is None else heads + bias
+            bias = self.bias.unsqueeze(1).to(residual.dtype)  # (H, 1, d)
+            heads = (
+                bias.expand(len(residual), -1, residual.shape[2], -1)
+                if heads is None
+                else heads + bias
+            )
         if heads is not None and norm is not None:
             heads = norm(heads)
         if heads is not None and rotation is not None:
             heads = rotate(heads, rotation)
-        heads = rotated if heads is None else heads if rotated is None else rotated + heads
-        return heads.expand(-1, self.num_heads, -1, -1)
+        return heads
+
+    def read_as_is(self, rotation: tuple | None, norm: nn.Module | None) -> bool:
+        """Whether queries that absorb the maps meet what is cached as it lies there."""
+        return rotation is None and norm is None
+
+    def absorb(self, query: torch.Tensor) -> list[torch.Tensor | None]:
+        """Queries (N, H, Q, d) with the maps in them, (N, H, Q, width) for each slot, None for one
+        of no width (Eq 6). The maps may be less precise than the queries.
+        """
+        shared = own = None
+        if self.W_shared is not None:
+            shared = query if self.C is None else query @ self.C.mT.to(query.dtype)
+        if self.U is not None:
+            own = query @ self.B.to(query.dtype)
+        return [shared, own]
 
     def scores(
         self,
         query: torch.Tensor,
-        base: torch.Tensor,
-        residual: torch.Tensor,
+        cached: tuple[torch.Tensor, ...],
         rotation: tuple | None = None,
         norm: nn.Module | None = None,
     ) -> torch.Tensor:
@@ -178,24 +198,15 @@ class LowRankHeads(nn.Module):
 
         A bias of keys without rotation and norm is left out: it shifts all scores of a query alike,
         which the softmax ignores. Keys that must be rotated or normalised are rebuilt, a chunk of
-        tokens at a time. Query, base and residual may be more precise than the maps.
+        tokens at a time. Query and cached may be more precise than the maps.
         """
-        if self.form == "full":
-            return _own_scores(query, residual)
-        if rotation is None and norm is None:
-            shared = (
-                None
-                if self.W_shared is None
-                else _shared_scores(
-                    query if self.C is None else query @ self.C.mT.to(query.dtype), base
-                )
-            )
-            own = None if self.U is None else _own_scores(query @ self.B.to(query.dtype), residual)
-            return shared if own is None else own if shared is None else own.add_(shared)
+        if self.read_as_is(rotation, norm):
+            return self._met(query, cached)
+        base, residual = cached
         ready, latents = None, []
-        # one base for all heads: rotated once, or cached rotated
+        # one base for all heads: rotated once
         if self.W_shared is not None and norm is None and self.C is None:
-            ready = _shared_scores(query, base if self.form == "rotary" else rotate(base, rotation))
+            ready = _shared_scores(query, self._turned(base, rotation))
         elif self.W_shared is not None:
             latents.append(
                 (
@@ -215,24 +226,66 @@ class LowRankHeads(nn.Module):
         rebuilt = self._rebuilt_scores(query, latents, base.shape[2], rotation, norm)
         return rebuilt if ready is None else ready + rebuilt
 
-    def average(
-        self, weights: torch.Tensor, base: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
+    def _met(self, query: torch.Tensor, cached: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Scores of queries against what is cached, as it lies there."""
+        parts = [
+            (_shared_scores if heads == 1 else _own_scores)(absorbed, held)
+            for (heads, _), absorbed, held in zip(self.slots(), self.absorb(query), cached)
+            if absorbed is not None
+        ]
+        total = parts.pop()
+        for part in parts:
+            total = total.add_(part)
+        return total
+
+    def _turned(self, base: torch.Tensor, rotation: tuple) -> torch.Tensor:
+        """A base (N, 1, S, d) as queries meet it."""
+        return rotate(base, rotation)
+
+    def average(self, weights: torch.Tensor, cached: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """a V (N, H, Q, d) of attention weights (N, H, Q, S) that sum to one, without a copy of V
         (Eq 7).
         """
         N, H, Q, S = weights.shape
-        parts = []
-        if self.W_shared is not None:
-            # (N, H, Q, m)
-            shared = (weights.reshape(N, H * Q, S) @ base.squeeze(1)).view(N, H, Q, -1)
-            parts.append(shared if self.C is None else shared @ self.C)
-        if self.U is not None:
-            own = weights @ residual  # (N, H, Q, r)
-            parts.append(own if self.form == "full" else own @ self.B.mT)
-        if self.bias is not None and self.form != "full":
-            parts.append(self.bias.unsqueeze(1).to(weights.dtype))
+        averages = []
+        for (heads, width), held in zip(self.slots(), cached):
+            if not width:
+                averages.append(None)
+            elif heads == 1:
+                shared = weights.reshape(N, H * Q, S) @ held.squeeze(1)
+                averages.append(shared.view(N, H, Q, -1))
+            else:
+                averages.append(weights @ held)
+        return self.expand_averages(averages)
+
+    def expand_averages(self, averages: list[torch.Tensor | None]) -> torch.Tensor:
+        """Averages (N, H, Q, width) of each slot, None for one of no width -> averages of values
+        (N, H, Q, d).
+        """
+        (shared, own), parts = averages, []
+        if shared is not None:
+            parts.append(shared if self.C is None else shared @ self.C.to(shared.dtype))
+        if own is not None:
+            parts.append(own @ self.B.mT.to(own.dtype))
+        if self.bias is not None:
+            parts.append(self.bias.unsqueeze(1).to(parts[0].dtype))
         return sum(parts[1:], parts[0])
+
+    @torch.no_grad()
+    def matrices(self) -> torch.Tensor:
+        """What the factors stand for, (H, D, d) float64: W_shared C_h + U_h B_h^T, whatever is
+        cached of it.
+        """
+        device = next(self.parameters()).device
+        size = self.num_heads, self.width, self.head_dim
+        W = torch.zeros(size, dtype=torch.float64, device=device)
+        if self.W_shared is not None:
+            base = self.W_shared.weight.T.double()  # (D, m)
+            W += base if self.C is None else base @ self.C.double()
+        if self.U is not None:
+            U = self.U.weight.double().view(self.num_heads, self.rank, self.width).mT  # (H, D, r)
+            W += U if self.B is None else U @ self.B.double().mT
+        return W
 
     def _rebuilt_scores(
         self,
@@ -305,47 +358,6 @@ class LowRankHeads(nn.Module):
             init.normal_(self.B, std=math.sqrt(0.1 / self.rank))
         if self.bias is not None:
             init.zeros_(self.bias)
-
-
-def low_rank_heads(
-    config,
-    layer_idx: int,
-    side: str,
-    bias: bool,
-    name: str = "lrkv",
-    width: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
-) -> LowRankHeads:
-    """The keys' or values' module of one layer, from the field `name` of the config. width D, heads
-    H, head_dim d: as the config says, unless given.
-
-    config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool,
-    "form": str}, "values": {...}}.
-    """
-    field = getattr(config, name, None)
-    if field is None:
-        raise ValueError(
-            f"{type(config).__name__} has no `{name}` field: it must give base widths and ranks per"
-            " layer"
-        )
-    spec, width = field[side], width or config.hidden_size
-    heads = heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = (
-        head_dim
-        or getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
-    )
-    return LowRankHeads(
-        width,
-        heads,
-        head_dim,
-        spec["base_width"][layer_idx],
-        spec["rank"][layer_idx],
-        spec["alignment"],
-        bias,
-        spec.get("form", "joint"),
-    )
 
 
 # --------------------------------------------------------------------------------------------- RoPE

@@ -485,6 +485,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _base_and_own(cached: tuple, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is cached, flat, as base (N, 1, S, m) and residual (N, H, S, r); of a form without
+    residuals an empty one.
+    """
+    base, *more = cached
+    own = more[0] if more else base.new_empty(base.shape[0], heads, base.shape[2], 0)
+    return _flat(base), _flat(own)
+
+
 def decode(
     keys,
     values,
@@ -499,9 +508,9 @@ def decode(
     """Attention of one new token per row to what is cached: (N, H, G, d).
 
     keys, values: the layer's `LowRankHeads`; query (N, H, G, d), rotated where keys are; cached_*:
-    (base (N, 1, S, m), residual (N, H, S, r)); rotation: (cos, sin), (1 or N, S, at most d), of the
-    cached keys; mask: None or numbers to add, (1 or N, 1, 1, S); norm: QK-norm with `weight` (d)
-    and `variance_epsilon`.
+    what they cache, at most one tensor for all heads and one of each head's; rotation: (cos, sin),
+    (1 or N, S, at most d), of the cached keys; mask: None or numbers to add, (1 or N, 1, 1, S);
+    norm: QK-norm with `weight` (d) and `variance_epsilon`.
     """
     if (
         query.device.type == "cuda"
@@ -514,9 +523,8 @@ def decode(
                 keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm
             )
     N, H, G, d = query.shape
-    (base, own), (v_base, v_own) = (
-        [_flat(t) for t in side] for side in (cached_keys, cached_values)
-    )
+    base, own = _base_and_own(cached_keys, H)
+    v_base, v_own = _base_and_own(cached_values, H)
     S, given = base.shape[2], query.dtype
     query = query.to(base.dtype)  # they differ under autocast
     weight = lambda t: t.to(base.dtype)
@@ -527,7 +535,7 @@ def decode(
     chunk = TOKENS * _power(triton.cdiv(S, TOKENS * max(1, PROGRAMS // (N * blocks))), 1)
     chunks = triton.cdiv(S, chunk)
     scores, tops, totals = new(N, H * G, S), new(N, H * G, chunks), new(N, H * G, chunks)
-    direct = keys.form == "full" or rotation is None and norm is None
+    direct = keys.read_as_is(rotation, norm)
     m, r = base.shape[-1], own.shape[-1]
     precision = "ieee" if query.dtype == torch.float32 else "widen" if INTERPRETED else "tf32"
     if mask is not None:
@@ -538,15 +546,9 @@ def decode(
     mask_n = 0 if mask is None else mask.stride(0)
     filler = query  # a pointer for what is not there
     if direct:
-        q_base = (
-            filler
-            if m == 0
-            else (query if keys.C is None else query @ weight(keys.C).mT).contiguous()
-        )
-        q_own = (
-            filler
-            if r == 0
-            else (query if keys.form == "full" else query @ weight(keys.B)).contiguous()
+        # of one slot, or of two
+        q_base, q_own = (
+            filler if q is None else q.contiguous() for q in [*keys.absorb(query), None][:2]
         )
         direct_scores[(chunks, blocks, N)](
             q_base,
@@ -578,7 +580,7 @@ def decode(
     else:
         cos, sin = rotation if rotation is not None else (filler, filler)
         turning = 0 if rotation is None else cos.shape[-1]
-        kind = 0 if m == 0 else 3 if keys.form == "rotary" else 2 if keys.C is None else 1
+        kind = 0 if m == 0 else 3 if keys.caches_rotated else 2 if keys.C is None else 1
         rotated_scores[(chunks, H, N)](
             query.contiguous(),
             base,
@@ -662,12 +664,5 @@ def decode(
         LOWEST=LOWEST,
         num_warps=4,
     )
-    shared, own = out.split((m, r), dim=-1)
-    parts = [shared if values.C is None else shared @ weight(values.C)] if m else []
-    parts += [own if values.form == "full" else own @ weight(values.B).mT] if r else []
-    parts += (
-        [weight(values.bias).unsqueeze(1)]
-        if values.bias is not None and values.form != "full"
-        else []
-    )
-    return sum(parts[1:], parts[0]).to(given)
+    averages = [part if part.shape[-1] else None for part in out.split((m, r), dim=-1)]
+    return values.expand_averages(averages).to(given)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention_lrkv import LrkvAttention
 from .contract_lrkv import take_cache
-from .factors_lrkv import low_rank_heads
+from .forms_lrkv import low_rank_heads
 from .models_lrkv import LrkvCausal, LrkvModel
 
 

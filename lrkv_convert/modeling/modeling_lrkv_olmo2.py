@@ -27,12 +27,15 @@ class LrkvOlmo2Attention(LrkvRotaryAttention, Olmo2Attention):
     # what is cached takes on; the weights come later.
 
     def encode_keys(self, hidden_states, rotation):
-        base, residual = self.keys.encode(hidden_states)
-        if self.keys.form == "full":
-            heads = self._weighted(residual * self._scale(residual))
-            return base, heads if rotation is None else rotate(heads, rotation)
-        scale = self._scale(self.keys.rebuild(base, residual))
-        return base * scale, residual * scale
+        cached = self.keys.encode(hidden_states)
+        scale = self._scale(self.keys.rebuild(cached))
+        cached = tuple(slot * scale for slot in cached)
+        if self.keys.rotates_on_read:
+            return cached
+        # whole heads, then
+        base, heads = cached
+        heads = self._weighted(heads)
+        return base, heads if rotation is None else rotate(heads, rotation)
 
     def key_norm(self):
         return self._weighted

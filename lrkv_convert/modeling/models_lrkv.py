@@ -10,9 +10,10 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .attention_lrkv import as_halves, halves_of, layer_kinds
-from .cache_lrkv import with_residual_layers
+from .cache_lrkv import pair_count, with_pairs
 from .contract_lrkv import Written, cache_argument, parameters, require_arguments, take_cache
 from .factors_lrkv import LowRankHeads
+from .forms_lrkv import FORMS
 
 logger = logging.get_logger(__name__)
 
@@ -63,9 +64,12 @@ class LrkvModel(LrkvPreTrained):
 
     def __init__(self, config):
         super().__init__(config)
+        self.cache_pairs = []
         for layer_idx, layer in enumerate(self.decoder_layers()):
             parent, _, name = self.attention_name.rpartition(".")
-            setattr(layer.get_submodule(parent), name, self.attention_class(config, layer_idx))
+            attention = self.attention_class(config, layer_idx)
+            setattr(layer.get_submodule(parent), name, attention)
+            self.cache_pairs.append(pair_count(attention.keys, attention.values))
         require_arguments(self.attention_class, isinstance(self, LrkvRotaryModel))
         self.given_as, self.arguments = cache_argument(super().forward), parameters(super().forward)
         self.post_init()
@@ -86,7 +90,7 @@ class LrkvModel(LrkvPreTrained):
             cache = DynamicCache(config=self.config)
         written = None
         if isinstance(cache, Cache):
-            with_residual_layers(cache, self.config)
+            with_pairs(cache, self.cache_pairs)
             arguments = self.cache_arguments(input_ids, inputs_embeds, cache, kwargs)
             if self.hands_on:
                 kwargs.update(arguments)
@@ -123,8 +127,8 @@ class LrkvRotaryModel(LrkvModel):
     """
 
     def cache_arguments(self, input_ids, inputs_embeds, cache, given) -> dict:
-        form = self.config.lrkv["keys"].get("form")
-        if form == "full":
+        form = FORMS[self.config.lrkv["keys"].get("form", "joint")]
+        if not form.rotates_on_read:
             return {}
         x = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings().weight
         T = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
@@ -133,12 +137,12 @@ class LrkvRotaryModel(LrkvModel):
             T,
             given.get("position_ids"),
             given.get("attention_mask"),
-            at_once=form == "rotary",
+            at_once=form.caches_rotated,
         )
         kinds = layer_kinds(self.config)
         # kind: (length, offset)
         sizes = {kind: cache.get_mask_sizes(T, kinds.index(kind)) for kind in dict.fromkeys(kinds)}
-        if form != "rotary" and all(
+        if not form.caches_rotated and all(
             length == T and offset == 0 for length, offset in sizes.values()
         ):
             return {}

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 from ..errors import LrkvError
 from ..families import Geometry, Site
-from .shapes import Plan, Shape, SitePlan
-
-WIDTH_STEP = 16  # base widths: what tensor cores take as an inner dimension
-RANK_STEP = 4  # residual ranks
+from ..forms import FORMS, Shape
+from .shapes import Plan, SitePlan
 
 
 @dataclass(frozen=True)
 class Point:
-    """One choice for one side of a layer: base width m, rank r, numbers cached per token m + H r,
-    predicted loss.
+    """One choice for one side of a layer: base width m, rank r, numbers cached per token, predicted
+    loss.
     """
 
     width: int
@@ -35,33 +33,16 @@ Curve = list[Point]
 Caps = Callable[[Geometry], tuple[int, int]]  # the widest bases of keys and values
 
 
-def candidates(geometry: Geometry, cap: int, keys: str = "joint") -> list[tuple[int, int]]:
-    """(m, r) along the path of one side: widths up to the cap without residual, then ranks at the
-    cap; never more than the original caches.
-
-    keys: the form of keys (plan.shapes.KEYS); values are always "joint".
-    """
-    H, d = geometry.kv_heads, geometry.head_dim
-    ranks = range(RANK_STEP, d + 1, max(RANK_STEP, d // 16 // RANK_STEP * RANK_STEP))
-    if keys == "full":
-        return [(0, d)]
-    if keys == "per-head":
-        return [(0, r) for r in ranks]
-    cap = d if keys == "rotary" else min(cap, H * d)
-    widths = [d] if keys == "rotary" else sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})
-    return [(m, 0) for m in widths] + [(cap, r) for r in ranks if cap + H * r <= H * d]
-
-
 def check_floor(sites: Sequence[Site], caps: Caps, keys: str, cache_ratio: float) -> None:
     """Raise LrkvError for a budget below the smallest plan there is. sites: of one kind of
     attention; caps: the widest bases of keys and values of a geometry (curves.width_caps).
     """
     smallest = before = 0
     for geometry in (site.geometry for site in sites):
-        H, d = geometry.kv_heads, geometry.head_dim
-        for cap, form in zip(caps(geometry), (keys, "joint")):
-            smallest += min(m + H * r for m, r in candidates(geometry, cap, form))
-        before += 2 * H * d
+        for cap, form in zip(caps(geometry), (FORMS[keys], FORMS["joint"])):
+            shapes = form.candidates(geometry, cap)
+            smallest += min(form.numbers(shape, geometry) for shape in shapes)
+        before += 2 * geometry.kv_heads * geometry.head_dim
     if smallest > cache_ratio * before:
         raise LrkvError(
             f"a cache ratio of {cache_ratio} is below the smallest plan",

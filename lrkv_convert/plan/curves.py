@@ -6,10 +6,10 @@ from dataclasses import astuple
 import torch
 
 from ..families import AttentionWeights, Geometry, Site
-from ..fit.bases import error_curve, rotary_error_curve
 from ..fit.metric import LayerMetrics, Metric
 from ..folder.store import Store
-from .allocate import Caps, Curve, Point, candidates
+from ..forms import FORMS, of_values
+from .allocate import Caps, Curve, Point
 
 # From squared error to loss, measured on SmolLM2-135M (benchmarks/NOTES.md). The Fisher metric is
 # the loss to second order; at the errors of a
@@ -21,14 +21,16 @@ EXPONENT = 1.25
 KEY_WEIGHT = 4.0
 
 
-def width_caps(geometry: Geometry, keys: int | None, values: int | None) -> tuple[int, int]:
-    """How wide the bases of keys and values may become. A cached number of a RoPE key is read back
-    at d flops per head (the key is rebuilt before it is rotated), that of a value or a
-    position-free key at one: keys under RoPE or QK-norm stop at one head's width, the others at
-    four.
+def width_caps(
+    geometry: Geometry, keys: int | None, values: int | None, form: str = "joint"
+) -> tuple[int, int]:
+    """How wide the bases of keys, in this form, and of values may become: as asked, or as far as
+    their forms go (`Form.cap`).
     """
-    d = geometry.head_dim
-    return keys or (d if geometry.rebuilt else 4 * d), values or 4 * d
+    return (
+        keys or FORMS[form].cap(geometry),
+        values or FORMS["joint"].cap(of_values(geometry)),
+    )
 
 
 def survey(
@@ -39,17 +41,19 @@ def survey(
     store: Store,
     progress: Callable[[int], None] = lambda *_: None,
 ) -> list[tuple[Curve, Curve]]:
-    """(keys, values) curves of every site; look: its weights and its metrics; keys: their form
-    (plan.shapes.KEYS). Finished ones are kept in the store.
+    """(keys, values) curves of every site; look: its weights and its metrics; keys: the name
+    of their form. Finished ones are kept in the store.
     """
     curves = []
     for i, site in enumerate(sites):
         if (name := f"curves-{keys}-{site.name}") not in store:
             (weights, metrics), geometry = look(site), site.geometry
-            widest = caps(geometry)
+            widest_keys, widest_values = caps(geometry)
             sides = (
-                curve(weights.W_K, metrics.keys, geometry, widest[0], KEY_WEIGHT, keys),
-                curve(weights.W_V, metrics.values, geometry, widest[1], 1.0),
+                curve(
+                    weights.W_K, metrics.keys, geometry, widest_keys, KEY_WEIGHT, keys, weights.b_K
+                ),
+                curve(weights.W_V, metrics.values, geometry, widest_values, 1.0, bias=weights.b_V),
             )
             store.save(name, [[astuple(point) for point in side] for side in sides])
         keys_curve, values_curve = ([Point(*p) for p in side] for side in store.load(name))
@@ -64,24 +68,21 @@ def curve(
     geometry: Geometry,
     cap: int,
     weight: float,
-    keys: str = "joint",
+    form: str = "joint",
+    bias: torch.Tensor | None = None,
 ) -> Curve:
-    """Predicted loss along one side's path of widths and ranks: weight * (half the squared error in
-    the Fisher metric) ** EXPONENT.
+    """Predicted loss along one side's path of shapes: weight * (half the squared error in the
+    Fisher metric) ** EXPONENT.
     """
-    shapes = candidates(geometry, cap, keys)
-    errors = (
-        [0.0]
-        if keys == "full"
-        else (
-            rotary_error_curve(W, metric, shapes)
-            if keys == "rotary"
-            else error_curve(W, metric, shapes)
-        )
-    )
+    shapes = FORMS[form].candidates(geometry, cap)
     return [
-        Point(m, r, m + geometry.kv_heads * r, weight * (error / 2) ** EXPONENT)
-        for (m, r), error in zip(shapes, errors)
+        Point(
+            shape.width,
+            shape.rank,
+            FORMS[form].numbers(shape, geometry),
+            weight * (error / 2) ** EXPONENT,
+        )
+        for shape, error in zip(shapes, FORMS[form].curve(W, bias, metric, shapes))
     ]
 
 

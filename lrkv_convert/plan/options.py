@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 
 from ..errors import LrkvError
 from ..families import KINDS, Family, Site
-from ..fit.bases import BASES, check_shape
+from ..fit.bases import BASES
 from ..fit.metric import METRICS
+from ..forms import form_named
 from ..settings.fields import Typed
-from .shapes import Plan, check_keys, uniform_plan
+from .shapes import Plan, uniform_plan
 
 # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
 TOKENS, BUILT_IN_TOKENS = 16384, 32768
@@ -26,7 +27,7 @@ class Options(Typed):
     wide its bases may be (default: one head for keys under RoPE, four otherwise). rank, rank_k,
     rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v:
     width of the base then (default: one head). keys: the form in which keys are cached
-    (plan.shapes.KEYS). base: how the base is found (fit/bases.py). metric: in which norm
+    (forms.FORMS). base: how the base is found (fit/bases.py). metric: in which norm
     (fit/metric.py). refit: correct W_O in closed form afterwards; needs calibration text.
     calibration: text files or folders, "self" for text sampled from the model, [] or "none" for
     none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py
@@ -99,7 +100,7 @@ class Options(Typed):
             or any(value is not None for value in self.uniform.values())
         ):
             return self.cache_ratio
-        return 0.75 if self.keys == "full" else 0.5  # keys alone are half of the cache
+        return form_named(self.keys).budget
 
     def kinds(self, family: Family) -> tuple[str, ...]:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that
@@ -127,8 +128,7 @@ class Options(Typed):
             if value not in known:
                 raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
         geometries = list(dict.fromkeys(site.geometry for site in sites))
-        for geometry in geometries:
-            check_keys(self.keys, self.base, geometry, config)
+        form_named(self.keys).check(geometries, self.base, config)
         if self.cache_ratio is not None:
             self._check_budget()
         if self.metric == "whitened" and self.without_text:
@@ -145,7 +145,7 @@ class Options(Typed):
                 "the attention metric knows nothing of QK-norm, which this model has",
                 "leave --metric out, or take whitened or plain",
             )
-        if self.keys != "joint" and self.max_width_k is not None:
+        if self.max_width_k is not None and not form_named(self.keys).sized:
             raise LrkvError(
                 f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out"
             )
@@ -190,11 +190,10 @@ class Options(Typed):
         plan = uniform_plan(
             sites, layers, element_size, **self.uniform, keys=self.keys, force=self.force
         )
-        g, first = plan.geometry, plan.sites[0]
+        site = plan.sites[0]
         try:
-            check_shape(self.base, g.kv_heads, g.head_dim, first.values.width, first.values.rank)
-            if self.keys == "joint":
-                check_shape(self.base, g.kv_heads, g.head_dim, first.keys.width, first.keys.rank)
+            for form, shape, geometry in reversed(site.sides):
+                form.check_shape(shape, geometry, self.base)
         except ValueError as error:
             raise LrkvError(str(error), "see --base-width and --rank") from error
         return plan

@@ -1,0 +1,114 @@
+"""Base and residual: W_h ~ W_shared C_h + U_h B_h^T (arXiv 2601.11471), x W_shared and x U_h
+cached. The form of values, and of keys unless another is asked for: those lie unrotated in the
+cache and, under RoPE, are rebuilt and rotated when read, which gives the best quality per byte.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import LrkvError
+from ..families import Geometry
+from ..fit.bases import BASES, Factors, error_curve
+from ..fit.metric import Metric
+from .base import (
+    WIDTH_STEP,
+    Asked,
+    Fitted,
+    Form,
+    Shape,
+    first,
+    query_heads,
+    residual_ranks,
+)
+
+
+class Joint(Form):
+    name = runtime = "joint"
+    says = (
+        "base and residual before rotation, rebuilt and rotated when read: the best quality per"
+        " byte"
+    )
+    sized = any_base = True
+
+    def check_geometry(self, geometry, base, config):
+        if base == "aligned" and (geometry.key_norm or 0 < geometry.rotary_dim < geometry.head_dim):
+            raise LrkvError(
+                "the aligned base does not go with QK-norm, nor with RoPE on a part of each head",
+                "nothing may pass between queries and keys there; leave --base out",
+            )
+
+    def shape(self, asked: Asked, geometry: Geometry) -> Shape:
+        width = geometry.head_dim if asked.width is None else asked.width
+        return Shape(width, first(asked.own_rank, asked.rank, asked.default), self.name)
+
+    def candidates(self, geometry: Geometry, cap: int) -> list[Shape]:
+        """Widths up to the cap without residual, then ranks at the cap."""
+        whole = geometry.kv_heads * geometry.head_dim
+        cap = min(cap, whole)
+        widths = sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})
+        return self.along(geometry, widths)
+
+    def along(self, geometry: Geometry, widths: list[int]) -> list[Shape]:
+        """These widths without residual, then ranks at the last of them."""
+        H, d = geometry.kv_heads, geometry.head_dim
+        return [Shape(m, 0, self.name) for m in widths] + [
+            Shape(widths[-1], r, self.name)
+            for r in residual_ranks(d)
+            if widths[-1] + H * r <= H * d
+        ]
+
+    def work(self, shape: Shape, geometry: Geometry) -> int:
+        """Nothing is rebuilt where nothing turns or normalises it (Eq 6-7: queries and outputs are
+        mapped instead, once per step), else once per KV head.
+        """
+        if not geometry.rebuilt:
+            return query_heads(geometry) * (shape.width + shape.rank)
+        return self.rebuilding(shape.width + shape.rank, geometry)
+
+    def rebuilding(self, numbers: int, geometry: Geometry) -> int:
+        """Multiply-adds to rebuild every KV head of a token from so many numbers and to meet it
+        with its queries.
+        """
+        d = geometry.head_dim
+        return geometry.kv_heads * numbers * d + query_heads(geometry) * d
+
+    def fit(
+        self,
+        W: Tensor,
+        bias: Tensor | None,
+        metric: Metric,
+        shape: Shape,
+        geometry: Geometry,
+        base: str,
+    ) -> Fitted:
+        fit = BASES[self.base(base)](W, metric, shape.width, shape.rank, rotary=geometry.rotary)
+        return Fitted(tensors_of(fit, bias), fit.error, fit.gauge)
+
+    def curve(
+        self, W: Tensor, bias: Tensor | None, metric: Metric, shapes: Sequence[Shape]
+    ) -> list[float]:
+        return error_curve(W, metric, [(shape.width, shape.rank) for shape in shapes])
+
+
+def tensors_of(factors: Factors, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a `LowRankHeads` module, by their names in it. A bias b (H, d) becomes
+    b gauge^-1.
+    """
+    tensors = {}
+    if factors.W_shared.shape[1]:
+        tensors["W_shared.weight"] = factors.W_shared.T  # (m, D)
+        if factors.C is not None:
+            tensors["C"] = factors.C  # (H, m, d)
+    if factors.U.shape[2]:
+        # (H r, D)
+        tensors["U.weight"] = factors.U.transpose(1, 2).reshape(-1, factors.U.shape[1])
+        tensors["B"] = factors.B  # (H, d, r)
+    if bias is not None:
+        tensors["bias"] = (
+            bias
+            if factors.gauge is None
+            else torch.linalg.solve(factors.gauge.mT, bias.double().unsqueeze(-1)).squeeze(-1)
+        )
+    return tensors
