@@ -70,14 +70,14 @@ def main() -> None:
     forward = forward_seconds(args.model, args.calibration, args.calibration_tokens, device)
     print(f"{'stage':<12}{'seconds':>9}{'forwards':>10}")
     for stage, seconds in {
-        **record["seconds_per_stage"],
-        "total": record["seconds"],
+        **record.seconds_per_stage,
+        "total": record.seconds,
         "one forward": forward,
     }.items():
         print(f"{stage:<12}{seconds:>9.1f}{seconds / forward:>10.2f}")
     print(
-        f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB;"
-        f" {record['calibration']['tokens']:,} calibration tokens, {device},"
+        f"peak memory {record.peak_memory_bytes / 2**30:.2f} GiB;"
+        f" {record.calibration.tokens:,} calibration tokens, {device},"
         f" {torch.get_num_threads()} threads"
     )
     if args.json:
@@ -86,10 +86,13 @@ def main() -> None:
             {
                 **environment(device),
                 "model": Path(args.model).name,
-                "calibration_tokens": record["calibration"]["tokens"],
+                "calibration_tokens": record.calibration.tokens,
                 "forward_seconds": round(forward, 1),
-                "ratio": round(record["seconds"] / forward, 2),
-                **{k: record[k] for k in ("seconds", "seconds_per_stage", "peak_memory_bytes")},
+                "ratio": round(record.seconds / forward, 2),
+                **{
+                    k: getattr(record, k)
+                    for k in ("seconds", "seconds_per_stage", "peak_memory_bytes")
+                },
             },
         )
 

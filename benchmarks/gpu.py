@@ -83,7 +83,8 @@ def model_steps(model: str, text: str, out: Path, device: torch.device, quick: b
         )
         folders.append(str(out / name))
         records[name] = {
-            key: done.record[key] for key in ("seconds", "seconds_per_stage", "peak_memory_bytes")
+            key: getattr(done.record, key)
+            for key in ("seconds", "seconds_per_stage", "peak_memory_bytes")
         }
     quality = compare(
         [model, *folders],
@@ -175,7 +176,7 @@ def heal_step(
     for row in quality["models"]:
         print(f"{row['path']:<40} perplexity x{row['ratio']:.4f}  KL {row['kl']:.4f}", flush=True)
         row["path"] = Path(row["path"]).name
-    return {"healing": {**done.entry, "teacher": Path(model).name}, "quality": quality}
+    return {"healing": {**done.entry.to_json(), "teacher": Path(model).name}, "quality": quality}
 
 
 def main() -> None:

@@ -129,9 +129,9 @@ def main() -> None:
             **options,
         )
         models.append(
-            {"attention": attention, "cache": size, "how": how, "seconds": done.record["seconds"]}
+            {"attention": attention, "cache": size, "how": how, "seconds": done.record.seconds}
         )
-        print(f"{attention} {how} {size}: {done.record['seconds']:.0f} s", flush=True)
+        print(f"{attention} {how} {size}: {done.record.seconds:.0f} s", flush=True)
     result = compare(
         [
             args.model,

@@ -177,12 +177,8 @@ def convert(
         )
     display.show_notices(done.notices)
     if as_json:
-        print(
-            json.dumps(
-                done.record or {kind: plan.as_dict() for kind, plan in done.plans.items()},
-                indent=2,
-            )
-        )
+        planned = {kind: plan.as_dict() for kind, plan in done.plans.items()}
+        print(json.dumps(done.record.to_json() if done.record else planned, indent=2))
     elif dry_run:
         display.show_plan(done.plans, model)
     else:

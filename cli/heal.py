@@ -117,6 +117,6 @@ def heal(
             **options,
         )
     if done.main and as_json:
-        print(json.dumps(done.entry, indent=2))
+        print(json.dumps(done.entry.to_json(), indent=2))
     elif done.main:
         display.show_healing(done.entry, model, done.out)

@@ -24,10 +24,10 @@ model = args.model or str(demo_model())
 # 4,096 tokens of the text that ships with the package are quick; leave calibration_tokens out for
 # the default, which is better
 done = convert(model, args.out, cache_ratio=0.5, calibration_tokens=4096, overwrite=True)
-cache = done.record["cache"]
+cache = done.record.attention["self"].cache
 print(
-    f"{cache['kv_bytes_per_token_before']:,} -> {cache['kv_bytes_per_token']:,} bytes per token"
-    f" ({cache['kv_ratio']:.1%}), in {done.record['seconds']:.0f} s"
+    f"{cache.kv_bytes_per_token_before:,} -> {cache.kv_bytes_per_token:,} bytes per token"
+    f" ({cache.kv_ratio:.1%}), in {done.record.seconds:.0f} s"
 )
 
 tokenizer = AutoTokenizer.from_pretrained(args.out)

@@ -42,7 +42,7 @@ with tempfile.TemporaryDirectory() as folder:
         validation_tokens=512,
         tracker="none",
     )
-    print(f"{done.entry['tokens']:,} tokens in {done.entry['seconds']:.0f} s of training")
+    print(f"{done.entry.tokens:,} tokens in {done.entry.seconds:.0f} s of training")
     text = (
         read_texts([args.text])[0]
         if args.text

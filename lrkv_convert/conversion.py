@@ -26,6 +26,7 @@ from .folder.places import folder_to_make
 from .folder.store import Store
 from .folder.target import empty_target
 from .folder.writer import ShardWriter, check_output, check_shard_size, new_folder
+from .format import Record
 from .observe.calibrate import solvable
 from .plan.allocate import Caps, allocate, check_floor
 from .plan.curves import width_caps
@@ -50,7 +51,7 @@ class Conversion:
 
     plans: dict[str, Plan]
     out: Path
-    record: dict | None
+    record: Record | None
     notices: list[str] = field(default_factory=list)
 
     @property

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .families import family_named
 from .folder.places import folder_to_make
 from .folder.record import read_record
 from .folder.writer import RECORD, check_output, check_shard_size
+from .format import Healed, Record
 from .train.data import Windows, pack, packed
 from .train.launch import new_accelerator
 from .train.loop import Report, Trainer
@@ -53,7 +54,7 @@ class Healing:
     """
 
     out: Path
-    entry: dict
+    entry: Healed
     main: bool = True
 
 
@@ -113,13 +114,14 @@ def heal(
         stage("training")
         trainer.train(run, first, baseline, report)
         stage("writing")
-        entry = history_entry(run, trainer, baseline, teacher, recipe, data)
-        record.pop("evaluations", None)  # they are of the weights before
+        said = history_entry(run, trainer, baseline, teacher, recipe, data)
+        entry = Healed.from_json(said, "the history")
         finish(
             run,
             trainer,
             model,
-            record | {"history": [*record.get("history", []), entry]},
+            # what was measured is of the weights before
+            replace(record, history=(*record.history, entry), evaluations=()),
             max_shard_size,
         )
         return Healing(out, entry, accelerator.is_main_process)
@@ -136,12 +138,12 @@ def heal(
 
 
 def choose_loss(
-    teacher: str | None, record: dict, options: Options, notice: Callable[[str], None]
+    teacher: str | None, record: Record, options: Options, notice: Callable[[str], None]
 ) -> tuple[str | None, float]:
     """(the original, weight of KL in the loss). Raises LrkvError for a loss that wants a teacher
     where there is none.
     """
-    named = record.get("source", {}).get("path")
+    named = record.source.path
     found = teacher or (named if named and Path(named).exists() else None)
     if found is None:
         wanted = (

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import LrkvError
 from .families import Adapter, family_named
+from .format import Record
 
 # what people write, whatever the family calls its own
 USUAL = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
@@ -58,15 +59,19 @@ def _short(layer: str) -> str:
     return ".".join(parts[-2:] if parts[-1] in FACTORS else parts[-1:])
 
 
-def attention_targets(record: dict) -> list[str]:
+def attention_targets(record: Record) -> list[str]:
     """The same for all of attention, as lrkv.json tells it."""
-    kinds, family = record["attention"], family_named(record["source"]["model_type"])
+    family = family_named(record.source.model_type)
     adapters = list(family.kinds.values())
     factors = [
         f"{side}.{factor}"
         for side in ("keys", "values")
         for factor, size in zip(FACTORS, ("base_width", "rank"))
-        if any(layer[side][size] for kind in kinds.values() for layer in kind["layers"])
+        if any(
+            getattr(getattr(layer, side), size)
+            for kind in record.attention.values()
+            for layer in kind.layers
+        )
     ]
     unchanged = [
         name for adapter in adapters for name in adapter.projections[1:] if family.encoder

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from .errors import LrkvError
 from .folder.markup import visible
+from .format import Healed, Record
 
 MARKERS = "osD^vPX*"
 TOP = 2.0  # the chart ends here: what costs more is no choice, and would flatten the rest
@@ -125,7 +126,7 @@ def decoding(result: dict, file: Path) -> None:
     pyplot.close(figure)
 
 
-def healing(log: list[dict], entry: dict, file: Path) -> None:
+def healing(log: list[dict], entry: Healed, file: Path) -> None:
     """Validation perplexity, relative to the original where it is known, and training loss, against
     tokens.
     """
@@ -133,21 +134,21 @@ def healing(log: list[dict], entry: dict, file: Path) -> None:
         [line for line in log if "loss" in line],
         [line for line in log if "validation_nll" in line],
     )
-    per_step = entry["tokens"] / max(1, entry["steps"])
-    base = entry["validation"]["nll"].get("original", entry["validation"]["nll"]["converted"])
+    nll = entry.validation.nll
+    per_step = entry.tokens / max(1, entry.steps)
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8, 6), dpi=130, layout="constrained", sharex=True
     )
     above.plot(
         [line["step"] * per_step for line in checks],
-        [math.exp(line["validation_nll"] - base) for line in checks],
+        [math.exp(line["validation_nll"] - nll.base) for line in checks],
         marker="o",
         label="held-out text",
     )
     above.axhline(1, color="0.6", linewidth=0.8)
     above.set_ylabel(
         "perplexity, relative to\n"
-        + ("the original" if "original" in entry["validation"]["nll"] else "the converted model")
+        + ("the original" if "original" in nll.known else "the converted model")
     )
     above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"×{y:.3f}"))
     below.plot(
@@ -165,7 +166,7 @@ def healing(log: list[dict], entry: dict, file: Path) -> None:
     )
     below.set_ylabel(
         {"kl": "KL to the original (nats)", "ce": "cross-entropy (nats)"}.get(
-            entry["loss"], "loss (nats)"
+            entry.loss, "loss (nats)"
         )
     )
     below.set_xlabel("tokens trained on")
@@ -174,31 +175,28 @@ def healing(log: list[dict], entry: dict, file: Path) -> None:
         axes.grid(True, linewidth=0.4)
         axes.legend()
     above.set_title(
-        f"healing: {entry['steps']:,} steps, {entry['tokens']:,} tokens,"
-        f" {shown(entry['recipe']['optimizer'])},"
-        f" {shown(entry['precision'].replace('no', 'float32'))}"
+        f"healing: {entry.steps:,} steps, {entry.tokens:,} tokens,"
+        f" {shown(entry.recipe['optimizer'])},"
+        f" {shown(entry.precision.replace('no', 'float32'))}"
     )
     figure.savefig(file)
     pyplot.close(figure)
 
 
-def cache(record: dict, name: str, file: Path) -> None:
+def cache(record: Record, name: str, file: Path) -> None:
     """Numbers that each layer caches per token, base and residuals of keys and values, and below
     the relative error of their fit.
     """
-    fitted = record["attention"]["self"]
-    layers, heads, width = (
-        fitted["layers"],
-        fitted["geometry"]["kv_heads"],
-        fitted["geometry"]["head_dim"],
-    )
-    places, height = range(len(layers)), [0] * len(fitted["layers"])
+    fitted = record.attention["self"]
+    layers, heads, width = fitted.layers, fitted.geometry.kv_heads, fitted.geometry.head_dim
+    places, height = range(len(layers)), [0] * len(layers)
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True
     )
     for side, colours in (("keys", ("C0", "#9ecae1")), ("values", ("C1", "#fdd0a2"))):
         for part, colour in zip(("base_width", "rank"), colours):
-            numbers = [layer[side][part] * (heads if part == "rank" else 1) for layer in layers]
+            times = heads if part == "rank" else 1
+            numbers = [getattr(getattr(layer, side), part) * times for layer in layers]
             above.bar(
                 places,
                 numbers,
@@ -214,7 +212,7 @@ def cache(record: dict, name: str, file: Path) -> None:
             height = [a + b for a, b in zip(height, numbers)]
         below.plot(
             places,
-            [layer[side]["error"] for layer in layers],
+            [getattr(layer, side).error for layer in layers],
             marker=MARKERS[side == "values"],
             color=colours[0],
             label=side,
@@ -223,7 +221,7 @@ def cache(record: dict, name: str, file: Path) -> None:
     above.set_ylabel("numbers cached per token")
     above.set_ylim(0, 2 * heads * width * 1.35)  # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
-    above.set_title(f"{shown(name)}: {fitted['cache']['kv_ratio']:.1%} of the original's cache")
+    above.set_title(f"{shown(name)}: {fitted.cache.kv_ratio:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")
     below.set_ylabel("relative error of the fit\n(in its metric)")
     below.set_ylim(bottom=0)

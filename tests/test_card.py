@@ -4,6 +4,7 @@ the way to the hub.
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from lrkv_convert import LrkvError, convert
 from lrkv_convert.folder import hub
 from lrkv_convert.folder.provenance import commands
+from lrkv_convert.folder.record import read_record
 
 PASSAGE = (
     "Whoever pays by the byte learns to write short letters, and to keep the long ones to himself. "
@@ -80,8 +82,8 @@ def test_a_source_with_a_spoilt_card_is_converted(spoilt, source, tmp_path):
 def test_a_source_from_the_hub_is_the_base_model(converted):
     from lrkv_convert.folder.card import metadata
 
-    record = json.loads((converted() / "lrkv.json").read_text())
-    record["source"] |= {"name": "org/name"}
+    record = read_record(converted())
+    record = replace(record, source=replace(record.source, name="org/name"))
     assert metadata(record, {}, "x")["base_model"] == "org/name" and commands(record, "x")[
         0
     ].startswith("lrkv convert org/name --out x ")
@@ -115,7 +117,7 @@ def test_the_commands_of_the_card_give_the_same_weights(
 ):
     monkeypatch.chdir(tmp_path)
     convert("source", "out", **options)
-    [command] = commands(json.loads((tmp_path / "out" / "lrkv.json").read_text()), "again")
+    [command] = commands(read_record(tmp_path / "out"), "again")
     assert command.replace("again", "out") in card(tmp_path / "out")
     run(*shlex.split(command)[1:])
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
@@ -145,7 +147,7 @@ def test_the_commands_of_a_healed_card_give_the_same_weights(source, sheep, tmp_
         *SETTINGS,
         "tokens=512",
     )
-    lines = commands(json.loads((tmp_path / "healed" / "lrkv.json").read_text()), "again")
+    lines = commands(read_record(tmp_path / "healed"), "again")
     assert len(lines) == 2 and all(
         line.replace("again", "healed") in card(tmp_path / "healed") for line in lines
     )

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert import convert
+from lrkv_convert import convert, read_folder
 from lrkv_convert.evaluate.memory import cache_bytes
 
 LOAD = """
@@ -107,36 +107,25 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
 
 
 def test_the_record_tells_how_to_reproduce_it(converted, tiny):
-    record = json.loads((converted() / "lrkv.json").read_text())
-    fitted = record["attention"]["self"]
-    assert (
-        record["source"]["sha256"]
-        == hashlib.sha256((tiny() / "model.safetensors").read_bytes()).hexdigest()
-    )
-    assert record["recipe"]["rank"] == 7 and record["recipe"]["base"] == "joint"
-    assert fitted["cache"]["kv_ratio"] == pytest.approx((20 + 3 * 7) / (3 * 20))
-    assert [layer["keys"]["rank"] for layer in fitted["layers"]] == [7, 7]
-    assert all(
-        0 < layer[side]["error"] < 1 for layer in fitted["layers"] for side in ("keys", "values")
-    )
-    [text] = record["calibration"]["texts"]
-    assert (
-        text["name"] == "built-in"
-        and len(text["sha256"]) == 64
-        and record["calibration"]["tokens"] == 1024
-    )
-    assert (
-        record["versions"]["torch"] == torch.__version__
-        and record["seconds"] > 0
-        and record["peak_memory_bytes"] > 0
-    )
+    record = read_folder(converted()).record
+    weights = (tiny() / "model.safetensors").read_bytes()
+    assert record.source.sha256 == hashlib.sha256(weights).hexdigest()
+    assert record.recipe["rank"] == 7 and record.recipe["base"] == "joint"
+    fitted = record.attention["self"]
+    assert fitted.cache.kv_ratio == pytest.approx((20 + 3 * 7) / (3 * 20))
+    assert [layer.keys.rank for layer in fitted.layers] == [7, 7]
+    assert all(0 < side.error < 1 for layer in fitted.layers for side in (layer.keys, layer.values))
+    [text] = record.calibration.texts
+    assert text.name == "built-in" and len(text.sha256) == 64
+    assert record.calibration.tokens == 1024
+    assert record.versions.torch == torch.__version__
+    assert record.seconds > 0 and record.peak_memory_bytes > 0
 
 
 def test_the_model_card_states_the_cache(converted):
     card = (converted() / "README.md").read_text()
-    record = json.loads((converted() / "lrkv.json").read_text())
+    ratio = read_folder(converted()).record.attention["self"].cache.kv_ratio
     assert card.startswith("---\n") and "library_name: transformers" in card
-    ratio = record["attention"]["self"]["cache"]["kv_ratio"]
     assert f"{ratio:.1%}" in card and "trust_remote_code=True" in card
 
 
@@ -198,7 +187,7 @@ def test_pickled_weights_are_read_as_weights_only(tiny, converted, tmp_path):
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_dtype_is_the_sources_unless_asked(dtype, tiny, tmp_path):
     done = convert(str(tiny()), tmp_path / "out", rank=7, calibration=[], dtype=dtype)
-    assert done.record["recipe"]["metric"] == "attention"  # without text there is no gradient
+    assert done.record.recipe["metric"] == "attention"  # without text there is no gradient
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
         found = {handle.get_tensor(name).dtype for name in handle.keys()}  # noqa: SIM118
     assert found == {torch.float32 if dtype == "auto" else torch.bfloat16}
@@ -444,11 +433,10 @@ def test_calibration_on_the_models_own_text(tiny, tmp_path):
     again = convert(
         str(tiny()), tmp_path / "again", rank=7, calibration=["self"], calibration_tokens=1024
     )
-    assert [t["name"] for t in done.record["calibration"]["texts"]] == ["self"] and done.record[
-        "calibration"
-    ]["tokens"] == 1024
+    read = done.record.calibration
+    assert [text.name for text in read.texts] == ["self"] and read.tokens == 1024
     # sampling is seeded
-    assert done.record["calibration"]["texts"] == again.record["calibration"]["texts"]
+    assert read.texts == again.record.calibration.texts
 
 
 def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):

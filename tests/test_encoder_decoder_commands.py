@@ -222,11 +222,7 @@ def test_without_targets_the_model_writes_them(tiny, tmp_path):
         str(tiny("bart")), tmp_path / "out", rank=7, calibration=[str(tmp_path / "text.txt")]
     )
     # one, and 300 tokens in windows of 78
-    assert (
-        done.record["calibration"]["targets_by_the_model"]
-        == done.record["calibration"]["examples"]
-        == 5
-    )
+    assert done.record.calibration.targets_by_the_model == done.record.calibration.examples == 5
     result = compare(
         [str(tiny("bart")), str(done.out)],
         pairs=[str(tmp_path / "text.txt")],
@@ -242,8 +238,7 @@ def test_without_targets_the_model_writes_them(tiny, tmp_path):
 def test_built_in_text_is_the_default_of_text_models(tiny, tmp_path):
     done = convert(str(tiny("t5")), tmp_path / "out", rank=7, calibration_tokens=600)
     assert (
-        done.record["calibration"]["texts"][0]["name"] == "built-in"
-        and done.record["calibration"]["examples"] > 1
+        done.record.calibration.texts[0].name == "built-in" and done.record.calibration.examples > 1
     )
 
 

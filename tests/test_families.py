@@ -385,7 +385,7 @@ def test_what_a_norm_of_keys_forbids(options, says, tiny, tmp_path):
 
 def test_without_text_a_norm_of_keys_is_fitted_plainly(tiny, tmp_path):
     assert (
-        convert(str(tiny("qwen3")), tmp_path / "out", rank=7, calibration=[]).record["recipe"][
+        convert(str(tiny("qwen3")), tmp_path / "out", rank=7, calibration=[]).record.recipe[
             "metric"
         ]
         == "plain"

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.families import ADAPTERS
+from lrkv_convert.folder.record import read_record
 from lrkv_convert.healing import heal
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.train.objective import divergence, mismatch
@@ -249,11 +251,9 @@ def test_divergence_from_the_teacher_falls(healed):
 
 
 def test_cross_entropy_falls_without_the_original(converted, sheep, tmp_path, monkeypatch):
-    record = json.loads((converted() / "lrkv.json").read_text())
-    monkeypatch.setattr(
-        "lrkv_convert.healing.read_record",
-        lambda model: record | {"source": record["source"] | {"path": "/gone"}},
-    )
+    record = read_record(converted())
+    gone = replace(record, source=replace(record.source, path="/gone"))
+    monkeypatch.setattr("lrkv_convert.healing.read_record", lambda model: gone)
     done = heal(
         converted(),
         tmp_path / "out",
@@ -262,9 +262,9 @@ def test_cross_entropy_falls_without_the_original(converted, sheep, tmp_path, mo
     )
     found = losses(tmp_path / "out")
     assert (
-        done.entry["loss"] == "ce"
-        and done.entry["teacher"] is None
-        and "original" not in done.entry["validation"]["nll"]
+        done.entry.loss == "ce"
+        and done.entry.teacher is None
+        and "original" not in done.entry.validation.nll.known
     )
     assert sum(found[-8:]) < 0.95 * sum(found[:8])
 

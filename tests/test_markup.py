@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from lrkv_convert import LrkvError
 from lrkv_convert.folder.card import model_card, source_metadata
 from lrkv_convert.folder.markup import block, cell, code, literal, prose, quoted
+from lrkv_convert.format import Record
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").enable("strikethrough")
 HOSTILE = [
@@ -158,10 +159,9 @@ def record(converted, tiny, sheep, tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_card_of_hostile_names_is_the_same_card(text, record, tmp_path):
-    plain, hostile = (
-        model_card(record, {}, "out"),
-        model_card(spoil(record, text), {"license": text, "language": [text]}, text),
-    )
+    plain = model_card(Record.from_json(record), {}, "out")
+    spoilt = Record.from_json(spoil(record, text))
+    hostile = model_card(spoilt, {"license": text, "language": [text]}, text)
     body = lambda card: MARKDOWN.parse(card.split("\n---\n", 1)[1])
     assert [token.type for token in body(hostile)] == [token.type for token in body(plain)]
     children = [child for token in body(hostile) for child in token.children or []]
@@ -199,27 +199,32 @@ def test_a_card_of_hostile_names_is_the_same_card(text, record, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda r: r.pop("cache"),
-        lambda r: r.update(cache=None),
-        lambda r: r.update(layers={}),
-        lambda r: r.update(layers=[1]),
+        lambda r: r.pop("attention"),
+        lambda r: r.update(attention={}),
+        lambda r: r.update(attention={"<b>": r["attention"]["self"]}),
+        lambda r: r["attention"]["self"].pop("cache"),
+        lambda r: r["attention"]["self"].update(cache=None),
+        lambda r: r["attention"]["self"].update(layers={}),
+        lambda r: r["attention"]["self"].update(layers=[1]),
         lambda r: r.update(history="x"),
         lambda r: r["source"].update(model_type="sheep"),
         lambda r: r.update(source=None),
-        lambda r: r["layers"][0]["keys"].update(rank="<b>"),
-        lambda r: r["layers"][0]["keys"].update(error="<b>"),
+        lambda r: r["attention"]["self"]["layers"][0]["keys"].update(rank="<b>"),
+        lambda r: r["attention"]["self"]["layers"][0]["keys"].update(error="<b>"),
         lambda r: r["calibration"].update(tokens="x"),
         lambda r: r.update(evaluations=[{}]),
         lambda r: r.update(evaluations=7),
         lambda r: r["history"][0]["validation"]["nll"].update(healed=1e6),
         lambda r: r.update(recipe=[]),
+        lambda r: r["recipe"].update(calibration=7),
+        lambda r: r["history"][0]["recipe"].pop("train"),
     ],
 )
 def test_a_record_that_others_edited_is_refused_or_harmless(change, record):
     edited = copy.deepcopy(record)
     change(edited)
     try:
-        assert "<b>" not in model_card(edited, {}, "out")
+        assert "<b>" not in model_card(Record.from_json(edited), {}, "out")
     except LrkvError as refusal:
         assert "is not as lrkv convert wrote it" in str(refusal)
 

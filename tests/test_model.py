@@ -247,7 +247,9 @@ def test_allocated_bytes_equal_the_formula(family, options, converted):
     model, T = load(converted(family, **options)), 10
     spec = model.config.lrkv
     by_hand = 4 * sum(
-        m + 3 * r for side in spec.values() for m, r in zip(side["base_width"], side["rank"])
+        m + 3 * r
+        for side in (spec["keys"], spec["values"])
+        for m, r in zip(side["base_width"], side["rank"])
     )
     assert cache_bytes(model(prompt(T)).past_key_values) == T * by_hand
     assert formula_bytes(model.config, 4) == by_hand

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrkv_convert import LrkvError, convert, lora_targets
-from lrkv_convert.families import ADAPTERS
+from lrkv_convert.families import FAMILIES as KNOWN
+from lrkv_convert.folder.record import read_record
 from lrkv_convert.lora import USUAL, attention_targets
 
 FACTORS = ["keys.W_shared", "keys.U", "values.W_shared", "values.U"]
@@ -52,7 +53,7 @@ def test_the_card_lists_what_the_usual_names_mean(family, made):
     "family", [family for family in CONFIGS if "-" not in family and family != "gpt_neo"]
 )  # which lists its layers: below
 def test_the_usual_names_mean_every_layer_of_attention_in_every_family(family):
-    model, adapter = uneven(family), ADAPTERS[family]
+    model, adapter = uneven(family), KNOWN[family].any
     targets = lora_targets(model)
     assert targets == [adapter.query, *FACTORS, adapter.output]
     layers = [
@@ -161,6 +162,6 @@ def test_in_an_encoder_decoder_the_encoder_is_adapted_too(tmp_path):
     for attention in ("self,cross", "cross"):
         out = tmp_path / attention
         convert(str(source), out, rank=3, calibration=[], attention=attention)
-        record = json.loads((out / "lrkv.json").read_text())
-        assert sorted(listed(out)) == sorted(attention_targets(record)) == sorted(lora_targets(out))
+        named = sorted(attention_targets(read_record(out)))
+        assert sorted(listed(out)) == named == sorted(lora_targets(out))
         assert {"q_proj", "k_proj", "v_proj", "out_proj", *FACTORS} == set(listed(out))

@@ -8,12 +8,13 @@ from rich.console import Console
 from lrkv_convert.device import in_units
 from lrkv_convert.families import family_named
 from lrkv_convert.folder.markup import quoted
+from lrkv_convert.format import Cost, Fit, Record
 
 from .parts import console_for, say, table_of
 
 
-def _ranks(side: dict) -> str:
-    return f"{side['base_width']} + H·{side['rank']}"
+def _ranks(side: Fit) -> str:
+    return f"{side.base_width} + H·{side.rank}"
 
 
 KINDS = {
@@ -42,48 +43,45 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         sides = (f"{s.width} + {g.kv_heads}·{s.rank}" for s in (site.keys, site.values))
         table.add_row(str(site.layer), *sides, str(site.numbers), str(site.numbers_before))
     out.print(table)
-    _show_cost(out, plan.cache(), unit)
+    _show_cost(out, Cost(**plan.cache()), unit)
 
 
-def _show_cost(out: Console, cache: dict, unit: str = "token") -> None:
+def _show_cost(out: Console, cache: Cost, unit: str = "token") -> None:
     """What a cached token takes: bytes to hold, flops to read in a decoding step."""
-    before, after = cache["kv_flops_per_token_before"], cache["kv_flops_per_token"]
+    before, after = cache.kv_flops_per_token_before, cache.kv_flops_per_token
     out.print(
-        f"cache per {unit}: {in_units(cache['kv_bytes_per_token_before'])} ->"
-        f" {in_units(cache['kv_bytes_per_token'])} ({cache['kv_ratio']:.1%}); to read it:"
+        f"cache per {unit}: {in_units(cache.kv_bytes_per_token_before)} ->"
+        f" {in_units(cache.kv_bytes_per_token)} ({cache.kv_ratio:.1%}); to read it:"
         f" {before / 1e3:,.0f} -> {after / 1e3:,.0f} kflop"
-        f" ({after / cache['kv_bytes_per_token']:,.1f} per byte)"
+        f" ({after / cache.kv_bytes_per_token:,.1f} per byte)"
     )
 
 
-def show_conversion(record: dict, model: str, folder: Path, layers: bool = True) -> None:
+def show_conversion(record: Record, model: str, folder: Path, layers: bool = True) -> None:
     """Per layer ranks and errors, the cache, time and memory, and the next command."""
-    out, family = console_for(), family_named(record["source"]["model_type"])
-    for kind, fitted in record["attention"].items():
+    out, family = console_for(), family_named(record.source.model_type)
+    for kind, fitted in record.attention.items():
         name, unit = KINDS[kind] if family.encoder else ("layer", "token")
         if layers:
             table = table_of(name, "keys", "error", "values", "error")
-            for row in fitted["layers"]:
+            for row in fitted.layers:
                 table.add_row(
-                    str(row["layer"]),
-                    _ranks(row["keys"]),
-                    f"{row['keys']['error']:.3f}",
-                    _ranks(row["values"]),
-                    f"{row['values']['error']:.3f}",
+                    str(row.layer),
+                    _ranks(row.keys),
+                    f"{row.keys.error:.3f}",
+                    _ranks(row.values),
+                    f"{row.values.error:.3f}",
                 )
             out.print(table)
-        _show_cost(out, fitted["cache"], unit)
-    width = fitted["geometry"]["width"]
-    if (
-        family.encoder
-        and record["calibration"]["tokens"]
-        and record["calibration"]["tokens"] < width
-    ):
+        _show_cost(out, fitted.cache, unit)
+        width = fitted.geometry.width
+    tokens = record.calibration.tokens
+    if family.encoder and 0 < tokens < width:
         out.print(
-            f"calibrated on {record['calibration']['tokens']:,} target tokens, fewer than the model"
-            f" is wide ({width:,}): the errors say little, give more"
+            f"calibrated on {tokens:,} target tokens, fewer than the model is wide ({width:,}): the"
+            " errors say little, give more"
         )
-    out.print(f"{record['seconds']:.0f} s, {in_units(record['peak_memory_bytes'])} of memory")
+    out.print(f"{record.seconds:.0f} s, {in_units(record.peak_memory_bytes)} of memory")
     if layers:
         pairs = "--audio FOLDER" if family.speech else "--pairs FILE"
         measured_on = "--text FILE" if family.encoder is None else pairs

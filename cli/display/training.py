@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lrkv_convert.device import in_units
 from lrkv_convert.folder.markup import quoted
+from lrkv_convert.format import Healed
 
 from ..app import visible
 from .parts import console_for, say, table_of
@@ -75,48 +76,42 @@ def healing(shown: bool = True):
         yield report, stage, lambda text: line_of(f"note: {text}")
 
 
-def show_healing(entry: dict, model: str, folder: Path) -> None:
+def show_healing(entry: Healed, model: str, folder: Path) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
-    out, nll, text = console_for(), entry["validation"]["nll"], entry["validation"]["text"]
-    base = nll.get("original", nll["converted"])
-    table = table_of(
-        "held-out text" if text == "held out" else ", ".join(text), "loss", "perplexity", "ratio"
-    )
-    for name in ("original", "converted", "healed"):
-        if name in nll:
-            table.add_row(
-                name,
-                f"{nll[name]:.4f}",
-                f"{math.exp(nll[name]):.3f}",
-                f"×{math.exp(nll[name] - base):.4f}",
-            )
+    out, nll, text = console_for(), entry.validation.nll, entry.validation.text
+    between = isinstance(text, str)  # the windows trained on
+    name = "held-out text" if between else ", ".join(text)
+    table = table_of(name, "loss", "perplexity", "ratio")
+    for each, loss in nll.known.items():
+        table.add_row(
+            each,
+            f"{loss:.4f}",
+            f"{math.exp(loss):.3f}",
+            f"×{math.exp(loss - nll.base):.4f}",
+        )
     out.print(table)
-    if nll["healed"] >= nll["converted"]:
+    if nll.healed >= nll.converted:
         out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
-    elif nll.get("original", math.inf) < nll["converted"]:
-        between = (
+    elif nll.base < nll.converted:
+        remark = (
             " (held out between the windows trained on: a text apart, as in --set validation=FILE,"
             " says less)"
-            if text == "held out"
+            if between
             else ""
         )
-        out.print(
-            f"{(nll['converted'] - nll['healed']) / (nll['converted'] - nll['original']):.0%} of"
-            f" the lost log-perplexity is back{between}"
-        )
-    speed, rounds = (
-        entry["tokens"] / entry["seconds"] if entry["seconds"] else 0,
-        (f", each window {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""),
-    )
+        back = (nll.converted - nll.healed) / (nll.converted - nll.base)
+        out.print(f"{back:.0%} of the lost log-perplexity is back{remark}")
+    speed = entry.tokens / entry.seconds if entry.seconds else 0
+    rounds = f", each window {entry.rounds:.1f} times" if entry.rounds > 1 else ""
     out.print(
-        f"{entry['tokens']:,} tokens{rounds} in {entry['seconds']:,.0f} s of training, {speed:,.0f}"
-        f" tokens/s, {in_units(entry['peak_memory_bytes'])} of memory;"
-        f" {entry['validation']['tokens']:,} tokens held out"
+        f"{entry.tokens:,} tokens{rounds} in {entry.seconds:,.0f} s of training, {speed:,.0f}"
+        f" tokens/s, {in_units(entry.peak_memory_bytes)} of memory;"
+        f" {entry.validation.tokens:,} tokens held out"
     )
-    if not entry["picture"]:
+    if not entry.picture:
         print("pip install matplotlib for a picture of the curve")
     say(f"written: {folder}")
-    say(f"next: lrkv compare {quoted([entry['teacher'] or model, model, str(folder)])} --text FILE")
+    say(f"next: lrkv compare {quoted([entry.teacher or model, model, str(folder)])} --text FILE")
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:

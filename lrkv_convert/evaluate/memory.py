@@ -61,7 +61,7 @@ def _numbers(sites: list[Site], spec: dict | None) -> int:
     return sum(
         side["base_width"][site.layer] + site.geometry.kv_heads * side["rank"][site.layer]
         for site in sites
-        for side in spec.values()
+        for side in (spec["keys"], spec["values"])
     )
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,9 +16,24 @@ import torch
 import transformers
 
 from ..errors import LrkvError
-from ..families import Family
+from ..families import Family, family_named
+from ..format import (
+    FIELDS,
+    HALF_SPLIT,
+    Attention,
+    Cached,
+    Calibration,
+    Cost,
+    Evaluation,
+    Fit,
+    Geometry,
+    Layer,
+    Record,
+    Source,
+    Versions,
+)
 from ..modeling import CLASSES, auto_map
-from ..plan.shapes import Plan
+from ..plan.shapes import Plan, SitePlan
 from ..source import Checkpoint
 from .card import PICTURE, model_card, source_metadata
 from .provenance import public_name
@@ -26,7 +41,6 @@ from .record import read_record
 from .travelling import write_modeling
 from .writer import RECORD, write_json, write_text
 
-FORMAT = 2
 NOT_CARRIED = (
     "model_type",
     "architectures",
@@ -39,9 +53,6 @@ NOT_CARRIED = (
 )
 
 
-FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}  # of the config, by kind of attention
-
-
 def converted_config(
     checkpoint: Checkpoint, family: Family, plans: dict[str, Plan], dtype: torch.dtype, base: str
 ):
@@ -50,7 +61,10 @@ def converted_config(
     """
     model_type = family.model_type
     config_class, _, head_class = CLASSES[model_type]
-    spec = {kind: plans[kind].lrkv_config(base) if kind in plans else None for kind in family.kinds}
+    spec = {
+        kind: cached(plans[kind], base).to_json() if kind in plans else None
+        for kind in family.kinds
+    }
     carried = {
         name: value
         for name, value in checkpoint.config.to_dict().items()
@@ -66,6 +80,20 @@ def converted_config(
     return config
 
 
+def cached(plan: Plan, base: str) -> Cached:
+    """The config's field of a kind of attention. base: how the bases were found (Options.base)."""
+    turned = {site.layer: site.geometry.rotary_dim for site in plan.sites}
+    found = Cached.from_json(plan.lrkv_config(base), "the plan")
+    rotary = any(turned.values())
+    return replace(
+        found,
+        rope_layout=HALF_SPLIT if rotary else None,
+        rotary_dim=tuple(turned.get(i, 0) for i in range(plan.layers)),
+        # without RoPE nothing was rotated, whatever the form
+        keys=found.keys if rotary else replace(found.keys, rotated_in_cache=()),
+    )
+
+
 def conversion_record(
     checkpoint: Checkpoint,
     plans: dict[str, Plan],
@@ -76,66 +104,53 @@ def conversion_record(
     seconds: float,
     stages: dict[str, float],
     peak_bytes: int | None,
-) -> dict:
-    """The content of lrkv.json. Cache, keys, geometry and layers stand under the kind of attention.
-    In cross-attention a cached token is a position of the encoder. errors: of every layer, by kind;
-    calibration: `Material.record`.
-    """
-    return {
-        **_origin(checkpoint, options, sha256),
-        "attention": {kind: _fitted(plan, errors, kind) for kind, plan in plans.items()},
-        "calibration": calibration,
-        **_run(seconds, stages, peak_bytes),
-    }
-
-
-def _origin(checkpoint: Checkpoint, options: dict, sha256: str) -> dict:
+) -> Record:
+    """The content of lrkv.json. errors: of every layer, by kind; calibration: `Material.record`."""
     source = checkpoint.path / checkpoint.gguf if checkpoint.gguf else checkpoint.path
-    return {
-        "format": FORMAT,
-        "source": {
-            "name": public_name(checkpoint.source),
-            "path": str(source.resolve()),
-            "sha256": sha256,
-            "model_type": checkpoint.config.model_type,
+    return Record(
+        source=Source(
+            name=public_name(checkpoint.source),
+            path=str(source.resolve()),
+            sha256=sha256,
+            model_type=checkpoint.config.model_type,
+        ),
+        notices=tuple(checkpoint.notices),
+        recipe=options,
+        versions=Versions(
+            lrkv_convert=version("lrkv-convert"),
+            transformers=transformers.__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+        ),
+        attention={
+            kind: _fitted(plan, errors, kind, checkpoint.config) for kind, plan in plans.items()
         },
-        "notices": checkpoint.notices,
-        "recipe": options,
-        "versions": {
-            "lrkv_convert": version("lrkv-convert"),
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
+        calibration=Calibration.from_json(calibration),
+        seconds=round(seconds, 1),
+        seconds_per_stage={stage: round(spent, 1) for stage, spent in stages.items()},
+        peak_memory_bytes=peak_bytes,
+    )
 
 
-def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str) -> dict:
-    side = lambda shape, error: {"base_width": shape.width, "rank": shape.rank, "error": error}
-    return {
-        "cache": plan.cache(),
-        "keys": plan.keys,
-        "geometry": {"layers": plan.layers, **asdict(plan.geometry)},
-        "layers": [
-            {
-                "layer": site.layer,
-                "keys": side(site.keys, errors[site.layer][kind]["keys"]),
-                "values": side(site.values, errors[site.layer][kind]["values"]),
-            }
-            for site in plan.sites
-        ],
-    }
+def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str, config) -> Attention:
+    family = family_named(config.model_type)
+    paths = {site.layer: site.path for site in family.sites(config, [kind])}
 
+    def layer(site: SitePlan) -> Layer:
+        sides = {
+            side: Fit(base_width=shape.width, rank=shape.rank, error=errors[site.layer][kind][side])
+            for side, shape in (("keys", site.keys), ("values", site.values))
+        }
+        turned = site.geometry.rotary_dim
+        return Layer(layer=site.layer, path=paths[site.layer], rotary_dim=turned, **sides)
 
-def _run(seconds: float, stages: dict[str, float], peak_bytes: int | None) -> dict:
-    return {
-        # nothing here is random: windows are spaced evenly, the fit starts from the data
-        "seed": None,
-        "seconds": round(seconds, 1),
-        "seconds_per_stage": {stage: round(spent, 1) for stage, spent in stages.items()},
-        "peak_memory_bytes": peak_bytes,
-        "history": [],  # healing appends to this (healing.py)
-    }
+    return Attention(
+        cache=Cost(**plan.cache()),
+        keys=plan.keys,
+        geometry=Geometry(layers=plan.layers, **vars(plan.geometry)),
+        rope_layout=HALF_SPLIT if any(site.geometry.rotary for site in plan.sites) else None,
+        layers=tuple(map(layer, plan.sites)),
+    )
 
 
 def version(package: str) -> str:
@@ -146,7 +161,7 @@ def version(package: str) -> str:
 
 
 def write_companions(
-    folder: Path, checkpoint: Checkpoint, family: Family, config, record: dict, name: str
+    folder: Path, checkpoint: Checkpoint, family: Family, config, record: Record, name: str
 ) -> None:
     """Everything but the weights."""
     config.save_pretrained(folder)
@@ -161,13 +176,13 @@ def write_companions(
             *(checkpoint.path.glob("*processor_config.json") if family.encoder else ()),
         ):
             shutil.copy(file, folder / file.name)
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, record.to_json())
     if family.encoder is None:
         draw_cache(record, name, folder / PICTURE)
     write_card(folder, record, {} if checkpoint.gguf else source_metadata(checkpoint.path), name)
 
 
-def draw_cache(record: dict, name: str, file: Path) -> None:
+def draw_cache(record: Record, name: str, file: Path) -> None:
     """The picture in the card, where matplotlib is installed and works: no conversion is lost for a
     picture.
     """
@@ -209,22 +224,14 @@ def add_evaluation(folder: Path, result: dict) -> None:
             for i in (0, found)
         ],
     }
-    same = lambda other: (
-        (other["sha256"], other["seq_len"], other["tokens"])
-        == (
-            measured["sha256"],
-            measured["seq_len"],
-            measured["tokens"],
-        )
-    )
-    record["evaluations"] = [
-        other for other in record.get("evaluations", []) if not same(other)
-    ] + [measured]
-    write_json(folder / RECORD, record)
+    new = Evaluation.from_json(measured, "the comparison")
+    others = (other for other in record.evaluations if not other.same(new))
+    record = replace(record, evaluations=(*others, new))
+    write_json(folder / RECORD, record.to_json())
     write_card(folder, record, source_metadata(folder), os.path.basename(os.path.abspath(folder)))
 
 
-def write_card(folder: Path, record: dict, carried: dict, name: str) -> None:
+def write_card(folder: Path, record: Record, carried: dict, name: str) -> None:
     """README.md of a converted folder that will be called `name`."""
     write_text(
         folder / "README.md",

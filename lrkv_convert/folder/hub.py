@@ -71,7 +71,7 @@ def push(
             record, source_metadata(folder), made.repo_id, picture=(folder / PICTURE).is_file()
         )
         rewritten = {
-            RECORD: json.dumps(published(record), indent=2, ensure_ascii=False),
+            RECORD: json.dumps(published(record).to_json(), indent=2, ensure_ascii=False),
             "README.md": card,
         }
         files = [

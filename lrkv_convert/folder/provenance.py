@@ -5,14 +5,15 @@ what of it may be shown to others.
 import json
 import math
 import os
-from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
 
 from ..errors import LrkvError
+from ..format import Healed, Record
 from ..plan.options import Options
+from ..schema import read_object
 from ..settings.plain_yaml import parse
 from ..settings.recipe import shipped
 from .markup import quoted
@@ -29,52 +30,57 @@ def public_name(source: str) -> str:
     return os.path.basename(os.path.abspath(path)) if path.exists() else source
 
 
-def published(record: dict) -> dict:
+def published(record: Record) -> Record:
     """lrkv.json without the paths of the machine it was made on."""
-    record = deepcopy(record)
-    record["source"].pop("path", None)
-    record["recipe"]["calibration"] = _names(record["recipe"].get("calibration"))
-    for entry in record["history"]:
-        entry["recipe"]["validation"] = _names(entry["recipe"].get("validation"))
-        entry["teacher"] = entry["teacher"] and Path(entry["teacher"]).name
-    return record
+    return replace(
+        record,
+        source=replace(record.source, path=None),
+        recipe=_without_paths(record.recipe, "calibration"),
+        history=tuple(
+            replace(
+                entry,
+                recipe=_without_paths(entry.recipe, "validation"),
+                teacher=entry.teacher and Path(entry.teacher).name,
+            )
+            for entry in record.history
+        ),
+    )
 
 
 def calibrated_on(model: str | Path) -> set[str]:
     """sha256 of the texts that a converted folder was calibrated on."""
     try:
-        return {
-            text["sha256"]
-            for text in json.loads((Path(model).expanduser() / RECORD).read_text(encoding="utf-8"))[
-                "calibration"
-            ]["texts"]
-        }
-    except (OSError, ValueError, KeyError, TypeError):
+        record = Record.from_json(read_object(Path(model).expanduser() / RECORD))
+    except (OSError, LrkvError):
         return set()
+    return {text.sha256 for text in record.calibration.texts}
+
+
+def _without_paths(recipe: dict, field: str) -> dict:
+    """A recipe whose files in this field have no paths."""
+    return recipe | {field: _names(recipe.get(field))}
 
 
 def _names(paths: list[str] | None) -> list[str] | None:
     return paths and [Path(path).name for path in paths]
 
 
-def commands(record: dict, out: str) -> list[str]:
+def commands(record: Record, out: str) -> list[str]:
     """`lrkv convert`, and a `lrkv heal` for each round of training, that led to the folder `out`.
     Files by their names, not their paths.
     """
-    folders = [
-        f"{out}-{i}" if i < len(record["history"]) else out
-        for i in range(len(record["history"]) + 1)
-    ]
-    folders[0] = f"{out}-converted" if record["history"] else out
+    rounds = len(record.history)
+    folders = [f"{out}-{i}" if i < rounds else out for i in range(rounds + 1)]
+    folders[0] = f"{out}-converted" if rounds else out
     healing = [
         _heal(entry, before, after)
-        for entry, before, after in zip(record["history"], folders, folders[1:])
+        for entry, before, after in zip(record.history, folders, folders[1:])
     ]
     return [quoted(list(map(str, words))) for words in (_convert(record, folders[0]), *healing)]
 
 
-def _convert(record: dict, out: str) -> list[str]:
-    recipe, words = record["recipe"], ["lrkv", "convert", record["source"]["name"], "--out", out]
+def _convert(record: Record, out: str) -> list[str]:
+    recipe, words = record.recipe, ["lrkv", "convert", record.source.name, "--out", out]
     for field in fields(Options):
         value = recipe.get(field.name, field.default)
         if field.name in LEFT_OUT or value == field.default:
@@ -89,14 +95,14 @@ def _convert(record: dict, out: str) -> list[str]:
     return words
 
 
-def _heal(entry: dict, before: str, out: str) -> list[str]:
-    recipe, known = entry["recipe"], shipped("heal")
+def _heal(entry: Healed, before: str, out: str) -> list[str]:
+    recipe, known = entry.recipe, shipped("heal")
     name = recipe["name"] if recipe["name"] in known else "short"
     defaults, recipe = (
         yaml.safe_load(known[name]),
         recipe | {"validation": _names(recipe.get("validation"))},
     )
-    words = ["lrkv", "heal", before, "--data", *entry["data"], "--out", out, "--recipe", name]
+    words = ["lrkv", "heal", before, "--data", *entry.data, "--out", out, "--recipe", name]
     changed = {
         field: value
         for field, value in recipe.items()

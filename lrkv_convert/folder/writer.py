@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..device import SAFETENSORS_DTYPES
 from ..errors import LrkvError
+from ..format import RECORD  # stands in every folder this project writes, and in no other
 from ..settings.fields import LARGEST
 from .lock import LOCK, Lock, claim
 from .places import HINT, check_folder, remove, remove_folder, special, within, writing
 from .store import FINGERPRINT, Store
 
-RECORD = "lrkv.json"  # stands in every folder this project writes, and in no other
 # appended to the output's name: until it is whole; while it is being replaced
 PARTIAL, PREVIOUS = ".partial", ".previous"
 WORK = "work"  # inside the partial folder: what a run in progress has worked out

@@ -1,38 +1,13 @@
 """The small JSON files of a model folder: read as what they should be, or refused in one line."""
 
-import json
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import LrkvError, first_line
+from ..schema import kind_of, read_object
 
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def read_object(file: Path) -> dict:
-    """The JSON object in a file. Raises LrkvError for anything else in it, OSError where there is
-    no file."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LrkvError(
-            f"{file} is not JSON: {first_line(error)}", "download it again, or mend it"
-        ) from error
-    if not isinstance(found, dict):
-        raise LrkvError(
-            f"{file} holds {_kind(found)} where an object {{...}} belongs",
-            "download it again, or mend it",
-        )
-    return found
-
-
-def _kind(value) -> str:
-    return (
-        "null"
-        if value is None
-        else {list: "a list", str: "a text", bool: "true or false"}.get(type(value), "a number")
-    )
 
 
 def load_config(path: Path, source: str, **kwargs) -> PreTrainedConfig:
@@ -69,7 +44,7 @@ def read_config_json(path: Path, source: str) -> dict:
         ) from error
     if not isinstance(raw.get("model_type", ""), str):
         raise LrkvError(
-            f"cannot read the config of {source}: model_type is {_kind(raw['model_type'])}",
+            f"cannot read the config of {source}: model_type is {kind_of(raw['model_type'])}",
             'it names the family, as in "llama"',
         )
     return raw

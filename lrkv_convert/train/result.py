@@ -22,6 +22,7 @@ from ..folder.companions import version, write_card
 from ..folder.target import tensor_shapes
 from ..folder.travelling import write_modeling
 from ..folder.writer import RECORD, WORK, ShardWriter, publish, write_json
+from ..format import Record
 from ..source import check_finite
 from ..source.files import INDICES
 from .loop import Trainer
@@ -80,7 +81,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def finish(
-    run: Run, trainer: Trainer, model: Path, record: dict, max_shard_size: int | str
+    run: Run, trainer: Trainer, model: Path, record: Record, max_shard_size: int | str
 ) -> None:
     """Write everything a converted folder has into the run's folder and give it its name. Raises
     LrkvError where there is no room.
@@ -107,7 +108,7 @@ def write(
     trainer: Trainer,
     state: dict[str, torch.Tensor],
     model: Path,
-    record: dict,
+    record: Record,
     max_shard_size: int | str,
 ) -> None:
     """The weights, in the dtype they came in, and what stands beside them; what did not train is
@@ -136,10 +137,10 @@ def write(
         if file.is_file() and not weights and file.name not in (RECORD, "README.md", LOG, PICTURE):
             shutil.copy(file, run.folder / file.name)
     # the model may have been converted by an older release
-    write_modeling(run.folder, record["source"]["model_type"])
-    write_json(run.folder / RECORD, record)
-    if record["history"][-1]["picture"]:
+    write_modeling(run.folder, record.source.model_type)
+    write_json(run.folder / RECORD, record.to_json())
+    if record.history[-1].picture:
         from .. import plot
 
-        plot.healing(run.log(), record["history"][-1], run.folder / PICTURE)
+        plot.healing(run.log(), record.history[-1], run.folder / PICTURE)
     write_card(run.folder, record, source_metadata(model), run.out.name)
