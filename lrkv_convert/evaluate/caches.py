@@ -9,7 +9,7 @@ window of that length does.
 
 import math
 
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
 from ..errors import LrkvError, first_line
@@ -45,9 +45,12 @@ CACHES = {
 
 
 def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
-    """An empty cache for `model`: transformers' own dynamic one, or one of CACHES. Raises LrkvError
-    where it cannot be made.
+    """An empty cache for `model`: transformers' own dynamic one or, of a decoder on its own, one of
+    CACHES. Raises LrkvError where it cannot be made.
     """
+    if kind is None and model.config.is_encoder_decoder:
+        # of as many layers as it takes: a config gives the encoder's number
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     if kind is None:
         return DynamicCache(config=model.config)
     check_caches([kind])
