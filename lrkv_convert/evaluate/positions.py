@@ -1,4 +1,4 @@
-"""How many positions a model has: what a config says of its longest texts."""
+"""How many positions a model has: what its config says."""
 
 
 def positions(config) -> int | None:
@@ -6,6 +6,13 @@ def positions(config) -> int | None:
     return getattr(config, "max_target_positions", None) or getattr(
         config, "max_position_embeddings", None
     )
+
+
+def encoder_positions(config, tokens: int) -> int:
+    """Positions of the encoder that cross-attention reads beside so many tokens of the decoder: all
+    that a speech model has, for a text as many as there are tokens.
+    """
+    return getattr(config, "max_source_positions", None) or tokens
 
 
 def positions_exceeded(config, tokens: int) -> int | None:
