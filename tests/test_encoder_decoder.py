@@ -265,7 +265,7 @@ def observed(tiny, tmp_path_factory):
     return lru_cache(None)(get)
 
 
-def seen(study: Study, store: Store, kind: str, layer: int) -> calibration.Observed:
+def observed_at(study: Study, store: Store, kind: str, layer: int) -> calibration.Observed:
     """One attention module as calibration saw it."""
     return study.seen(store, next(s for s in study.by_kind[kind] if s.layer == layer))
 
@@ -310,7 +310,7 @@ def test_sums_are_those_of_the_whole_model(family, observed):
             sums["queries"] = sums["queries"] + torch.einsum("thd,the->hde", q, q)
             sums["inputs"] = sums["inputs"] + states.T @ states * (len(ids) / len(states))
     for kind in KINDS:
-        layer = seen(study, store, kind, 1)
+        layer = observed_at(study, store, kind, 1)
         assert layer.sums["tokens"] == tokens
         for name, value in expected[kind].items():
             assert relative(layer.sums[name], value) < 1e-4, (kind, name)
@@ -352,7 +352,7 @@ def test_moments_are_those_of_the_whole_model(family, observed):
                 map(len, targets)
             )
     for kind in KINDS:
-        moments = seen(study, store, kind, 0).moments
+        moments = observed_at(study, store, kind, 0).moments
         assert (
             relative(moments.keys.float(), expected[kind, 0]) < 1e-3
             and relative(moments.values.float(), expected[kind, 1]) < 1e-3
@@ -370,7 +370,7 @@ def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
         hook = attention.get_submodule(adapter.output).register_forward_pre_hook(
             lambda module, args: noted.append(args[0])
         )
-        for x, arguments, heads in seen(study, store, kind, 1).calls(torch.device("cpu")):
+        for x, arguments, heads in observed_at(study, store, kind, 1).calls(torch.device("cpu")):
             with torch.no_grad():
                 attention(x, **arguments)
             assert relative(noted.pop(), heads) < 0.05  # both went through bfloat16
