@@ -84,7 +84,7 @@ def _columns(result: dict, width: int) -> list[list[Column]]:
         spoken += [("WER", lambda r: share(r["word_error_rate"]))]
     for title, kind in (("self/token", "self"), ("cross/position", "cross")):
         spoken += [(title, lambda r, kind=kind: _size(r["caches"][kind], several))]
-    return [whole, spoken]
+    return [whole, spoken] if several or width < 60 else [[*whole, *spoken]]
 
 
 def _size(cache: dict, several: bool) -> str:
