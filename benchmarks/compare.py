@@ -50,7 +50,7 @@ def main() -> None:
     @torch.no_grad()
     def plain(*models):
         for model in models:
-            model(window.to(device), use_cache=False)
+            model(window.ids.to(device), use_cache=False)
 
     ways = {
         "plain passes, both of the original": lambda: plain(original, original),
@@ -58,7 +58,7 @@ def main() -> None:
         "lrkv compare": lambda: measure([Candidate(original), Candidate(converted)], [window]),
     }
     taken = {name: [] for name in ways}
-    for window in text_windows(ids, 512, 1):  # noqa: B007  (ways read it)
+    for window in text_windows(ids, 512):  # noqa: B007  (ways read it)
         for name, way in ways.items():
             began = time.perf_counter()
             way()

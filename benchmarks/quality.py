@@ -136,7 +136,7 @@ def main() -> None:
             ids = torch.tensor(
                 tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
             )[: args.tokens]
-            scores = measure([Candidate(model) for model in models], text_windows(ids, 512, 1))
+            scores = measure([Candidate(model) for model in models], text_windows(ids, 512))
             results.append(
                 {
                     "text": {"name": text.name, "sha256": text.sha256},

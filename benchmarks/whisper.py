@@ -22,10 +22,10 @@ import transformers
 
 from lrkv_convert import LrkvError, convert
 from lrkv_convert.device import pick_device
-from lrkv_convert.examples.pairs import read_speech
+from lrkv_convert.evaluate import compare
+from lrkv_convert.examples.speech import read_speech
 from lrkv_convert.folder.companions import version
 from lrkv_convert.folder.writer import write_json
-from lrkv_convert.seq2seq.compare import compare
 
 VOICES, SPEEDS = (
     (
@@ -143,7 +143,7 @@ def main() -> None:
                 for m in models
             ),
         ],
-        audio=[str(measured)],
+        [read_speech(str(measured))],
         device=pick_device("cpu"),
     )
     kept = (

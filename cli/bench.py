@@ -20,7 +20,12 @@ def bench(
         ),
     ],
     tokens: Annotated[
-        str, typer.Option(help="Cached tokens per row, separated by commas.")
+        str,
+        typer.Option(
+            help=(
+                "Cached tokens per row, separated by commas; of an encoder-decoder, of its decoder."
+            )
+        ),
     ] = "1024,4096",
     batch: Annotated[str, typer.Option(help="Rows decoded at once, separated by commas.")] = "1",
     paths: Annotated[

@@ -179,10 +179,24 @@ def evaluate(
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: DType = "auto",
+    audio: Audio = None,
+    pairs: Pairs = None,
     json_file: Json = None,
 ) -> None:
-    """Perplexity and cache of one model."""
-    measure([model], text, dataset, seq_len, max_tokens, batch_size, device, dtype, json_file)
+    """Perplexity and cache of one model; of an encoder-decoder also its word error rate."""
+    measure(
+        [model],
+        text,
+        dataset,
+        seq_len,
+        max_tokens,
+        batch_size,
+        device,
+        dtype,
+        json_file,
+        audio=audio or [],
+        pairs=pairs or [],
+    )
 
 
 def measure(
@@ -205,7 +219,7 @@ def measure(
     from lrkv_convert import LrkvError
     from lrkv_convert.device import pick_device, pick_dtype
     from lrkv_convert.evaluate import compare as run
-    from lrkv_convert.evaluate.corpora import gather
+    from lrkv_convert.evaluate.corpora import gather, gather_pairs
     from lrkv_convert.evaluate.load import read_config, refuse_encoder
     from lrkv_convert.folder.companions import add_evaluation
     from lrkv_convert.folder.markup import quoted
@@ -245,54 +259,26 @@ def measure(
     for folder in cards if card else ():
         check_file(folder / "README.md", "--card")
     if audio or pairs:
-        if asked := [
-            name
-            for name, value in {
-                "--text": text,
-                "--dataset": dataset,
-                "--seq-len": seq_len,
-                "--batch-size": batch_size > 1,
-                "--report": report,
-                **more,
-            }.items()
-            if value
-        ]:
-            option = (
-                asked[0]
-                if asked[0].startswith("--")
-                else "--" + {"caches": "cache"}.get(asked[0], asked[0].replace("_", "-"))
-            )
-            raise LrkvError(f"{option} does not go with --audio and --pairs", "leave it out")
-        from lrkv_convert.seq2seq.compare import compare as run_pairs
-
-        with display.progress() as progress:
-            result = run_pairs(
-                models,
-                audio,
-                pairs,
-                max_tokens=max_tokens,
-                device=pick_device(device),
-                dtype=pick_dtype(dtype),
-                progress=progress,
-            )
-        display.show_written(result)
+        given = {"--text": text, "--dataset": dataset, "--seq-len": seq_len, "--report": report}
+        if others := [option for option, value in given.items() if value]:
+            raise LrkvError(f"{others[0]} does not go with --audio and --pairs", "leave it out")
+        texts = gather_pairs(models[0], audio, pairs)
     else:
         if not (text or dataset):  # the hint to give a text would lead nowhere
             refuse_encoder(models[0], read_config(models[0]))
-        texts, seq_len = gather(text or [], dataset or [], seq_len, max_tokens)
-        with display.progress() as progress:
-            result = run(
-                models,
-                texts,
-                seq_len=seq_len,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                device=pick_device(device),
-                dtype=pick_dtype(dtype),
-                progress=progress,
-                **more,
-            )
-        display.show_comparison(result)  # first of all: what comes now may fail
+        texts, more["seq_len"] = gather(text or [], dataset or [], seq_len, max_tokens)
+    with display.progress() as progress:
+        result = run(
+            models,
+            texts,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            device=pick_device(device),
+            dtype=pick_dtype(dtype),
+            progress=progress,
+            **more,
+        )
+    display.show_comparison(result)  # first of all: what comes now may fail
     for folder in cards:
         if known := [t["name"] for t in result["texts"] if t["sha256"] in calibrated_on(folder)]:
             display.say(

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from .conversion import plan_budgets
 from .errors import LrkvError
-from .evaluate.compare import positions_exceeded
 from .evaluate.load import load_model
 from .evaluate.perplexity import Candidate, measure, text_windows
+from .evaluate.positions import positions_exceeded
 from .examples.example import tokens_of
 from .examples.text import Text, check_ids
 from .families import Geometry, Site
@@ -117,8 +117,8 @@ def sweep(
         tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"],
         dtype=torch.long,
     )[:max_tokens]
-    batches = text_windows(ids, seq_len, 1)
-    if not batches:
+    examples = text_windows(ids, seq_len)
+    if not examples:
         raise LrkvError(
             f"the text {text.name} is empty or too short", "perplexity needs at least two tokens"
         )
@@ -142,7 +142,7 @@ def sweep(
                 base = "joint" if method == "budget" else METHODS[method][0]
                 models.append(build(original, study, plans[-1], metric, store, base, refit))
                 progress("sweeping", i * len(chosen) + j + 1, total)
-            first, *scores = measure([Candidate(m) for m in (original, *models)], batches)
+            first, *scores = measure([Candidate(m) for m in (original, *models)], examples)
             for (method, metric), plan, other in zip(chosen, plans, scores):
                 nll = other.mean("nll")
                 outcomes.append(

@@ -23,6 +23,8 @@ from transformers import (
 from lrkv_convert import convert
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.examples import writing
+from lrkv_convert.examples.pairs import Corpus, read_pairs
+from lrkv_convert.examples.speech import read_speech
 from lrkv_convert.modeling import auto_class
 
 FLOAT32, FLOAT64, STEPS = 1e-4, 1e-9, 1e-4
@@ -149,6 +151,11 @@ def data(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     speech(folder / "speech")
     return lambda family: str(folder / ("speech" if family == "whisper" else "pairs.jsonl"))
+
+
+def corpora(path: str) -> list[Corpus]:
+    """What `compare` reads of a path that `data` gives."""
+    return [(read_speech if Path(path).is_dir() else read_pairs)(path)]
 
 
 @pytest.fixture(scope="module")

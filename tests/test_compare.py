@@ -13,8 +13,15 @@ from lrkv_convert import LrkvError
 from lrkv_convert.evaluate import compare, perplexity
 from lrkv_convert.evaluate.caches import PIECE
 from lrkv_convert.evaluate.compare import short_names
-from lrkv_convert.evaluate.perplexity import Candidate, Scores, measure, text_windows
+from lrkv_convert.evaluate.perplexity import (
+    Candidate,
+    Scores,
+    batches_of,
+    measure,
+    text_windows,
+)
 from lrkv_convert.evaluate.statistics import buckets, by_context, interval, summary
+from lrkv_convert.examples.example import window
 from lrkv_convert.examples.text import Text
 
 CPU = torch.device("cpu")
@@ -84,11 +91,14 @@ def test_batch_size_changes_nothing(batch_size, tiny, converted):
 
 def test_windows_cover_the_text_once():
     ids = torch.arange(103)
-    assert torch.equal(torch.cat([b.flatten() for b in text_windows(ids, 20, 2)]), ids)
-    assert [b.shape for b in text_windows(ids, 20, 2)] == [(2, 20), (2, 20), (1, 20), (1, 3)]
+    shapes = lambda ids, size: [
+        (len(batch), batch[0].tokens) for batch in batches_of(text_windows(ids, 20), size)
+    ]
+    assert torch.equal(torch.cat([e.ids.flatten() for e in text_windows(ids, 20)]), ids)
+    assert shapes(ids, 2) == [(2, 20), (2, 20), (1, 20), (1, 3)]
     # one token alone predicts nothing
-    assert [b.shape for b in text_windows(ids[:81], 20, 9)] == [(4, 20)]
-    assert [b.shape for b in text_windows(ids[:7], 20, 9)] == [(1, 7)]
+    assert shapes(ids[:81], 9) == [(4, 20)]
+    assert shapes(ids[:7], 9) == [(1, 7)]
 
 
 def test_the_json_has_the_promised_fields(tiny, converted):
@@ -307,7 +317,7 @@ def test_a_quantised_row_is_a_plain_loop_over_its_cache(tiny):
         [model(part, past_key_values=cache).logits for part in ids.split(PIECE, 1)], 1
     )[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-    [_, scores] = measure([Candidate(model), Candidate(model, "int4")], [ids])
+    [_, scores] = measure([Candidate(model), Candidate(model, "int4")], [window(ids[0])])
     assert torch.allclose(scores.nll[0], expected, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ from encoder_decoders import (
     STEPS,
     build,
     converted,
+    corpora,
     data,
     load,
     logits,
@@ -27,16 +28,19 @@ from encoder_decoders import (
 )
 from safetensors.torch import load_file, save_file
 
+from lrkv_convert import conversion as story
 from lrkv_convert import convert
-from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
-from lrkv_convert.families import ENCODER_DECODERS, KINDS
+from lrkv_convert.evaluate import compare
+from lrkv_convert.evaluate.memory import bytes_by_kind, formula_bytes_by_kind
+from lrkv_convert.examples.example import pair
+from lrkv_convert.families import FAMILIES, KINDS
 from lrkv_convert.folder.store import Store
+from lrkv_convert.observe import calibrate as calibration
+from lrkv_convert.observe import sensitivity
 from lrkv_convert.observe.sensitivity import SEED, draw
-from lrkv_convert.seq2seq import conversion as story
-from lrkv_convert.seq2seq.calibrate import calibrate, calibrated_layer, head_moments
-from lrkv_convert.seq2seq.compare import compare
-from lrkv_convert.seq2seq.skeleton import StackSkeleton
 from lrkv_convert.source import open_checkpoint
+from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.study import Study
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
@@ -85,7 +89,7 @@ class TestFamily:
         model's own projections give; so does the output.
         """
         model, checkpoint = load(tiny(family)), open_checkpoint(str(tiny(family)))
-        kinds = ENCODER_DECODERS[checkpoint.config.model_type].kinds
+        kinds = FAMILIES[checkpoint.config.model_type].kinds
         for kind in KINDS:
             adapter, seen = kinds[kind], {}
             attention = model.get_submodule(adapter.module(1).rstrip("."))
@@ -209,8 +213,8 @@ class TestFamily:
         assert formula == dict.fromkeys(KINDS, 4 * 2 * 2 * (20 + 3 * 7))
         _, cache = stepwise(model, ids, 3)
         positions = 50 if family == "whisper" else 11
-        assert cache_bytes(cache.self_attention_cache) == 2 * 12 * formula["self"]
-        assert cache_bytes(cache.cross_attention_cache) == 2 * positions * formula["cross"]
+        held = {"self": 2 * 12 * formula["self"], "cross": 2 * positions * formula["cross"]}
+        assert bytes_by_kind(cache) == held
         one_kind = formula_bytes_by_kind(load(converted(family, attention="cross")).config, 4)
         assert one_kind == {"self": 4 * 2 * 2 * 60, "cross": formula["cross"]}
 
@@ -240,26 +244,30 @@ def logits_of(model, given, ids):
 
 @pytest.fixture(scope="module")
 def observed(tiny, tmp_path_factory):
-    """observed(family) -> (skeleton, model, sources, targets, store) after calibration and
+    """observed(family) -> (study, model, sources, targets, store) after calibration and
     gradients on three examples of different lengths.
     """
 
     def get(family: str):
-        checkpoint = open_checkpoint(str(tiny(family)))
-        skeleton = StackSkeleton(
-            checkpoint, ENCODER_DECODERS[checkpoint.config.model_type], torch.device("cpu")
-        )
+        study = Study(str(tiny(family)))
+        skeleton = study.build(torch.device("cpu"))
         model = load(tiny(family), attn_implementation="eager")
         sources = [next(iter(source(model, 1, length).values())) for length in (7, 11, 5)]
         targets = [target(1, length)[0] for length in (6, 4, 9)]
-        store = Store(tmp_path_factory.mktemp("store") / "work", {})
-        calibrate(
-            skeleton, KINDS, sources, targets, {"fisher", "attention", "whitened"}, store, [0, 1, 2]
-        )
-        head_moments(skeleton, KINDS, [0, 1, 2], store)
-        return skeleton, model, sources, targets, store
+        # what comes last is predicted and not read
+        examples = [pair(x, torch.cat((ids, ids[:1])), 1) for x, ids in zip(sources, targets)]
+        store, rows = Store(tmp_path_factory.mktemp("store") / "work", {}), [0, 1, 2]
+        metrics = {"fisher", "attention", "whitened"}
+        calibration.calibrate(skeleton, study.sites, examples, metrics, store, rows)
+        sensitivity.head_moments(skeleton, study.sites, examples, rows, store)
+        return study, model, sources, targets, store
 
     return lru_cache(None)(get)
+
+
+def observed_at(study: Study, store: Store, kind: str, layer: int) -> calibration.Observed:
+    """One attention module as calibration saw it."""
+    return study.seen(store, next(s for s in study.by_kind[kind] if s.layer == layer))
 
 
 @pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
@@ -267,7 +275,7 @@ def test_sums_are_those_of_the_whole_model(family, observed):
     """Streamed layer by layer, and from what the whole model attends to, in both kinds of
     attention.
     """
-    skeleton, model, sources, targets, store = observed(family)
+    study, model, sources, targets, store = observed(family)
     H, tokens = 3, sum(map(len, targets))
     expected = {kind: {"keys": 0, "values": 0, "queries": 0, "inputs": 0} for kind in KINDS}
     for x, ids in zip(sources, targets):
@@ -276,7 +284,7 @@ def test_sums_are_those_of_the_whole_model(family, observed):
             model.get_submodule(adapter.module(1) + adapter.projections[0]).register_forward_hook(
                 lambda m, args, out, kind=kind: seen.update({kind: (args[0][0], out[0])})
             )
-            for kind, adapter in skeleton.family.kinds.items()
+            for kind, adapter in study.family.kinds.items()
         ]
         with torch.no_grad():
             out = model(
@@ -302,7 +310,7 @@ def test_sums_are_those_of_the_whole_model(family, observed):
             sums["queries"] = sums["queries"] + torch.einsum("thd,the->hde", q, q)
             sums["inputs"] = sums["inputs"] + states.T @ states * (len(ids) / len(states))
     for kind in KINDS:
-        layer = calibrated_layer(skeleton, kind, store, 1)
+        layer = observed_at(study, store, kind, 1)
         assert layer.sums["tokens"] == tokens
         for name, value in expected[kind].items():
             assert relative(layer.sums[name], value) < 1e-4, (kind, name)
@@ -313,11 +321,11 @@ def test_moments_are_those_of_the_whole_model(family, observed):
     """Gradients of the loss of tokens drawn from the model, layer by layer and through all of it at
     once.
     """
-    skeleton, model, sources, targets, store = observed(family)
+    study, model, sources, targets, store = observed(family)
     generator, expected = torch.Generator().manual_seed(SEED), {}
     for x, ids in zip(sources, targets):
         seen, hooks = {}, []
-        for kind, adapter in skeleton.family.kinds.items():
+        for kind, adapter in study.family.kinds.items():
             attention = model.get_submodule(adapter.module(0).rstrip("."))
             hooks.append(
                 attention.get_submodule(adapter.key_projection).register_forward_hook(
@@ -344,7 +352,7 @@ def test_moments_are_those_of_the_whole_model(family, observed):
                 map(len, targets)
             )
     for kind in KINDS:
-        moments = calibrated_layer(skeleton, kind, store, 0).moments
+        moments = observed_at(study, store, kind, 0).moments
         assert (
             relative(moments.keys.float(), expected[kind, 0]) < 1e-3
             and relative(moments.values.float(), expected[kind, 1]) < 1e-3
@@ -356,15 +364,13 @@ def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
     """The original's attention, called as the refit calls the converted one, gives the heads that
     were noted.
     """
-    skeleton, model, _, _, store = observed(family)
-    for kind, adapter in skeleton.family.kinds.items():
+    study, model, _, _, store = observed(family)
+    for kind, adapter in study.family.kinds.items():
         attention, noted = model.get_submodule(adapter.module(1).rstrip(".")), []
         hook = attention.get_submodule(adapter.output).register_forward_pre_hook(
             lambda module, args: noted.append(args[0])
         )
-        for x, arguments, heads in calibrated_layer(skeleton, kind, store, 1).calls(
-            torch.device("cpu")
-        ):
+        for x, arguments, heads in observed_at(study, store, kind, 1).calls(torch.device("cpu")):
             with torch.no_grad():
                 attention(x, **arguments)
             assert relative(noted.pop(), heads) < 0.05  # both went through bfloat16
@@ -391,19 +397,16 @@ def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_pa
         monkeypatch.setattr(owner, name, stopping)
         return calls
 
-    from lrkv_convert.seq2seq import calibrate as module
-
-    # the encoder's layer comes first
     place = {
-        "calibrate": (StackSkeleton, "layer", 3),
-        "moments": (module, "_backward", 2),
-        "fit": (story, "convert_layer", 3),
+        "calibrate": (Skeleton, "layer", 2),
+        "moments": (sensitivity, "_backward", 2),
+        "fit": (story, "fit_site", 3),
     }[step]
     stop_at(*place)
     with pytest.raises(KeyboardInterrupt, match="same command"):
         convert(str(tiny("bart")), tmp_path / "out", **options)
     monkeypatch.undo()
-    again = stop_at(story, "convert_layer", 0)
+    again = stop_at(story, "fit_site", 0)
     convert(str(tiny("bart")), tmp_path / "out", **options)
     assert len(again) == (2 if step == "fit" else 4)  # two kinds in two layers
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
@@ -430,7 +433,7 @@ class TestCalibrated:
         plain = converted(family, metric="plain", rank_k=7, rank_v=7)
         result = compare(
             [str(tiny(family)), str(folder), str(plain)],
-            **{"audio" if family == "whisper" else "pairs": [data(family)]},
+            corpora(data(family)),
             device=torch.device("cpu"),
         )
         base, ours, other = result["models"]
@@ -446,7 +449,6 @@ class TestCalibrated:
         )
 
     def test_refit_brings_the_output_nearer(self, family, tiny, data, tmp_path):
-        option = {"audio" if family == "whisper" else "pairs": [data(family)]}
         folders = [
             str(
                 convert(
@@ -460,6 +462,6 @@ class TestCalibrated:
             for refit in (True, False)
         ]
         refitted, plain = compare(
-            [str(tiny(family)), *folders], **option, device=torch.device("cpu")
+            [str(tiny(family)), *folders], corpora(data(family)), device=torch.device("cpu")
         )["models"][1:]
         assert refitted["kl"] < plain["kl"]

@@ -1,5 +1,6 @@
 """Encoder-decoders: what is written, what the commands print, and what is refused."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from encoder_decoders import (
     STEPS,
     build,
     converted,
+    corpora,
     data,
     load,
     logits,
@@ -28,14 +30,20 @@ from encoder_decoders import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutomaticSpeechRecognitionPipeline, WhisperFeatureExtractor
+from transformers.modeling_outputs import BaseModelOutput
 
 from lrkv_convert import convert
+from lrkv_convert.evaluate import bench, compare, load_tokenizer, perplexity
+from lrkv_convert.evaluate.bench import cross_writers, read_bytes
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
-from lrkv_convert.families import ENCODER_DECODERS
+from lrkv_convert.examples.example import IGNORED
+from lrkv_convert.examples.pairs import read_pairs
+from lrkv_convert.examples.prepare import prepare
+from lrkv_convert.examples.reader import Reader
+from lrkv_convert.families import FAMILIES
 from lrkv_convert.modeling import ENCODER_DECODERS as ENCODER_DECODER_CLASSES
 from lrkv_convert.modeling import attention_lrkv, auto_class
 from lrkv_convert.modeling.attention_lrkv import choose_path
-from lrkv_convert.seq2seq.compare import compare
 
 LOAD = """
 import json, sys
@@ -128,7 +136,7 @@ def test_the_kernel_reads_both_caches(family, converted):
     )
 
 
-@pytest.mark.parametrize("family", ENCODER_DECODERS)
+@pytest.mark.parametrize("family", ENCODER_DECODER_CLASSES)
 def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
     model, taken = load(converted(family)), set()
 
@@ -145,8 +153,7 @@ def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
     with torch.no_grad():
         stepwise(model, target(1, 3), 1)
     assert taken == {
-        "kernel" if adapter.kernel else "split"
-        for adapter in ENCODER_DECODERS[family].kinds.values()
+        "kernel" if adapter.kernel else "split" for adapter in FAMILIES[family].kinds.values()
     }
 
 
@@ -225,7 +232,7 @@ def test_without_targets_the_model_writes_them(tiny, tmp_path):
     assert done.record.calibration.targets_by_the_model == done.record.calibration.examples == 5
     result = compare(
         [str(tiny("bart")), str(done.out)],
-        pairs=[str(tmp_path / "text.txt")],
+        [read_pairs(str(tmp_path / "text.txt"))],
         device=torch.device("cpu"),
     )
     assert (
@@ -336,20 +343,26 @@ class TestRefusals:
             says="more than the 80 the model reads",
         )
 
-    @pytest.mark.parametrize(
-        "command",
-        [("inspect",), ("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")],
-    )
-    def test_commands_for_decoders(self, command, tiny, converted, tmp_path):
+    @pytest.mark.parametrize("name", ["compare", "eval"])
+    def test_plain_text_is_for_decoders(self, name, tiny, converted, tmp_path):
         (tmp_path / "text.txt").write_text("some words " * 400)
-        name, *option = command
-        folder = converted("bart") if name == "heal" else tiny("bart")
-        models = [folder, converted("bart")] if name in ("compare", "bench") else [folder]
-        more = ["--out", tmp_path / "out"] if name in ("heal", "sweep", "inspect") else []
-        error = run(
-            name, *models, *((option[0], tmp_path / "text.txt") if option else ()), *more, code=1
-        ).stderr.strip()
+        models = [tiny("bart"), converted("bart")][: 2 if name == "compare" else 1]
+        error = run(name, *models, "--text", tmp_path / "text.txt", code=1).stderr.strip()
         assert len(error.splitlines()) == 1 and "encoder-decoder" in error, error
+
+    def test_pairs_are_for_encoder_decoders(self, data, tmp_path):
+        from conftest import build as build_decoder
+
+        error = run(
+            "eval", build_decoder("gpt2", tmp_path / "source"), "--pairs", data("bart"), code=1
+        ).stderr
+        assert "has no encoder: it reads plain text; give --text" in error
+
+    @pytest.mark.parametrize("family, most", [("whisper", 66), ("bart", 66)])
+    def test_more_tokens_than_the_decoder_holds(self, family, most, tiny):
+        error = run("bench", tiny(family), "--tokens", 70, "--paths", "auto", code=1).stderr.strip()
+        assert "reads 80 tokens, and 70 leave no room for the 14 that are decoded" in error
+        assert f"give --tokens of at most {most}" in error and len(error.splitlines()) == 1
 
     def test_comparing_with_the_wrong_thing(self, tiny, data, converted, tmp_path):
         for family, option, other in (
@@ -411,6 +424,9 @@ def test_the_pipeline_of_transformers_takes_a_converted_whisper_for_what_transcr
         ),
         (["serve", "{t5}"], "--pairs FILE"),
         (["eval", "{bart}"], "--pairs FILE"),
+        (["eval", "{t5}", "--pairs", "{pairs}", "--seq-len", "64"], "--seq-len does not go with"),
+        (["eval", "{t5}", "--pairs", "{pairs}", "--text", "{text}"], "--text does not go with"),
+        (["eval", "{t5}", "--pairs", "{pairs}", "--batch-size", "2"], "--batch-size does not go"),
         (["convert", "{t5}", "--out", "{t5}-out", "--attention", "both"], "self,cross for both"),
     ],
 )
@@ -459,3 +475,150 @@ def test_little_to_calibrate_on_is_said(tiny, tmp_path):
             tmp_path / "pairs.jsonl",
         ).stdout
     )
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def by_hand(model, example) -> torch.Tensor:
+    """Losses of an example's targets behind the prompt, without a cache, in one go."""
+    out = model(**example.inputs, use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(out, example.predicts, reduction="none")
+    return losses[example.predicts != IGNORED]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_eval_is_a_plain_loop_over_the_targets(family, tiny, converted, data, tmp_path):
+    """Perplexity and bytes of both caches of one model alone, as `compare` gives them."""
+    option = "--audio" if family == "whisper" else "--pairs"
+    for folder in (tiny(family), converted(family)):
+        shown = run("eval", folder, option, data(family), "--json", tmp_path / "e.json").output
+        [row] = json.loads((tmp_path / "e.json").read_text())["models"]
+        model = load(folder)
+        reader = Reader(
+            tiny(family),
+            FAMILIES[family],
+            load_tokenizer(str(tiny(family))),
+            model.config,
+            model.generation_config,
+        )
+        examples = prepare(corpora(data(family)), reader, None, lambda: model).examples()
+        losses = torch.cat([by_hand(model, example) for example in examples])
+        assert row["nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert row["tokens"] == len(losses) and f"{row['perplexity']:.3f}" in shown
+        formula = formula_bytes_by_kind(model.config, 4)
+        for kind in ("self", "cross"):
+            cache = row["caches"][kind]
+            assert cache["bytes"] == cache["allocated"] == formula[kind] == row[f"{kind}_bytes"]
+        assert row["word_error_rate"] > 0 and "WER" in shown and "same words" not in shown
+
+
+def test_targets_too_long_for_one_pass_are_read_through_the_cache(
+    tiny, converted, data, monkeypatch
+):
+    paths, found = [str(tiny("t5")), str(converted("t5"))], []
+    for longest in (1024, 5):
+        monkeypatch.setattr(perplexity, "LONGEST", longest)
+        found.append(compare(paths, corpora(data("t5")), device=torch.device("cpu"))["models"])
+    for a, b in zip(*found):
+        assert a["tokens"] == b["tokens"] and a["nll"] == pytest.approx(b["nll"], rel=1e-5)
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-8)
+
+
+def test_models_with_the_same_encoder_encode_once(tiny, converted, data, tmp_path, monkeypatch):
+    """A conversion leaves the encoder as it is; another encoder is heard by its own model."""
+    calls = []
+    encode = perplexity.encode
+    monkeypatch.setattr(perplexity, "encode", lambda m, s: calls.append(m) or encode(m, s))
+    other = load(tiny("t5"))
+    torch.nn.init.normal_(other.get_encoder().final_layer_norm.weight)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    paths = [str(tiny("t5")), str(converted("t5")), str(tmp_path / "other")]
+    result = compare(paths, corpora(data("t5")), device=torch.device("cpu"))
+    counts = [calls.count(model) for model in dict.fromkeys(calls)]
+    assert counts == [len(PAIRS)] * 2 and result["models"][2]["kl"] > 0
+
+
+@pytest.mark.parametrize("attention", ["self", "cross", "self,cross"])
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_bench_fills_both_caches(family, attention, tiny, converted):
+    """With tokens and with the encoder's positions, and counts what a step reads of them."""
+    folders = [str(tiny(family)), str(converted(family, attention=attention))]
+    positions = 50 if family == "whisper" else 20
+    for cache in ("static", "dynamic"):
+        result = bench(
+            folders,
+            tokens=[20],
+            batches=[2],
+            routes=["auto", "rebuild", "split"],
+            cache=cache,
+            steps=1,
+            device=torch.device("cpu"),
+        )
+        rows, room = result["rows"], (3 + 1 + 2) * 3 if cache == "static" else 0
+        assert [r["path"] for r in rows] == ["original", "auto: split", "rebuild", "split"]
+        for row, folder in zip(rows, (folders[0], *folders[1:] * 3)):
+            model = load(folder)
+            per_place = formula_bytes_by_kind(model.config, 4)
+            assert row["positions"] == positions and row["caches"] == {
+                "self": 2 * (20 + room) * per_place["self"],
+                "cross": 2 * positions * per_place["cross"],
+            }
+            assert row["cache_bytes"] == sum(row["caches"].values())
+            assert row["bytes_read"] == row["cache_bytes"] + read_bytes(model)
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "bart", "whisper"])
+def test_a_step_reads_the_decoder_and_the_head(family, tiny, converted):
+    """And neither the encoder nor what writes the cache of cross-attention: what is not read may be
+    anything.
+    """
+    for folder in (tiny(family), converted(family)):
+        model, ids = load(folder), target(2, 6)
+        _, cache = stepwise(model, ids, 5)
+        cache, again = copy.deepcopy(cache), copy.deepcopy(cache)
+        states = BaseModelOutput(last_hidden_state=torch.zeros(2, positions_of(cache), 1))
+        step = lambda cache: (
+            model(
+                decoder_input_ids=ids[:, :1], encoder_outputs=states, past_key_values=cache
+            ).logits
+        )
+        with torch.no_grad():
+            expected = step(cache)
+            spoilt = {p.data_ptr(): p for p in model.parameters()}
+            whole = sum(p.numel() * 4 for p in spoilt.values())
+            read = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+            writers = {p.data_ptr() for p in cross_writers(model)}
+            kept = {p.data_ptr() for p in read} - writers
+            unread = [p for at, p in spoilt.items() if at not in kept]
+            for parameter in unread:
+                parameter.fill_(float("nan"))
+            assert torch.equal(step(again), expected)
+        own = model.get_input_embeddings().weight
+        tied = own.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+        left = sum(p.numel() * 4 for p in unread) + (0 if tied else own.numel() * 4)
+        assert read_bytes(model) == whole - left
+
+
+def positions_of(cache) -> int:
+    return int(cache.cross_attention_cache.get_seq_length())
+
+
+def test_bench_as_a_command(tiny, converted, tmp_path):
+    shown = run(
+        "bench",
+        tiny("whisper"),
+        converted("whisper"),
+        "--tokens",
+        20,
+        "--steps",
+        1,
+        "--paths",
+        "auto",
+        "--json",
+        tmp_path / "b.json",
+    ).output
+    assert "cross-attention, 50 positions" in shown
+    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 2

@@ -12,9 +12,10 @@ from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtracto
 
 from lrkv_convert import LrkvError
 from lrkv_convert.evaluate.words import align, words
-from lrkv_convert.examples.pairs import RATE, Example, read_pairs, read_speech, read_wav, spread
+from lrkv_convert.examples.pairs import Pair, read_pairs, spread
 from lrkv_convert.examples.reader import Reader
-from lrkv_convert.families import ENCODER_DECODERS
+from lrkv_convert.examples.speech import RATE, read_speech, read_wav
+from lrkv_convert.families import FAMILIES
 
 
 def write_wav(file, samples: torch.Tensor, rate: int = RATE, channels: int = 1, width: int = 2):
@@ -137,7 +138,7 @@ class TestReader:
         )
         return Reader(
             tmp_path,
-            ENCODER_DECODERS["whisper"],
+            FAMILIES["whisper"],
             tokenizer,
             config,
             GenerationConfig(decoder_start_token_id=256, eos_token_id=257, **generation),
@@ -172,11 +173,11 @@ class TestReader:
 
     def test_long_recordings_are_refused(self, tmp_path):
         with pytest.raises(LrkvError, match="2 s long, and the model hears 1 s at a time"):
-            self.reader(tmp_path).source(Example("a.wav", tone(2)))
+            self.reader(tmp_path).source(Pair("a.wav", tone(2)))
 
     def test_text_is_no_speech(self, tmp_path):
         with pytest.raises(LrkvError, match="reads speech, and p.jsonl:1 is text"):
-            self.reader(tmp_path).source(Example("p.jsonl:1", "text"))
+            self.reader(tmp_path).source(Pair("p.jsonl:1", "text"))
 
 
 class TestWords:

@@ -1,6 +1,6 @@
 """What the terminal shows. The only importer of rich."""
 
-from .comparison import show_comparison, show_written
+from .comparison import show_comparison
 from .conversion import show_conversion, show_location, show_plan
 from .inspection import show_expectation, show_fidelity, show_files
 from .parts import progress, say, show_notices
@@ -23,5 +23,4 @@ __all__ = [
     "show_plan",
     "show_recipes",
     "show_sweep",
-    "show_written",
 ]

@@ -1,5 +1,7 @@
 """Models beside one another."""
 
+from collections.abc import Callable
+
 from rich.console import Console
 
 from lrkv_convert.device import in_units
@@ -7,44 +9,23 @@ from lrkv_convert.evaluate.words import words
 
 from .parts import console_for, grid, table_of
 
+Column = tuple[str, Callable[[dict], str]]  # title, and what a row has there
 SHOWN = 3  # texts of encoder-decoders that are not written as before
 
 
 def show_comparison(result: dict) -> None:
-    """One row per model and cache, the base first; then by text, by length of context, far apart,
-    tasks, and what each writes.
+    """One row per model and cache, the base first; then by text, by length of context, and whatever
+    else was looked at.
     """
     out, rows = console_for(), result["models"]
     # alone there is nothing to be compared with
     names, several = [row["name"] for row in rows], len(rows) > 1
-    compared = (
-        [
-            ("ratio", lambda r: f"×{r['ratio']:.4f}"),
-            ("KL", lambda r: f"{r['kl']:.4f}"),
-            ("top-1", lambda r: f"{r['top1_agreement']:.1%}"),
-        ]
-        if several
-        else []
-    )
-    quality = [("perplexity", lambda r: f"{r['perplexity']:.3f}"), *compared]
-    sizes = [
-        ("cache/token", lambda r: in_units(r["kv_bytes_per_token_allocated"])),
-        *([("of base", lambda r: f"{r['kv_ratio']:.1%}")] if several else []),
-    ]
-    spread = [("95 % interval", _interval)] if several else []
-    for columns in (
-        [[*quality[:2], *spread, *quality[2:], *sizes]]
-        if out.width >= 90
-        else [quality, [*spread, *sizes]]
-    ):
+    for columns in _columns(result, out.width):
         table = table_of("model", *(name for name, _ in columns))
         for name, row in zip(names, rows):
             table.add_row(name, *(cell(row) for _, cell in columns))
         out.print(table)
-    out.print(
-        f"{', '.join(t['name'] for t in result['texts'])}: {result['tokens']:,} tokens predicted,"
-        f" windows of {result['seq_len']}, no BOS"
-    )
+    out.print(_what_was_read(result))
     if len({row["dtype"] for row in rows}) > 1:
         stored = ", ".join(f"{row['name']}: {row['dtype']}" for row in rows if row["cache"] is None)
         out.print(f"not all in one dtype ({stored}), so that bytes do not compare: give --dtype")
@@ -71,66 +52,66 @@ def show_comparison(result: dict) -> None:
         out.print(f'"{" ".join(sample["prompt"].split())} …"', markup=False)
         for name, text in zip(names, sample["continuations"]):
             out.print(f"  {name}: … {' '.join(text.split())}", markup=False)
+    if several and "references" in result:
+        _show_written(out, result)
 
 
-def show_written(result: dict) -> None:
-    """Encoder-decoders: one row per model, the base first; quality, then words and caches; then
-    some of what is written otherwise.
-    """
-    out, rows = console_for(), result["models"]
-    several, judged = (
-        len(rows) > 1,
-        any(reference is not None for reference in result["references"]),
-    )
-    quality = [("perplexity", lambda r: f"{r['perplexity']:.3f}")] + (
-        [
+def _columns(result: dict, width: int) -> list[list[Column]]:
+    """Of one table, or of several where one would not fit in the width."""
+    several = len(result["models"]) > 1
+    share = lambda value: "–" if value is None else f"{value:.1%}"
+    quality: list[Column] = [("perplexity", lambda r: f"{r['perplexity']:.3f}")]
+    spread: list[Column] = []
+    if several:
+        spread = [("95 % interval", _interval)]
+        quality += [
             ("ratio", lambda r: f"×{r['ratio']:.4f}"),
-            ("95 % interval", _interval),
             ("KL", lambda r: f"{r['kl']:.4f}"),
             ("top-1", lambda r: f"{r['top1_agreement']:.1%}"),
         ]
-        if several
-        else []
-    )
-    spoken = (
-        [("same words", lambda r: "–" if r["same_words"] is None else f"{r['same_words']:.1%}")]
-        if several
-        else []
-    )
-    spoken += (
-        [("WER", lambda r: "–" if r["word_error_rate"] is None else f"{r['word_error_rate']:.1%}")]
-        if judged
-        else []
-    )
-    sizes = [
-        (
-            f"{title}",
-            lambda r, kind=kind: (
-                f"{in_units(r[f'{kind}_bytes_allocated'])} {r[f'{kind}_ratio']:.1%}"
-            ),
-        )
-        for title, kind in (("self/token", "self"), ("cross/position", "cross"))
-    ]
-    for columns in (quality, spoken + sizes):
-        table = table_of("model", *(name for name, _ in columns))
-        for row in rows:
-            table.add_row(row["name"], *(cell(row) for _, cell in columns))
-        out.print(table)
-    by_itself = sum(text["targets_by_the_first_model"] for text in result["texts"])
-    out.print(
-        f"{', '.join(text['name'] for text in result['texts'])}: {result['examples']:,} examples,"
-        f" {result['tokens']:,} tokens predicted"
-        f"{f'; of {by_itself:,} the target is what the first model writes' if by_itself else ''}"
-    )
+    whole = [*quality[:2], *spread, *quality[2:]]
+    if "references" not in result:
+        sizes: list[Column] = [
+            ("cache/token", lambda r: in_units(r["caches"]["self"]["allocated"]))
+        ]
+        if several:
+            sizes += [("of base", lambda r: share(r["caches"]["self"]["ratio"]))]
+        return [[*whole, *sizes]] if width >= 90 else [quality, [*spread, *sizes]]
+    spoken: list[Column] = []
     if several:
-        out.print(
-            f"same words: of the {rows[0]['words']:,} that {rows[0]['name']} writes (of the longer"
-            " text), greedily, aligned by the fewest edits, in small letters, without punctuation"
-        )
-    for row in rows[1:]:
+        spoken += [("same words", lambda r: share(r["same_words"]))]
+    if any(reference is not None for reference in result["references"]):
+        spoken += [("WER", lambda r: share(r["word_error_rate"]))]
+    for title, kind in (("self/token", "self"), ("cross/position", "cross")):
+        spoken += [(title, lambda r, kind=kind: _size(r["caches"][kind], several))]
+    return [whole, spoken] if several or width < 60 else [[*whole, *spoken]]
+
+
+def _size(cache: dict, several: bool) -> str:
+    return in_units(cache["allocated"]) + (f" {cache['ratio']:.1%}" if several else "")
+
+
+def _what_was_read(result: dict) -> str:
+    names, tokens = ", ".join(text["name"] for text in result["texts"]), result["tokens"]
+    if "references" not in result:
+        windows = f"windows of {result['seq_len']}, no BOS"
+        return f"{names}: {tokens:,} tokens predicted, {windows}"
+    by_itself = sum(text["targets_by_the_first_model"] for text in result["texts"])
+    said = f"; of {by_itself:,} the target is what the first model writes" if by_itself else ""
+    return f"{names}: {result['examples']:,} examples, {tokens:,} tokens predicted{said}"
+
+
+def _show_written(out: Console, result: dict) -> None:
+    """Some of what models do not write as the first one does."""
+    base, *others = result["models"]
+    out.print(
+        f"same words: of the {base['words']:,} that {base['name']} writes (of the longer text),"
+        " greedily, aligned by the fewest edits, in small letters, without punctuation"
+    )
+    for row in others:
         changed = [
             (name, a, b)
-            for name, a, b in zip(result["names"], rows[0]["written"], row["written"])
+            for name, a, b in zip(result["names"], base["written"], row["written"])
             if words(a) != words(b)
         ]
         said = (

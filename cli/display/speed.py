@@ -47,6 +47,9 @@ def show_bench(result: dict) -> None:
         " and cache moved once at the rate of a plain copy,"
     )
     out.print(f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s read plus written.")
+    for positions in dict.fromkeys(row["positions"] for row in result["rows"]):
+        if positions is not None:
+            out.print(f"The cache includes that of cross-attention, {positions:,} positions.")
 
 
 def _mib(count: int | None) -> str:

@@ -4,6 +4,10 @@ second, memory, and how far that is from the time it takes to move the bytes.
 The models are the ones saved, through the path their own code takes. Caches are filled with random
 numbers, which time does not mind: a prefill of 32,000 tokens would only wait. Rounds alternate
 between contenders, so that a slow moment of the machine meets all of them; medians count.
+
+Of an encoder-decoder the decoder's step is timed: the cache of self-attention holds the tokens
+asked for, that of cross-attention all positions that a speech model's encoder has, or as many as
+there are tokens of a text. The encoder runs once per input and is not timed.
 """
 
 import statistics
@@ -12,16 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..device import give_back_memory, in_units, memory_of
 from ..errors import LrkvError, first_line
+from ..families import family_named
+from ..folder.companions import FIELDS
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
 from ..modeling.contract_lrkv import CACHE
+from .caches import new_cache, static_cache
 from .load import load_model
-from .memory import cache_bytes, formula_bytes
+from .memory import by_attention, bytes_by_kind, formula_bytes_by_kind
+from .positions import encoder_positions, positions
 from .step import bandwidth, random, seconds
 
 CACHES = ("static", "dynamic")
@@ -38,7 +48,7 @@ class Contender:
     model: PreTrainedModel
     path: str | None
     cache: Cache | None = field(default=None, repr=False)
-    batch: int = 1
+    inputs: dict = field(default_factory=dict, repr=False)  # of a step
 
     @property
     def taken(self) -> str:
@@ -46,48 +56,62 @@ class Contender:
         if self.path != "auto":
             return self.path or "original"
         config, model = self.model.config, self.model
-        queries = config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        found = choose_path(
-            "auto",
-            queries=queries,
-            tokens=1,
-            implementation=config._attn_implementation,
-            mask=None,
-            training=False,
-            cached=True,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        return f"auto: {found}"
+        found = {
+            choose_path(
+                "auto",
+                queries=site.geometry.groups,
+                tokens=1,
+                implementation=config._attn_implementation,
+                mask=None,
+                training=False,
+                cached=True,
+                device=model.device,
+                dtype=model.dtype,
+                kernel=site.adapter.kernel,
+            )
+            for site in family_named(config.model_type).sites(config, converted_kinds(config))
+        }
+        return f"auto: {', '.join(sorted(found))}"
 
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token for every row of the cache."""
         if self.path is not None:
             self.model.config.lrkv_path = self.path
-        ids = torch.zeros(self.batch, 1, dtype=torch.long, device=self.model.device)
-        self.model(ids, **{CACHE: self.cache}, use_cache=True)
+        self.model(**self.inputs, **{CACHE: self.cache}, use_cache=True)
+
+
+def converted_kinds(config) -> list[str]:
+    """The kinds of attention that are converted; [] of an original."""
+    return [kind for kind, name in FIELDS.items() if getattr(config, name, None) is not None]
+
+
+def step_inputs(model: PreTrainedModel, batch: int, tokens: int) -> dict:
+    """Arguments of a step: a token (N, 1) for each of `batch` rows and, of an encoder-decoder, what
+    its encoder would have given, (N, S, D), beside a cache of `tokens`.
+    """
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    shape = batch, encoder_positions(model.config, tokens), model.config.hidden_size
+    states = BaseModelOutput(last_hidden_state=random(shape, model.device, model.dtype))
+    return {"decoder_input_ids": ids, "encoder_outputs": states}
 
 
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, room: int) -> Cache:
     """A cache of `kind` that holds `tokens` random tokens for each of `batch` rows, and has room
-    for more. Any model whose cache layers are transformers' static or dynamic ones, sliding or
-    not.
+    for more; of an encoder-decoder also the positions of its encoder, random states. Any model
+    whose cache layers are transformers' static or dynamic ones, sliding or not.
     """
     cache = (
-        StaticCache(config=model.config, max_cache_len=tokens + room)
+        static_cache(model, tokens + room, encoder_positions(model.config, tokens))
         if kind == "static"
-        else DynamicCache(config=model.config)
+        else new_cache(model)
     )
-    model(
-        torch.zeros(batch, 1, dtype=torch.long, device=model.device),
-        **{CACHE: cache},
-        use_cache=True,
-    )
-    for layer in cache.layers:
+    # writes one token, and all that cross-attention ever reads
+    model(**step_inputs(model, batch, tokens), **{CACHE: cache}, use_cache=True)
+    for layer in by_attention(cache)["self"].layers:
         if layer.keys is None:  # nothing is kept there
             continue
         held = (
@@ -116,11 +140,31 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
 
 def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it
-    reads a row.
+    reads a row, and but what of an encoder-decoder runs once per input: the encoder, and what
+    writes the cache of cross-attention.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    unread = embedding.data_ptr() if embedding.data_ptr() != head.data_ptr() else None
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() != unread)
+    unread = {embedding.data_ptr()} - {head.data_ptr()}
+    parts: list[nn.Module] = [model]
+    if model.config.is_encoder_decoder:
+        parts = [model.get_decoder(), model.get_output_embeddings()]
+        unread |= {p.data_ptr() for p in cross_writers(model)}
+    read = {p.data_ptr(): p.numel() * p.element_size() for part in parts for p in part.parameters()}
+    return sum(size for at, size in read.items() if at not in unread)
+
+
+def cross_writers(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters that make what cross-attention caches."""
+    found = []
+    for site in family_named(model.config.model_type).sites(model.config, {"cross"}):
+        attention = model.get_submodule(site.path)
+        if "cross" in converted_kinds(model.config):
+            sides = (attention.keys, attention.values)
+            writers = [part for side in sides for part in (side.W_shared, side.U) if part]
+        else:
+            writers = [attention.get_submodule(name) for name in site.adapter.projections[1:]]
+        found += [p for writer in writers for p in writer.parameters()]
+    return found
 
 
 def working_bytes(call: Callable, device: torch.device) -> int | None:
@@ -166,7 +210,7 @@ def contenders(
     for path in paths:
         model = load_model(path, device, dtype)
         name = Path(path).name
-        if getattr(model.config, "lrkv", None) is None:
+        if not converted_kinds(model.config):
             found.append(Contender(name, model, None))
             continue
         for route in routes:
@@ -210,7 +254,7 @@ def bench(
     )
     for length in tokens:
         for c in found:
-            limit = getattr(c.model.config, "max_position_embeddings", None)
+            limit = positions(c.model.config)
             if limit is not None and length + room > limit:
                 raise LrkvError(
                     f"{c.name} reads {limit} tokens, and {length} leave no room for the {room} that"
@@ -222,12 +266,10 @@ def bench(
                     ),
                 )
     for c in found:  # a CPU's memory overflows without an error: the system ends the process
-        needed, there = (
-            (formula_bytes(c.model.config, c.model.dtype.itemsize) or 0)
-            * max(batches)
-            * (max(tokens) + room),
-            memory_of(device),
-        )
+        config, most, there = c.model.config, max(tokens), memory_of(device)
+        counts = {"self": most + room, "cross": encoder_positions(config, most)}
+        per_place = formula_bytes_by_kind(config, c.model.dtype.itemsize) or {}
+        needed = max(batches) * sum(size * counts[kind] for kind, size in per_place.items())
         if there is not None and needed > there:
             raise LrkvError(
                 f"no memory for {max(batches)} x {max(tokens)} tokens of {c.name}:"
@@ -256,12 +298,15 @@ def bench(
                                 "give --cache dynamic",
                             ) from error
                         raise
-                c.cache, c.batch = filled[id(c.model)], batch
-            held = {id(c): cache_bytes(c.cache) for c in found}
+                c.cache = filled[id(c.model)]
+                c.inputs = step_inputs(c.model, batch, length)
+            held = {id(c): bytes_by_kind(c.cache) for c in found}
             taken = seconds({str(k): c.step for k, c in enumerate(found)}, device, steps)
             medians = [statistics.median(times) for times in taken.values()]
             for c, median in zip(found, medians):
-                moved, working = read_bytes(c.model) + held[id(c)], working_bytes(c.step, device)
+                caches, working = held[id(c)], working_bytes(c.step, device)
+                total = sum(caches.values())
+                moved = read_bytes(c.model) + total
                 weights = sum(p.numel() * p.element_size() for p in c.model.parameters())
                 rows.append(
                     {
@@ -272,15 +317,19 @@ def bench(
                         "milliseconds": median * 1e3,
                         "tokens_per_second": batch / median,
                         "speedup": medians[0] / median,
-                        "cache_bytes": held[id(c)],
-                        "peak_bytes": None if working is None else weights + held[id(c)] + working,
+                        "positions": (
+                            encoder_positions(c.model.config, length) if "cross" in caches else None
+                        ),
+                        "cache_bytes": total,
+                        "caches": caches,
+                        "peak_bytes": None if working is None else weights + total + working,
                         "bytes_read": moved,
                         "limit_milliseconds": moved / rate * 1e3,
                         "of_limit": moved / rate / median,
                     }
                 )
             for c in found:
-                c.cache = None
+                c.cache, c.inputs = None, {}
             progress(i * len(tokens) + j + 1, len(batches) * len(tokens))
     fitting = (
         [
@@ -315,20 +364,18 @@ def longest_context(
     """The longest context whose cache fits the device and decodes a token, to `precision` tokens; 0
     if not even so many fit, and never more positions than the model has.
     """
-    limit = getattr(contender.model.config, "max_position_embeddings", None) or 1 << 30
+    limit = positions(contender.model.config) or 1 << 30
 
     def fits(length: int) -> bool:
         try:
-            contender.cache, contender.batch = (
-                filled_cache(contender.model, kind, batch, length, WARM_UP),
-                batch,
-            )
+            contender.cache = filled_cache(contender.model, kind, batch, length, WARM_UP)
+            contender.inputs = step_inputs(contender.model, batch, length)
             contender.step()
             return True
         except torch.OutOfMemoryError:
             return False
         finally:
-            contender.cache = None
+            contender.cache, contender.inputs = None, {}
             if contender.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -7,12 +7,20 @@ rounds at once) and all before them as the cache kept them, which is what decodi
 window of that length does.
 """
 
+import copy
 import math
 
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.cache_utils import Cache
 
 from ..errors import LrkvError, first_line
+from ..families import family_named
 
 # transformers' default for its residual window. All that came before is quantised anew with every
 # piece: shorter ones cost more
@@ -45,9 +53,12 @@ CACHES = {
 
 
 def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
-    """An empty cache for `model`: transformers' own dynamic one, or one of CACHES. Raises LrkvError
-    where it cannot be made.
+    """An empty cache for `model`: transformers' own dynamic one or, of a decoder on its own, one of
+    CACHES. Raises LrkvError where it cannot be made.
     """
+    if kind is None and model.config.is_encoder_decoder:
+        # of as many layers as it takes: a config gives the encoder's number
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     if kind is None:
         return DynamicCache(config=model.config)
     check_caches([kind])
@@ -68,6 +79,20 @@ def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
         if hasattr(layer, "q_group_size"):
             layer.q_group_size = math.gcd(GROUP, head_width(model.config))
     return cache
+
+
+def static_cache(model: PreTrainedModel, tokens: int, positions: int) -> Cache:
+    """An empty static cache for so many tokens of the decoder and, of an encoder-decoder, so many
+    positions of the encoder.
+    """
+    if not model.config.is_encoder_decoder:
+        return StaticCache(config=model.config, max_cache_len=tokens)
+    config = copy.deepcopy(model.config)
+    # where a config knows one number of layers alone, it is the encoder's
+    config.num_hidden_layers = family_named(config.model_type).layers(config)
+    return EncoderDecoderCache(
+        *(StaticCache(config=config, max_cache_len=length) for length in (tokens, positions))
+    )
 
 
 def check_caches(kinds: list[str]) -> None:

@@ -8,12 +8,17 @@ although it is shorter, and no BOS token stands at the very beginning. (Publishe
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from ..errors import LrkvError
+from ..examples.pairs import Corpus as Pairs
+from ..examples.pairs import read_pairs
+from ..examples.speech import read_speech
 from ..examples.text import Text, read_texts
 from ..folder import hub
+from .load import family_with_encoder
 
 SEQ_LEN, STANDARD_SEQ_LEN = 512, 2048
 # characters, more than tokens have on average in any text: how much is read to have so many tokens
@@ -65,6 +70,17 @@ def gather(
         *read_texts(files),
         *(read_corpus(name, seq_len, max_tokens) for name in datasets),
     ], seq_len
+
+
+def gather_pairs(model: str, audio: Sequence[str], pairs: Sequence[str]) -> list[Pairs]:
+    """What an encoder-decoder is measured on: folders of speech, or files of pairs. Raises
+    LrkvError for what this one does not read.
+    """
+    speech = family_with_encoder(model).speech
+    if bool(audio) != speech or bool(pairs) == speech:
+        reads, option = ("speech", "--audio FOLDER") if speech else ("text", "--pairs FILE")
+        raise LrkvError(f"{model} reads {reads}", f"give {option}, and nothing else to measure on")
+    return [*map(read_speech, audio), *map(read_pairs, pairs)]
 
 
 def read_corpus(name: str, seq_len: int, max_tokens: int | None = None) -> Text:

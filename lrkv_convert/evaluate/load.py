@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from ..errors import LrkvError, first_line
-from ..families import CONVERTED, family_named
+from ..families import CONVERTED, Family, family_named
+from ..modeling import auto_class
 from ..source import Checkpoint, check_finite, open_folder
 from ..source.configs import parse_config, read_config_json
 from ..source.names import describe, placed, unplaced
@@ -53,17 +54,17 @@ def load_model(
     model: str,
     device: torch.device,
     dtype: torch.dtype | str = "auto",
-    auto: type = AutoModelForCausalLM,
+    auto: type | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """The model in eval mode, by this auto class. Raises LrkvError if it cannot be read, if any
+    """The model in eval mode, by this auto class or, with None, by that of its family. Raises
+    LrkvError if it cannot be read, if any
     weight would be freshly initialised, if one is not finite, and if the folder holds one that
     would change the model and has no place in it.
     """
     where, extra = location(model)
     config = read_config(model)
-    if auto is AutoModelForCausalLM:
-        refuse_encoder(model, config)
+    auto = auto or auto_of(config)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # older transformers take sdpa, which drops the cap
         kwargs.setdefault("attn_implementation", "eager")
@@ -97,6 +98,12 @@ def load_model(
     return plainly(loaded).eval().to(device)
 
 
+def auto_of(config: PreTrainedConfig) -> type:
+    """The auto class that loads a model with its head."""
+    family = family_named(config.model_type)
+    return AutoModelForCausalLM if family is None else auto_class(family.model_type)
+
+
 def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -> Checkpoint | None:
     """Hold a folder's files against its config before transformers makes room for what the config
     asks. Its tensors, under the names they have in the model; None where they are another's affair.
@@ -110,8 +117,8 @@ def check_folder(model: str, path: Path, config: PreTrainedConfig, auto: type) -
 
 
 def refuse_encoder(model: str, config: PreTrainedConfig) -> None:
-    """Raise LrkvError for an encoder-decoder, saying what it reads: transformers would load its
-    decoder alone.
+    """Raise LrkvError for an encoder-decoder where a decoder on its own is asked for, saying what
+    it reads.
     """
     family = family_named(config.model_type)
     if family is not None and family.encoder is not None:
@@ -122,9 +129,21 @@ def refuse_encoder(model: str, config: PreTrainedConfig) -> None:
         )
         raise LrkvError(
             f"{model} is an encoder-decoder, which reads {kind}",
-            f"lrkv compare takes it with {option}, transformers' generate as it is; other commands"
-            " do not",
+            f"lrkv compare takes it with {option}, lrkv eval as well",
         )
+
+
+def family_with_encoder(model: str) -> Family:
+    """The family of a model, original or converted. Raises LrkvError for one without an encoder."""
+    config = read_config(model)
+    family = family_named(config.model_type)
+    if family is None or family.encoder is None:
+        raise LrkvError(
+            f"{model} has no encoder: it reads plain text",
+            "give --text, and neither --audio nor --pairs",
+        )
+    family.refuse(config)
+    return family
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -1,19 +1,33 @@
-"""Bytes a model caches per token: by the formula, and counted on the tensors of a live cache."""
+"""Bytes a model caches: by the formula, and counted on the tensors of a live cache."""
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..families import Site, by_kind, family_named
 from ..folder.companions import FIELDS
-from ..modeling.contract_lrkv import CACHE
 
 # where transformers' cache layers keep what they hold
 HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
 
 
+def by_attention(cache: Cache) -> dict[str, Cache]:
+    """The cache of each kind of attention."""
+    if isinstance(cache, EncoderDecoderCache):
+        return {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+    return {"self": cache}
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the live tensors of a cache, quantised ones with their scales."""
+    return sum(bytes_by_kind(cache).values())
+
+
+def bytes_by_kind(cache: Cache) -> dict[str, int]:
+    """The same of each kind of attention."""
+    return {kind: _layer_bytes(part) for kind, part in by_attention(cache).items()}
+
+
+def _layer_bytes(cache: Cache) -> int:
     return sum(
         _bytes(getattr(layer, name, None))
         for layer in cache.layers
@@ -63,10 +77,3 @@ def _numbers(sites: list[Site], spec: dict | None) -> int:
         for site in sites
         for side in (spec["keys"], spec["values"])
     )
-
-
-@torch.no_grad()
-def allocated_bytes(model: PreTrainedModel, tokens: int = 16) -> float:
-    """Bytes per token that a forward pass over `tokens` tokens leaves in the cache."""
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    return cache_bytes(model(ids, use_cache=True, logits_to_keep=1)[CACHE]) / tokens

@@ -1,14 +1,15 @@
-"""What several models make of the tokens of a text: each one's loss on the next token, and how far
-its prediction is from the first model's.
+"""What several models make of the same examples: each one's loss on the next token, and how far its
+prediction is from the first model's.
 
-Perplexity = exp(total negative log-likelihood / predicted tokens), in nats, over non-overlapping
-windows, no BOS token added, every token of a window but its first predicted. KL(base || other) and
-top-1 agreement are means over the same tokens. Logits are taken to float32 first.
+Perplexity = exp(total negative log-likelihood / predicted tokens), in nats, over the predictions
+that count: in non-overlapping windows of text every token but the first, no BOS token added; of an
+encoder-decoder's targets all but the prompt. KL(base || other) and top-1 agreement are means over
+the same tokens. Logits are taken to float32 first.
 
-The models read every window side by side, so no more than one window's logits of the base are kept.
+The models read every example side by side, so no more than one batch's logits of the base are kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,47 +18,92 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import LrkvError
+from ..examples.example import IGNORED, Example, window
+from ..examples.writing import encode, heard
 from ..modeling.contract_lrkv import CACHE
 from .caches import PIECE, new_cache
 
-# tokens per forward pass: longer windows go through the model's cache piece by piece, so that
+# tokens per forward pass: longer examples go through the model's cache piece by piece, so that
 # logits stay small
 LONGEST = 1024
 # predictions looked at at once: few enough for the temporaries to stay in the processor's cache
 ROWS = 16
 
 
+class EncoderStates:
+    """Last hidden states (1, S, D) of a model's encoder, worked out once for each example. Models
+    whose encoders are the same may share them.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.known: dict[int, tuple[Example, Tensor]] = {}  # by identity, which holding it keeps
+
+    def of(self, example: Example) -> Tensor:
+        if id(example) not in self.known:
+            self.known[id(example)] = example, encode(self.model, example.source)
+        return self.known[id(example)][1]
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A model, and the quantised cache it reads from (caches.CACHES); None: what attention reads is
-    exact.
+    """A model, and what it reads from.
+
+    cache: a quantised one (caches.CACHES); None: what attention reads is exact. encoder: states
+    that another model with the same encoder has worked out, or works out first.
     """
 
     model: PreTrainedModel
     cache: str | None = None
+    encoder: EncoderStates = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.encoder is None:
+            object.__setattr__(self, "encoder", EncoderStates(self.model))
+
+    @property
+    def ids_name(self) -> str:
+        """What the model calls the ids of its decoder."""
+        return "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
 
     def empty(self, tokens: int) -> Cache | None:
-        """What reading windows of so many tokens needs: a cache, or nothing."""
+        """What reading so many tokens needs: a cache, or nothing."""
         return new_cache(self.model, self.cache) if self.cache or tokens > LONGEST else None
 
-    def read(self, ids: Tensor, cache: Cache | None, **kwargs) -> Tensor:
-        """Logits (N, C, vocabulary) of ids (N, C), which follow what the cache holds; on the
-        model's device.
+    def hears(self, example: Example) -> dict:
+        """What the decoder is given of the example's source; {} for a decoder on its own."""
+        return heard([self.encoder.of(example)]) if example.source else {}
+
+    def read(self, ids: Tensor, cache: Cache | None, **more) -> Tensor:
+        """Logits (N, C, vocabulary) of ids (N, C) of the decoder, which follow what the cache
+        holds; on the model's device. more: arguments of the model, as those that `hears` gives.
         """
         parts = ids.to(self.model.device).split(
             PIECE if self.cache else max(1, ids.shape[1]), dim=1
         )
         logits = [
-            self.model(part, **{CACHE: cache}, use_cache=cache is not None, **kwargs).logits
+            self.model(
+                **{self.ids_name: part, CACHE: cache}, use_cache=cache is not None, **more
+            ).logits
             for part in parts
         ]
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
+    @torch.no_grad()
+    def left_by(self, example: Example) -> Cache:
+        """The cache that reading an example leaves: the model's own, or the quantised one."""
+        given = self.hears(example) or {"logits_to_keep": 1}
+        if (cache := self.empty(0)) is not None:
+            self.read(example.ids, cache, **given)
+            return cache
+        ids = {self.ids_name: example.ids.to(self.model.device)}
+        return self.model(**ids, use_cache=True, **given)[CACHE]
+
 
 @dataclass
 class Scores:
-    """Of one model, a tensor (T - 1,) per window: nll and KL(base || model) in nats, and whether
-    both think the same token likeliest (0 or 1).
+    """Of one model, for every example a tensor (n,) over its predictions that count: nll and
+    KL(base || model) in nats, and whether both think the same token likeliest (0 or 1).
     """
 
     nll: list[Tensor] = field(default_factory=list)
@@ -70,61 +116,85 @@ class Scores:
 
     def mean(self, name: str) -> float:
         """Of "nll", "kl" or "agree", over all predicted tokens."""
-        return sum(window.double().sum().item() for window in getattr(self, name)) / self.tokens
+        return sum(each.double().sum().item() for each in getattr(self, name)) / self.tokens
 
 
-def text_windows(ids: Tensor, seq_len: int, batch_size: int) -> list[Tensor]:
-    """Token ids (n,) -> batches (N, T) of non-overlapping windows, the shorter last one on its own;
-    one left-over token is dropped.
+def text_windows(ids: Tensor, seq_len: int) -> list[Example]:
+    """Token ids (n,) -> non-overlapping windows, the last one shorter; one left-over token is
+    dropped.
     """
-    whole = len(ids) // seq_len * seq_len
-    batches = list(ids[:whole].view(-1, seq_len).split(batch_size)) if whole else []
-    return batches + ([ids[whole:].unsqueeze(0)] if len(ids) - whole > 1 else [])
+    return [window(part) for part in ids.split(seq_len) if len(part) > 1]
+
+
+def batches_of(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Up to `size` neighbours that are equally long; those with a source each on their own."""
+    found: list[list[Example]] = []
+    for example in examples:
+        alike = (
+            found
+            and len(found[-1]) < size
+            and found[-1][0].tokens == example.tokens
+            and not example.source
+        )
+        if alike:
+            found[-1].append(example)
+        else:
+            found.append([example])
+    return found
 
 
 @torch.no_grad()
 def measure(
     candidates: list[Candidate],
-    batches: list[Tensor],
+    examples: Sequence[Example],
+    batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Scores]:
-    """Scores of every candidate on batches of windows (N, T); the first candidate is the base."""
-    scores = [Scores() for _ in candidates]
-    for done, ids in enumerate(batches):
-        pieces = list(_pieces(candidates, ids))
+    """Scores of every candidate; the first one is the base. batch_size: examples of the same length
+    and without a source that are read at once; progress: (examples done, in all). Raises LrkvError
+    where a model gives NaN.
+    """
+    scores, done = [Scores() for _ in candidates], 0
+    for batch in batches_of(examples, batch_size):
+        pieces = list(_pieces(candidates, batch))
         for i, score in enumerate(scores):
             for name, columns in zip(("nll", "kl", "agree"), zip(*(piece[i] for piece in pieces))):
-                getattr(score, name).extend(torch.cat(columns, dim=1).cpu().unbind())
-        progress(done + 1, len(batches))
+                for example, row in zip(batch, torch.cat(columns, dim=1).cpu()):
+                    counts = example.predicts[: len(row)] != IGNORED
+                    getattr(score, name).append(row[counts])
+        progress(done := done + len(batch), len(examples))
     return scores
 
 
 def _pieces(
-    candidates: list[Candidate], ids: Tensor
+    candidates: list[Candidate], batch: list[Example]
 ) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Windows (N, T) in pieces of LONGEST tokens: for each, (nll, kl, agree) of every candidate,
-    (N, C) each.
+    """A batch in pieces of LONGEST tokens, as far as predictions count: for each, (nll, kl, agree)
+    of every candidate, (N, C) each, which say nothing where a prediction does not count.
     """
+    ids = torch.cat([example.ids for example in batch])  # (N, T)
+    predicts = torch.stack([example.predicts for example in batch])  # (N, T)
     N, T = ids.shape
-    # a quantised cache may take one scale for all it holds: each window has its own, so that the
+    # a quantised cache may take one scale for all it holds: each example has its own, so that the
     # batch size changes nothing
     caches = [
         [candidate.empty(T) for _ in range(N if candidate.cache else 1)] for candidate in candidates
     ]
-    for start in range(0, T - 1, LONGEST):
-        targets = ids[:, start + 1 : start + LONGEST + 1]  # (N, C)
+    for start in range(0, T, LONGEST):
+        if not (predicts[:, start:] != IGNORED).any():
+            break
+        targets = predicts[:, start : start + LONGEST].clamp_min(0)  # (N, C)
         base, found = None, []
         for candidate, held in zip(candidates, caches):
+            more = candidate.hears(batch[0])  # an example with a source is alone
             parts = [
-                candidate.read(rows, cache)
+                candidate.read(rows, cache, **more)
                 for rows, cache in zip(
                     ids[:, start : start + LONGEST].tensor_split(len(held)), held
                 )
             ]
             # (N C, vocabulary)
-            logits = (parts[0] if len(parts) == 1 else torch.cat(parts))[
-                :, : targets.shape[1]
-            ].flatten(0, 1)
+            logits = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(0, 1)
             nll, mass, top = prediction(logits, targets.flatten().to(logits.device))
             if nll.isnan().any():
                 raise LrkvError(

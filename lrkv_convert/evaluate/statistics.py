@@ -38,6 +38,12 @@ def summary(base: Scores, other: Scores) -> dict:
     }
 
 
+def joined(scores: list[Scores]) -> Scores:
+    """Those of several texts as those of one."""
+    every = lambda name: [each for score in scores for each in getattr(score, name)]
+    return Scores(every("nll"), every("kl"), every("agree"))
+
+
 def interval(
     differences: list[float], tokens: list[int]
 ) -> tuple[float, float] | tuple[None, None]:

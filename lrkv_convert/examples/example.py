@@ -55,14 +55,20 @@ def windows_of(rows: Tensor) -> list[Example]:
     return [window(row) for row in rows]
 
 
-def pair(source: Tensor, sequence: Tensor, given: int, speech: bool = False) -> Example:
-    """What an encoder reads, (1, S) or (1, channels, frames), and what its decoder writes after it,
-    (T + 1,): the decoder reads all but the last token and predicts all but the first `given`.
+def reads(source: Tensor) -> dict[str, Tensor]:
+    """What an encoder reads as an argument of the model: ids (1, S) of a text, features
+    (1, channels, frames) of speech.
+    """
+    return {"input_features" if source.is_floating_point() else "input_ids": source}
+
+
+def pair(source: Tensor, sequence: Tensor, given: int) -> Example:
+    """What an encoder reads, and what its decoder writes after it, (T + 1,): the decoder reads all
+    but the last token and predicts all but the first `given`.
     """
     predicts = sequence[1:].clone()
     predicts[: given - 1] = IGNORED
-    reads = {"input_features" if speech else "input_ids": source}
-    return Example({**reads, "decoder_input_ids": sequence[:-1].unsqueeze(0)}, predicts)
+    return Example({**reads(source), "decoder_input_ids": sequence[:-1].unsqueeze(0)}, predicts)
 
 
 def tokens_of(examples: Iterable[Example]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import LrkvError
-from .example import Example, pair
+from .example import Example, pair, reads
 from .pairs import Corpus, spread
 from .reader import Reader
 from .text import check_ids
@@ -39,7 +39,7 @@ class Tensors:
     def examples(self) -> list[Example]:
         """As a decoder's windows come."""
         return [
-            pair(source, sequence, given, source.is_floating_point())
+            pair(source, sequence, given)
             for source, sequence, given in zip(self.sources, self.sequences, self.given)
         ]
 
@@ -86,7 +86,7 @@ def prepare(
         own = write(
             writer,
             reader,
-            encode(writer, reader, [sources[n] for n in missing]),
+            [encode(writer, reads(sources[n])) for n in missing],
             [prompts[n] for n in missing],
             progress,
         )

@@ -19,15 +19,13 @@ AT_ONCE = 8  # sources
 
 
 @torch.no_grad()
-def encode(model: PreTrainedModel, reader: Reader, sources: list[Tensor]) -> list[Tensor]:
-    """The encoder's last hidden states (1, S, D) of every source."""
-    said = "input_features" if reader.family.speech else "input_ids"
-    return [
-        model.get_encoder()(
-            **{said: source.to(model.device, model.dtype if reader.family.speech else source.dtype)}
-        ).last_hidden_state
-        for source in sources
-    ]
+def encode(model: PreTrainedModel, source: dict[str, Tensor]) -> Tensor:
+    """The encoder's last hidden states (1, S, D) of a source (`Example.source`)."""
+    given = {
+        name: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype)
+        for name, t in source.items()
+    }
+    return model.get_encoder()(**given).last_hidden_state
 
 
 @torch.no_grad()
@@ -38,8 +36,8 @@ def write(
     prompts: list[list[int]],
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Tensor]:
-    """For every source, as `encode` gives them, the sequence (T + 1,) of the decoder, greedily: the
-    prompt, what it writes, the end (missing where it stops at the limit).
+    """For every source the sequence (T + 1,) of the decoder, greedily: the prompt, what it writes,
+    the end (missing where it stops at the limit). states: of all sources, as `encode` gives them.
 
     Not `model.generate` of speech models, which cuts prompts and times away and goes over long
     recordings: that of all models.

@@ -30,7 +30,7 @@ class Options(Typed):
     (forms.FORMS). base: how the base is found (fit/bases.py). metric: in which norm
     (fit/metric.py). refit: correct W_O in closed form afterwards; needs calibration text.
     calibration: text files or folders, "self" for text sampled from the model, [] or "none" for
-    none, None for the text that ships with the package; for encoder-decoders what seq2seq/data.py
+    none, None for the text that ships with the package; for encoder-decoders what examples/pairs.py
     reads. calibration_tokens: how much of it is read (default: BUILT_IN_TOKENS of that text, TOKENS
     of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache that does
     not shrink. recipe: name to record. attention: "self", "cross" or "self,cross": which attention

@@ -125,7 +125,7 @@ def placed(
     }
     if (
         checkpoint.config.is_encoder_decoder
-    ):  # what is tied there, and what may be missing, seq2seq.skeleton sees to
+    ):  # what is tied there, and what may be missing, source/skeleton.py sees to
         result.check({name: shape for name, shape in parameters.items() if name in found})
     else:
         tied = _tie(result, model)

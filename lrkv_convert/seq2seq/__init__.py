@@ -1,3 +1,0 @@
-"""Encoder-decoders: converting and comparing models that read one thing, speech or text, and write
-another.
-"""
