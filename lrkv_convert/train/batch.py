@@ -37,14 +37,10 @@ def together(examples: list[Example]) -> Batch:
     lengths = [next(iter(e.source.values())).shape[-1] for e in examples if e.source]
     if "decoder_input_ids" in inputs and len(set(lengths)) > 1:
         inputs["attention_mask"] = _padded([torch.ones(n, dtype=torch.long) for n in lengths])
-    tokens = [e.tokens for e in examples]
-    return Batch(
-        inputs,
-        _padded([e.predicts for e in examples], IGNORED),
-        _padded([torch.ones(n, dtype=torch.bool) for n in tokens])
-        if len(set(tokens)) > 1
-        else None,
-    )
+    read = [torch.ones(e.tokens, dtype=torch.bool) for e in examples]
+    alike = len({e.tokens for e in examples}) == 1
+    predicts = _padded([e.predicts for e in examples], IGNORED)
+    return Batch(inputs, predicts, None if alike else _padded(read))
 
 
 def _padded(rows: list[Tensor], value: int = 0) -> Tensor:

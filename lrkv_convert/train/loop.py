@@ -100,14 +100,13 @@ class Trainer:
         sums[4] = bool(stop.asked)
         loss, kl, ce, match, stopping = self.accelerator.reduce(sums, "mean").tolist()
         norm = self.clipped()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = (
-                f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-            )
-            raise LrkvError(
-                f"{what} at step {step + 1}, {self.data.noun} {', '.join(map(str, chosen.tolist()))}",
-                f"{run.last_good()}; begin anew with smaller learning rates",
-            )
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                where = f"{self.data.noun} {', '.join(map(str, chosen.tolist()))}"
+                raise LrkvError(
+                    f"the {what} is {value} at step {step + 1}, {where}",
+                    f"{run.last_good()}; begin anew with smaller learning rates",
+                )
         rates = learning_rates(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()

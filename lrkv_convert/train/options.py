@@ -81,7 +81,7 @@ class Options(Typed):
     tracker: str = "auto"
 
     def steps(self, tokens_per_example: float) -> int:
-        """Optimiser steps on examples of so many tokens. Raises LrkvError where there is not one."""
+        """Steps on examples of so many tokens. Raises LrkvError where there is not one."""
         steps = int(self.tokens // (tokens_per_example * self.batch_size))
         if steps < 1:
             raise LrkvError(

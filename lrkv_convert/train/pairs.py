@@ -47,7 +47,7 @@ class Pairs(Data):
 
     def _example(self, i: int) -> Example:
         with safe_open(self.folder / FILE.format(i // AT_ONCE), "pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{i}.")]
+            names = [n for n in file.keys() if n.startswith(f"{i}.")]  # noqa: SIM118  (no dict)
             found = {name.partition(".")[2]: file.get_tensor(name) for name in names}
         return Example({n: t for n, t in found.items() if n != PREDICTS}, found[PREDICTS])
 
