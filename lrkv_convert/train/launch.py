@@ -54,7 +54,7 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
 
 
 def check_sharding(accelerator: Accelerator, options: Options) -> None:
-    """Tell DeepSpeed what it must know. Raises LrkvError for sharding that cannot be used."""Tell DeepSpeed what it must know. Raises LrkvError for ways of sharding that cannot be used."""
+    """Tell DeepSpeed what it must know. Raises LrkvError for sharding that cannot be used."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if options.optimizer != "adamw":
             raise LrkvError(

@@ -19,7 +19,10 @@ from ..folder.places import expanded
 
 PIECE = 1 << 16  # bytes of a text file read at once
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-KINDS = "give text, jsonl or parquet files, a folder of them, or a dataset such as org/name:config:split"
+KINDS = (
+    "give text, jsonl or parquet files, a folder of them, or a dataset such as"
+    " org/name:config:split"
+)
 
 # share of the source read so far (of a dataset: rows, as its length is not known), text, whether a
 # document ends with it
