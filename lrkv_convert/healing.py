@@ -42,12 +42,13 @@ MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Healing:
-    """What `heal` did: the folder it wrote, and its entry in the history of lrkv.json; main:
-    whether this process speaks for all.
+    """What `heal` did: the folder it wrote, its entry in the history of lrkv.json, and the family
+    of the model; main: whether this process speaks for all.
     """
 
     out: Path
     entry: dict
+    family: Family
     main: bool = True
 
 
@@ -106,7 +107,7 @@ def heal(
         record.pop("evaluations", None)  # they are of the weights before
         record["history"] = [*record.get("history", []), entry]
         finish(run, trainer, model, record, max_shard_size)
-        return Healing(out, entry, accelerator.is_main_process)
+        return Healing(out, entry, family, accelerator.is_main_process)
 
 
 def family_of_converted(model: Path) -> Family:

@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrkv_convert.device import in_units
+from lrkv_convert.families import Family
 from lrkv_convert.folder.markup import quoted
 
 from ..app import visible
-from .parts import console_for, say, table_of
+from .parts import console_for, measured_on, say, table_of
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def healing(shown: bool = True):
         yield report, stage, lambda text: line_of(f"note: {text}")
 
 
-def show_healing(entry: dict, model: str, folder: Path) -> None:
+def show_healing(entry: dict, model: str, folder: Path, family: Family) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
     out, nll, text = console_for(), entry["validation"]["nll"], entry["validation"]["text"]
     base = nll.get("original", nll["converted"])
@@ -95,7 +96,7 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
         out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
     elif nll.get("original", math.inf) < nll["converted"]:
         between = (
-            " (held out between the windows trained on: a text apart, as in --set validation=FILE,"
+            " (held out between what was trained on: a text apart, as in --set validation=FILE,"
             " says less)"
             if text == "held out"
             else ""
@@ -106,7 +107,7 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
         )
     speed, rounds = (
         entry["tokens"] / entry["seconds"] if entry["seconds"] else 0,
-        (f", each window {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""),
+        (f", each {entry['rounds']:.1f} times" if entry["rounds"] > 1 else ""),
     )
     out.print(
         f"{entry['tokens']:,} tokens{rounds} in {entry['seconds']:,.0f} s of training, {speed:,.0f}"
@@ -116,7 +117,8 @@ def show_healing(entry: dict, model: str, folder: Path) -> None:
     if not entry["picture"]:
         print("pip install matplotlib for a picture of the curve")
     say(f"written: {folder}")
-    say(f"next: lrkv compare {quoted([entry['teacher'] or model, model, str(folder)])} --text FILE")
+    models = quoted([entry["teacher"] or model, model, str(folder)])
+    say(f"next: lrkv compare {models} {measured_on(family)}")
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:

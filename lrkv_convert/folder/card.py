@@ -219,10 +219,11 @@ KIND = {
 
 def encoder_decoder_card(record: dict, carried: dict, name: str) -> str:
     """README.md of a converted encoder-decoder called `name`."""
-    source, calibration, kinds = (
+    source, calibration, kinds, history = (
         record["source"]["name"],
         record["calibration"],
         record["attention"],
+        record["history"],
     )
     texts = _listed(t["name"] for t in calibration["texts"]) or "none (weights only)"
     cached = "\n".join(
@@ -247,7 +248,7 @@ def encoder_decoder_card(record: dict, carried: dict, name: str) -> str:
 
 {cached}
 
-Converted by lrkv-convert {prose(record["versions"]["lrkv_convert"])} without training; calibration: {texts}, {calibration["examples"]:,} examples, {calibration["tokens"]:,} target tokens{_by_the_model(calibration)}.
+Converted by lrkv-convert {prose(record["versions"]["lrkv_convert"])} {"and healed (below)" if history else "without training"}; calibration: {texts}, {calibration["examples"]:,} examples, {calibration["tokens"]:,} target tokens{_by_the_model(calibration)}.
 
 ## Use
 
@@ -262,15 +263,15 @@ The attention lies in the Python files beside the weights, which is what `trust_
 ## What it cost
 
 {_written(record) or f"Not measured yet: {code(measure)} writes perplexity beside the source's here."}
-
+{"".join(healing_section(entry, i + 1, len(history)) for i, entry in enumerate(history))}
 ## Limits
 
-Those of the source model. What is cached is an approximation of its keys and values: {"speech" if speech else "texts"} unlike {"that" if speech else "those"} of the calibration lose{"s" if speech else ""} more, so
+Those of the source model. What is cached is an approximation of its keys and values: {"speech" if speech else "texts"} unlike {"that" if speech else "those"} of the calibration{" and the training" if history else ""} lose{"s" if speech else ""} more, so
 measure on yours. {_licence(carried)}
 
 ## Fit
 
-Numbers cached per {" or ".join(KIND[kind][1] for kind in kinds)} (shared base + H residuals of that rank) and relative error in the metric of the fit.
+Numbers cached per {" or ".join(KIND[kind][1] for kind in kinds)} (shared base + H residuals of that rank) and relative error in the metric of the fit{", before healing" if history else ""}.
 
 {tables}
 Source weights sha256 {code(record["source"]["sha256"])}; everything else about the conversion stands in `lrkv.json`.
@@ -346,6 +347,13 @@ def _spread(row: dict) -> str:
     )
 
 
+def _targets(entry: dict) -> str:
+    """A remark where a model wrote targets of what was trained on."""
+    written = entry.get("targets_by_the_model")
+    writer = "the source model" if entry["teacher"] else "the converted model"
+    return f" ({written:,} targets written by {writer} itself)" if written else ""
+
+
 def healing_section(entry: dict, number: int, count: int) -> str:
     """One round of continued training, the number-th of `count`; the picture in the folder is the
     last one's.
@@ -366,13 +374,11 @@ def healing_section(entry: dict, number: int, count: int) -> str:
         entry["loss"], "divergence from the original and cross-entropy"
     )
     text = entry["validation"].get("text", "held out")
-    where = (
-        "held out between the windows trained on" if text == "held out" else f"of {_listed(text)}"
-    )
+    where = "held out between what was trained on" if text == "held out" else f"of {_listed(text)}"
     return f"""
 ## Healing{f" {number}" if count > 1 else ""}
 
-{entry["tokens"]:,} tokens of {_listed(entry["data"])} in {entry["steps"]:,} steps ({prose(entry["date"])}): {goal}, {prose(recipe["train"])} weights,
+{entry["tokens"]:,} tokens of {_listed(entry["data"])}{_targets(entry)} in {entry["steps"]:,} steps ({prose(entry["date"])}): {goal}, {prose(recipe["train"])} weights,
 {"Muon and AdamW" if recipe["optimizer"] == "muon" else "AdamW"}. On {entry["validation"]["tokens"]:,} tokens {where}:
 
 | model | perplexity | ratio |
