@@ -34,7 +34,7 @@ from lrkv_convert.train.windows import Windows
 def contender(
     path: str, teacher: PreTrainedModel | None, windows: Windows, options: Options, accelerator
 ) -> Trainer:
-    """A model that trains, converted or not, towards the teacher or, without one, the next token."""
+    """A model that trains, converted or not; without a teacher, on cross-entropy."""
     student = load_model(path, torch.device("cpu"))
     family = family_named(student.config.model_type)
     sites = family.sites(student.config)
