@@ -144,7 +144,93 @@ def draw(rows: list[dict], file: Path, per_step: int) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
+def tuned(row: tuple[str, str, dict], i: int, source: Path, args) -> dict[float, float]:
+    """Held-out loss after --tune-tokens, by the scale of the learning rates."""
+    label, _, options = row
+    tried = {}
+    for scale in args.scales:
+        entry, _ = run(
+            f"tuning {label}",
+            source,
+            args.out / f"tune-{i}-{scale:g}",
+            args.data,
+            scale,
+            args.device,
+            tokens=args.tune_tokens,
+            checkpoint_every=10**6,
+            validate_every=10**6,
+            **size(args),
+            **options,
+        )
+        tried[scale] = entry["validation"]["nll"]["healed"]
+    return tried
+
+
+def healed(row: tuple[str, str, dict], i: int, source: Path, args) -> tuple[Path, dict]:
+    """A row of ROWS, the i-th, healed by its best learning rates: the folder, and what is kept."""
+    label, name, options = row
+    tried = tuned(row, i, source, args)
+    best, out = min(tried, key=tried.get), args.out / f"healed-{i}"
+    entry, log = run(
+        label,
+        source,
+        out,
+        args.data,
+        best,
+        args.device,
+        tokens=args.tokens,
+        validate_every=max(1, args.tokens // per_step(args) // 8),
+        checkpoint_every=10**6,
+        **size(args),
+        **options,
+    )
+    checks = [line for line in log if "validation_ratio" in line]
+    return out, {
+        "way": label,
+        "start": name,
+        "scale": best,
+        "muon_lr": entry["recipe"]["muon_lr"],
+        "adamw_lr": entry["recipe"]["adamw_lr"],
+        "tuning": {f"{s:g}": nll for s, nll in tried.items()},
+        "tokens": entry["tokens"],
+        "seconds": entry["seconds"],
+        "curve": [[line["step"], line["validation_ratio"]] for line in checks],
+    }
+
+
+def size(args) -> dict:
+    """What every row reads in a step, and holds out."""
+    return {"batch_size": args.batch_size, "validation_tokens": 4096}
+
+
+def per_step(args) -> int:
+    """Tokens."""
+    return args.batch_size * Options().seq_len
+
+
+def table(rows: list[dict], folders: list[Path], models: dict[str, dict]) -> None:
+    """Add to each row what was measured before and after (folders, two a row), and print all."""
+    print(
+        "\n| healing | learning rates | before | after | of the lost log-perplexity | KL after |"
+        " tokens/s |\n|---|---|---|---|---|---|---|"
+    )
+    for i, row in enumerate(rows):
+        before, after = (models[str(path)] for path in folders[2 * i : 2 * i + 2])
+        row |= {
+            "before": before["ratio"],
+            "after": after["ratio"],
+            "regained": 1 - math.log(after["ratio"]) / math.log(before["ratio"]),
+            "kl": after["kl"],
+        }
+        alone = "AdamW," in row["way"] and "Muon" not in row["way"]
+        rates = f"{row['adamw_lr']:g}" if alone else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
+        print(
+            f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** |"
+            f" {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |"
+        )
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,68 +252,20 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1, 3])
     parser.add_argument("--test-tokens", type=int, default=8704, help="of each text")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
-    shape, step = (
-        {
-            "rank_k": args.rank_k,
-            "rank_v": args.rank_v,
-        },
-        args.batch_size * Options().seq_len,
-    )
-    size = {"batch_size": args.batch_size, "validation_tokens": 4096}
+    shape = {"rank_k": args.rank_k, "rank_v": args.rank_v}
     rows, folders = [], []
-    for i, (label, name, options) in enumerate(ROWS):
-        source, tried = start(name, args.model, args.out, shape, args.calibration, args.device), {}
-        for scale in args.scales:
-            entry, _ = run(
-                f"tuning {label}",
-                source,
-                args.out / f"tune-{i}-{scale:g}",
-                args.data,
-                scale,
-                args.device,
-                tokens=args.tune_tokens,
-                checkpoint_every=10**6,
-                validate_every=10**6,
-                **size,
-                **options,
-            )
-            tried[scale] = entry["validation"]["nll"]["healed"]
-        best = min(tried, key=tried.get)
-        out = args.out / f"healed-{i}"
-        entry, log = run(
-            label,
-            source,
-            out,
-            args.data,
-            best,
-            args.device,
-            tokens=args.tokens,
-            validate_every=max(1, args.tokens // step // 8),
-            checkpoint_every=10**6,
-            **size,
-            **options,
-        )
+    for i, row in enumerate(ROWS):
+        source = start(row[1], args.model, args.out, shape, args.calibration, args.device)
+        out, found = healed(row, i, source, args)
         folders += [source, out]
-        rows.append(
-            {
-                "way": label,
-                "start": name,
-                "scale": best,
-                "muon_lr": entry["recipe"]["muon_lr"],
-                "adamw_lr": entry["recipe"]["adamw_lr"],
-                "tuning": {f"{s:g}": nll for s, nll in tried.items()},
-                "tokens": entry["tokens"],
-                "seconds": entry["seconds"],
-                "curve": [
-                    [line["step"], line["validation_ratio"]]
-                    for line in log
-                    if "validation_ratio" in line
-                ],
-            }
-        )
+        rows.append(found)
     result = compare(
         [args.model, *dict.fromkeys(map(str, folders))],
         read_texts(args.text),
@@ -235,28 +273,7 @@ def main() -> None:
         device=pick_device(args.device),
         dtype=torch.float32,
     )
-    models = {row["path"]: row for row in result["models"]}
-    print(
-        "\n| healing | learning rates | before | after | of the lost log-perplexity | KL after |"
-        " tokens/s |\n|---|---|---|---|---|---|---|"
-    )
-    for i, row in enumerate(rows):
-        before, after = (models[str(path)] for path in folders[2 * i : 2 * i + 2])
-        row |= {
-            "before": before["ratio"],
-            "after": after["ratio"],
-            "regained": 1 - math.log(after["ratio"]) / math.log(before["ratio"]),
-            "kl": after["kl"],
-        }
-        rates = (
-            f"{row['adamw_lr']:g}"
-            if "AdamW," in row["way"] and "Muon" not in row["way"]
-            else f"{row['muon_lr']:g} / {row['adamw_lr']:g}"
-        )
-        print(
-            f"| {row['way']} | {rates} | ×{row['before']:.3f} | **×{row['after']:.3f}** |"
-            f" {row['regained']:.0%} | {row['kl']:.3f} | {row['tokens'] / row['seconds']:.0f} |"
-        )
+    table(rows, folders, {row["path"]: row for row in result["models"]})
     print(
         f"\n{rows[0]['tokens']:,} tokens trained on, {result['tokens']:,} tokens predicted, windows"
         " of 512"
@@ -274,7 +291,7 @@ def main() -> None:
             "rows": rows,
         },
     )
-    draw(rows, args.out / "heal.png", step)
+    draw(rows, args.out / "heal.png", per_step(args))
 
 
 if __name__ == "__main__":

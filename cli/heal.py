@@ -17,7 +17,8 @@ def heal(
         typer.Option(
             help=(
                 "Text, jsonl or parquet files, folders of them, several; or datasets as"
-                " org/name:config:split."
+                " org/name:config:split. Of an encoder-decoder folders of .wav, .jsonl pairs or"
+                " texts, as --calibration of convert."
             )
         ),
     ],
@@ -119,4 +120,4 @@ def heal(
     if done.main and as_json:
         print(json.dumps(done.entry.to_json(), indent=2))
     elif done.main:
-        display.show_healing(done.entry, model, done.out)
+        display.show_healing(done.entry, model, done.out, done.family)

@@ -251,7 +251,11 @@ class Healed(Part):
     date: Annotated[str, "when"]
     recipe: Annotated[dict[str, Any], "its options, and the `name` of the recipe"]
     data: Annotated[tuple[str, ...], "names of files and datasets"]
-    windows_sha256: Annotated[str | None, "of the packed windows"] = None
+    windows_sha256: Annotated[str | None, "of the packed windows, or of the examples"] = None
+    examples: Annotated[int | None, "how many an encoder-decoder was trained on", ABSENT] = None
+    targets_by_the_model: Annotated[
+        int | None, "how many of their targets the teacher wrote, or the model itself", ABSENT
+    ] = None
     rounds: Annotated[float, "how often each window was read"] = 1.0
     teacher: Annotated[str | None, "where the original lay; null: trained without it"]
     loss: Annotated[str, "`kl`, `ce` or `mix`"]

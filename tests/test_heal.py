@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert.evaluate.load import load_model
-from lrkv_convert.families import ADAPTERS
+from lrkv_convert.examples.example import IGNORED
+from lrkv_convert.families import family_named
 from lrkv_convert.folder.record import read_record
 from lrkv_convert.healing import heal
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
-from lrkv_convert.train.objective import divergence, mismatch
+from lrkv_convert.train.divergence import divergence
+from lrkv_convert.train.objective import mismatch
 from lrkv_convert.train.optimise import MuonAdamW, groups, schedule
 from lrkv_convert.train.options import Options
-from lrkv_convert.train.student import choose_trained
+from lrkv_convert.train.student import choose_trained, converted_sites
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,8 @@ def healed(converted, sheep, tmp_path_factory):
 @pytest.mark.parametrize("train", ["attention", "all"])
 def test_every_parameter_that_trains_is_in_exactly_one_group(converted, family, train):
     model = load_model(str(converted(family)), torch.device("cpu"))
-    choose_trained(model, ADAPTERS[model.config.model_type.removeprefix("lrkv_")], train)
+    sites = converted_sites(family_named(model.config.model_type), model.config)
+    choose_trained(model, sites, train)
     found = groups(model, "muon")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(found["muon"]) | set(found["adamw"]) == trained and not set(found["muon"]) & set(
@@ -120,9 +123,10 @@ def test_only_attention_changes_unless_all_is_asked_for(converted, healed):
 
 def test_the_schedule_warms_up_and_ends_where_it_should():
     options = Options(tokens=100 * 4 * 512, warmup=0.1, final_lr=0.2)
-    made = schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0), options)
+    steps = options.steps(512)
+    made = schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0), options, steps)
     rates = []
-    for _ in range(options.steps):
+    for _ in range(steps):
         rates.append(made.get_last_lr()[0])
         made.optimizer.step()
         made.step()
@@ -199,9 +203,25 @@ def test_the_pair_steps_as_the_two_would_and_survives_saving():
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_rows_that_do_not_count_change_nothing(kl_weight, monkeypatch):
+    monkeypatch.setattr("lrkv_convert.train.divergence.ROWS", 200)
+    torch.manual_seed(0)
+    student, teacher, targets = torch.randn(7, 50), torch.randn(7, 50), torch.arange(7)
+    targets[[0, 3, 6]] = IGNORED
+    counted = targets != IGNORED
+    whole, part = student.requires_grad_(), student.detach()[counted].requires_grad_()
+    found = divergence(whole, teacher, targets, kl_weight)
+    alone = divergence(part, teacher[counted], targets[counted], kl_weight)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in alone], rel=1e-6)
+    found[0].backward()
+    alone[0].backward()
+    assert torch.equal(whole.grad[counted], part.grad) and not whole.grad[~counted].any()
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 def test_divergence_and_its_gradient_are_torchs_own(kl_weight, monkeypatch):
     # several chunks, the last one shorter
-    monkeypatch.setattr("lrkv_convert.train.objective.ROWS", 200)
+    monkeypatch.setattr("lrkv_convert.train.divergence.ROWS", 200)
     torch.manual_seed(0)
     student, teacher, targets = (
         torch.randn(7, 50, requires_grad=True),
@@ -240,6 +260,13 @@ def test_mismatch_is_relative_and_zero_for_equals():
     assert mismatch([a, b], [a, b]) == 0
     assert mismatch([a, 2 * b], [a, b]).item() == pytest.approx(0.5)
     assert mismatch([10 * a], [10 * b]).item() == pytest.approx(mismatch([a], [b]).item(), rel=1e-5)
+
+
+def test_mismatch_is_of_what_was_read():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    read = torch.tensor([[True, True, True], [True, False, False]])
+    spoilt = a.masked_fill(~read[..., None], 9.0)
+    assert mismatch([spoilt], [b], read) == mismatch([a], [b], read) != mismatch([a], [b])
 
 
 def test_divergence_from_the_teacher_falls(healed):
@@ -388,7 +415,7 @@ def test_healing_goes_on_from_a_healed_model(healed, sheep, tmp_path):
 def test_validation_is_perplexity_of_the_held_out_text(converted, sheep, healed):
     entry = json.loads((healed() / "lrkv.json").read_text())["history"][0]
     from lrkv_convert.evaluate.load import load_tokenizer
-    from lrkv_convert.train.data import pack, packed
+    from lrkv_convert.train.windows import pack, packed
 
     folder = healed().parent
     pack(

@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_tokenizer
 
 from lrkv_convert import LrkvError
-from lrkv_convert.train.data import Windows, pack, packed, pieces, side_by_side, sources
+from lrkv_convert.train.sources import pieces, side_by_side, sources
+from lrkv_convert.train.windows import Windows, pack, packed
 
 EOS = 257
 

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 from conftest import SETTINGS, log, losses, run
+from encoder_decoders import build
+
+from lrkv_convert import convert
 
 
 def launched(processes: int, *command) -> subprocess.CompletedProcess:
@@ -74,6 +77,22 @@ def test_two_processes_learn_what_one_does(converted, sheep, tmp_path):
         for name in ("one", "two")
     ]
     assert checks[0] == pytest.approx(checks[1], rel=1e-4) and len(checks[0]) == 3
+
+
+def test_two_processes_learn_what_one_does_of_an_encoder_decoder(tmp_path):
+    """Examples of a step that predict different numbers of tokens weigh as many."""
+    convert(str(build("t5", tmp_path / "t5")), tmp_path / "lrkv", rank=7, calibration=[])
+    rows = [{"source": "sheep " * (2 + i % 5), "target": f"{i} " * (1 + i % 7)} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["heal", str(tmp_path / "lrkv"), "--data", str(tmp_path / "pairs.jsonl"), "--set"]
+    command += [*SETTINGS, "tokens=300", "validation_tokens=30"]
+    run(*command, "--out", tmp_path / "one")
+    done = launched(2, *command, "--out", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 2
+    for name in ("loss", "grad_norm", "validation_nll"):
+        found = [[x[name] for x in log(tmp_path / out) if name in x] for out in ("one", "two")]
+        assert found[0] == pytest.approx(found[1], rel=1e-3) and len(found[0]) > 2
 
 
 def test_a_run_goes_on_with_another_number_of_processes(converted, sheep, tmp_path, monkeypatch):

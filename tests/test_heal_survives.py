@@ -207,23 +207,23 @@ def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(
     converted, sheep, tmp_path, monkeypatch
 ):
-    from lrkv_convert.train import loop
+    from lrkv_convert.train import objective
 
-    real, calls = loop.divergence, []
+    real, calls = objective.divergence, []
 
     def spoilt(*args):
         loss, kl, ce = real(*args)
         calls.append(loss.requires_grad)
         return (loss * float("nan") if sum(calls) == 4 * 4 + 2 else loss), kl, ce
 
-    monkeypatch.setattr(loop, "divergence", spoilt)
+    monkeypatch.setattr(objective, "divergence", spoilt)
     with pytest.raises(LrkvError, match="the loss is nan at step 5, windows ") as refusal:
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     assert (
         "checkpoint-000004" in str(refusal.value)
         and len(str(refusal.value).split("windows ")[1].split(" (")[0].split(",")) == 4
     )
-    monkeypatch.setattr(loop, "divergence", real)
+    monkeypatch.setattr(objective, "divergence", real)
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
 
 
@@ -406,9 +406,9 @@ def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, m
         child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
         == -signal.SIGKILL
     )
-    from lrkv_convert import healing
+    from lrkv_convert.train import reading
 
-    monkeypatch.setattr(healing, "pack", lambda *a, **k: pytest.fail("packed again"))
+    monkeypatch.setattr(reading, "pack", lambda *a, **k: pytest.fail("packed again"))
     heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "keep": 1})
 
 
@@ -438,11 +438,11 @@ def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
 
 
 def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.train import loop
+    from lrkv_convert.train import objective
 
     monkeypatch.setattr(
-        loop.Trainer,
-        "losses",
+        objective.Objective,
+        "__call__",
         lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
     )
     with pytest.raises(LrkvError, match="out of memory at step 1: .*smaller micro_batch_size"):

@@ -10,7 +10,7 @@ from lrkv_convert.families import family_named
 from lrkv_convert.folder.markup import quoted
 from lrkv_convert.format import Cost, Fit, Record
 
-from .parts import console_for, say, table_of
+from .parts import console_for, measured_on, say, table_of
 
 
 def _ranks(side: Fit) -> str:
@@ -83,9 +83,7 @@ def show_conversion(record: Record, model: str, folder: Path, layers: bool = Tru
         )
     out.print(f"{record.seconds:.0f} s, {in_units(record.peak_memory_bytes)} of memory")
     if layers:
-        pairs = "--audio FOLDER" if family.speech else "--pairs FILE"
-        measured_on = "--text FILE" if family.encoder is None else pairs
-        say(f"next: lrkv compare {quoted([model, str(folder)])} {measured_on}")
+        say(f"next: lrkv compare {quoted([model, str(folder)])} {measured_on(family)}")
 
 
 def show_location(folder: Path) -> None:

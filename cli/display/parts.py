@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrkv_convert.families import Family
+
 from ..app import visible
 
 WIDTH = 100  # when the output is no terminal, and at most
@@ -47,6 +49,12 @@ def console_for(stderr: bool = False) -> Console:
 def say(line: str) -> None:
     """One line on stdout that is not folded, so that it can be copied."""
     print(visible(line))
+
+
+def measured_on(family: Family) -> str:
+    """What `lrkv compare` measures such a model on, as it is typed."""
+    pairs = "--audio FOLDER" if family.speech else "--pairs FILE"
+    return "--text FILE" if family.encoder is None else pairs
 
 
 def show_notices(notices: list[str]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrkv_convert.device import in_units
+from lrkv_convert.families import Family
 from lrkv_convert.folder.markup import quoted
 from lrkv_convert.format import Healed
 
 from ..app import visible
-from .parts import console_for, say, table_of
+from .parts import console_for, measured_on, say, table_of
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def healing(shown: bool = True):
         yield report, stage, lambda text: line_of(f"note: {text}")
 
 
-def show_healing(entry: Healed, model: str, folder: Path) -> None:
+def show_healing(entry: Healed, model: str, folder: Path, family: Family) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
     out, nll, text = console_for(), entry.validation.nll, entry.validation.text
     between = isinstance(text, str)  # the windows trained on
@@ -94,7 +95,7 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
         out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
     elif nll.base < nll.converted:
         remark = (
-            " (held out between the windows trained on: a text apart, as in --set validation=FILE,"
+            " (held out between what was trained on: a text apart, as in --set validation=FILE,"
             " says less)"
             if between
             else ""
@@ -102,7 +103,7 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
         back = (nll.converted - nll.healed) / (nll.converted - nll.base)
         out.print(f"{back:.0%} of the lost log-perplexity is back{remark}")
     speed = entry.tokens / entry.seconds if entry.seconds else 0
-    rounds = f", each window {entry.rounds:.1f} times" if entry.rounds > 1 else ""
+    rounds = f", each {entry.rounds:.1f} times" if entry.rounds > 1 else ""
     out.print(
         f"{entry.tokens:,} tokens{rounds} in {entry.seconds:,.0f} s of training, {speed:,.0f}"
         f" tokens/s, {in_units(entry.peak_memory_bytes)} of memory;"
@@ -111,7 +112,8 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
     if not entry.picture:
         print("pip install matplotlib for a picture of the curve")
     say(f"written: {folder}")
-    say(f"next: lrkv compare {quoted([entry.teacher or model, model, str(folder)])} --text FILE")
+    models = quoted([entry.teacher or model, model, str(folder)])
+    say(f"next: lrkv compare {models} {measured_on(family)}")
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:

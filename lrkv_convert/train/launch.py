@@ -49,6 +49,12 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     accelerator.gradient_accumulation_steps = options.accumulation(accelerator.num_processes)
+    check_sharding(accelerator, options)
+    return accelerator
+
+
+def check_sharding(accelerator: Accelerator, options: Options) -> None:
+    """Tell DeepSpeed what it must know. Raises LrkvError for sharding that cannot be used."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if options.optimizer != "adamw":
             raise LrkvError(
@@ -71,7 +77,6 @@ def new_accelerator(device: str, options: Options, out: Path) -> Accelerator:
             "FSDP 1 flattens what it shards, and Muon needs matrices",
             "set fsdp_version: 2, as in lrkv recipes fsdp",
         )
-    return accelerator
 
 
 def choose_tracker(wanted: str) -> str | None:

@@ -1,15 +1,12 @@
 """The training loop, on accelerate: one process or many, on whatever `accelerate launch` was told.
 
-A step is the same whatever runs it: the windows of a step depend on its number alone, are dealt out
-to the processes in turn, and the gradient is the mean over all of them.
+A step is the same whatever runs it: the examples of a step depend on its number alone, are dealt
+out to the processes in turn, and the gradient is that of the mean over all tokens they predict.
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,112 +17,80 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ..errors import LrkvError, first_line
-from ..families import Adapter
-from .data import Windows
-from .objective import AttentionOutputs, divergence, mismatch
+from .batch import together
+from .data import Data
+from .objective import Objective
 from .optimise import learning_rates
 from .options import Options
 from .run import Run
+from .stop import Stop
+from .validation import validation_loss
 
 # called with every line of the log, and with "steps", how many there will be
 Report = Callable[[dict], None]
 
 
-class Stop:
-    """Notes Ctrl-C and SIGTERM while a step is being taken; the same signal again ends at once."""
-
-    def __init__(self):
-        self.asked: set[int] = set()
-
-    def _note(self, number: int, frame) -> None:
-        if number in self.asked:
-            raise KeyboardInterrupt
-        self.asked.add(number)
-
-    @contextmanager
-    def __call__(self) -> Iterator["Stop"]:
-        # only there may signals be handled
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 @dataclass
 class Trainer:
-    """Everything a step needs. student, optimizer: as accelerate prepared them; teacher: frozen, or
-    None; kl_weight: 1 for kl, 0 for ce.
+    """Everything a step needs. student, optimizer: as accelerate prepared them; steps: how many
+    there will be; tokens: read in all steps so far.
     """
 
     accelerator: Accelerator
     student: PreTrainedModel
-    teacher: PreTrainedModel | None
-    adapter: Adapter
+    objective: Objective
     optimizer: Optimizer
     schedule: LambdaLR
-    windows: Windows
+    data: Data
     options: Options
-    kl_weight: float
+    steps: int
+    tokens: int = 0
 
     def train(self, run: Run, first: int, baseline: dict[str, float], report: Report) -> None:
-        """Steps first, first + 1, ... up to options.steps. baseline: validation loss of the
-        original (if known) and of the converted model.
+        """Steps first, first + 1, ... up to the last. baseline: validation loss of the original (if
+        known) and of the converted model.
 
         Raises LrkvError for a loss or gradient that is not finite, KeyboardInterrupt after a
         signal, with the checkpoint saved.
         """
-        options, clock = self.options, Clock(self.options.seq_len * self.options.batch_size)
-        # of a resumed run
-        clock.total = next(
-            (line["seconds"] for line in reversed(run.log()) if "seconds" in line), 0.0
-        )
+        clock = Clock(run.log())
+        self.tokens = clock.tokens
         with Stop()() as stop:
-            for step in range(first, options.steps):
-                with clock:
-                    line, stopping = self.step(step, run, stop)
-                line |= {
-                    "tokens_per_second": round(clock.speed, 1),
-                    "seconds": round(clock.total, 2),
-                }
+            for step in range(first, self.steps):
+                clock.start()
+                line, stopping = self.step(step, run, stop)
+                line |= clock.stop(self.tokens)
+                self.note(run, line, baseline, stopping, report)
                 done = step + 1
-                # who asked to stop may not wait long
-                if done == options.steps or done % options.validate_every == 0 and not stopping:
-                    line |= self.validated(baseline)
-                run.note(line)
-                self.accelerator.log(
-                    {name: value for name, value in line.items() if name != "step"}, step=done
-                )
-                report(line | {"steps": options.steps})
-                if stopping or done % options.checkpoint_every == 0 or done == options.steps:
+                if stopping or done % self.options.checkpoint_every == 0 or done == self.steps:
                     run.save(done, {"baseline": baseline})
-                if stopping and done < options.steps:
+                if stopping and done < self.steps:
                     raise KeyboardInterrupt(
-                        f"interrupted after step {done} of {options.steps}, which {run.folder}"
+                        f"interrupted after step {done} of {self.steps}, which {run.folder}"
                         " holds; the same command with --resume goes on from there"
                     )
+
+    def note(
+        self, run: Run, line: dict, baseline: dict[str, float], stopping: bool, report: Report
+    ) -> None:
+        """Write a step's line, with what validation finds where it is due, wherever it is read."""
+        done = line["step"]
+        # who asked to stop may not wait long
+        if done == self.steps or done % self.options.validate_every == 0 and not stopping:
+            line |= self.validated(baseline)
+        run.note(line)
+        self.accelerator.log(
+            {name: value for name, value in line.items() if name != "step"}, step=done
+        )
+        report(line | {"steps": self.steps})
 
     def step(self, step: int, run: Run, stop: Stop) -> tuple[dict, bool]:
         """One optimiser step; what to log of it, and whether any process was asked to stop. Raises
         LrkvError where it cannot be taken.
         """
-        options, accelerator = self.options, self.accelerator
-        chosen = self.windows.batch(step, options.batch_size, options.seed)
-        mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        sums = torch.zeros(5, device=accelerator.device)  # loss, kl, ce, match, stop
-        passes = mine.split(options.micro_batch_size)
+        chosen = self.data.batch(step, self.options.batch_size, self.options.seed)
         try:
-            for part in passes:
-                with accelerator.accumulate(self.student):
-                    losses = self.losses(self.windows.ids(part).to(accelerator.device))
-                    accelerator.backward(losses[0])
-                    sums[:4] += torch.stack([x.detach() for x in losses]) / len(passes)
+            sums = self.gradient(chosen)
         except torch.OutOfMemoryError as error:
             raise LrkvError(
                 f"out of memory at step {step + 1}: {first_line(error)}",
@@ -133,121 +98,80 @@ class Trainer:
                 " gradient_checkpointing=true, also with --resume",
             ) from error
         sums[4] = bool(stop.asked)
-        loss, kl, ce, match, stopping = accelerator.reduce(sums, "mean").tolist()
-        # DeepSpeed says None at first
-        norm = float(
-            accelerator.clip_grad_norm_(
-                [p for p in self.student.parameters() if p.requires_grad], options.clip
-            )
-            or 0
-        )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = (
-                f"the loss is {loss}"
-                if not math.isfinite(loss)
-                else f"the gradient's norm is {norm}"
-            )
-            raise LrkvError(
-                f"{what} at step {step + 1}, windows {', '.join(map(str, chosen.tolist()))}",
-                f"{run.last_good()}; begin anew with smaller learning rates",
-            )
+        loss, kl, ce, match, stopping = self.accelerator.reduce(sums, "mean").tolist()
+        norm = self.clipped()
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                where = f"{self.data.noun} {', '.join(map(str, chosen.tolist()))}"
+                raise LrkvError(
+                    f"the {what} is {value} at step {step + 1}, {where}",
+                    f"{run.last_good()}; begin anew with smaller learning rates",
+                )
         rates = learning_rates(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        line = {
-            "step": step + 1,
-            "tokens": (step + 1) * options.batch_size * options.seq_len,
-            "loss": loss,
-            "ce": ce,
-            "grad_norm": norm,
-            **{f"lr_{name}": rate for name, rate in rates.items()},
-        }
-        if self.kl_weight:
-            line["kl"] = kl
-        if options.match_attention:
-            line["match"] = match
+        self.tokens += self.data.tokens_of(chosen)
+        line = {"step": step + 1, "tokens": self.tokens, "loss": loss, "ce": ce, "grad_norm": norm}
+        line |= {f"lr_{name}": rate for name, rate in rates.items()}
+        line |= {"kl": kl} if self.objective.kl_weight else {}
+        line |= {"match": match} if self.objective.match_attention else {}
         return line, stopping > 0
 
-    def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids (N, T) -> what is minimised, and its parts: KL, cross-entropy, mismatch of the
-        attention outputs.
+    def gradient(self, chosen: Tensor) -> Tensor:
+        """Add up the gradient of the mean over all tokens predicted in the chosen examples. Returns
+        (5,): this process's share of loss, KL, cross-entropy and mismatch, and room for one more.
         """
-        student, teacher, matching = self.student, self.teacher, bool(self.options.match_attention)
-        hers, logits = [], None
-        if self.kl_weight or matching:
-            with (
-                torch.no_grad(),
-                self.accelerator.autocast(),
-                self.outputs(teacher, matching) as hers,
-            ):
-                logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            logits = logits if self.kl_weight else None
-        with self.outputs(self.accelerator.unwrap_model(student), matching) as his:
-            # (N (T - 1), V)
-            predicted = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss, kl, ce = divergence(predicted, logits, ids[:, 1:].flatten(), self.kl_weight)
-        match = mismatch(his, hers) if matching else torch.zeros((), device=ids.device)
-        return loss + self.options.match_attention * match, kl, ce, match
+        accelerator, options = self.accelerator, self.options
+        mine = chosen[accelerator.process_index :: accelerator.num_processes]
+        passes, total = mine.split(options.micro_batch_size), self.data.predicted_of(chosen)
+        sums = torch.zeros(5, device=accelerator.device)
+        for part in passes:
+            # accelerate takes the mean over passes and processes: 1 where all predict as many
+            weight = self.data.predicted_of(part) * (len(chosen) // len(part)) / total
+            with accelerator.accumulate(self.student):
+                batch = together(self.data.examples(part)).to(accelerator.device)
+                losses = self.objective(batch)
+                accelerator.backward(weight * losses[0])
+                sums[:4] += weight * torch.stack([x.detach() for x in losses]) / len(passes)
+        return sums
 
-    def outputs(self, model: PreTrainedModel, wanted: bool):
-        return AttentionOutputs(
-            model.get_submodule(self.adapter.layer_path) if wanted else [], self.adapter.attention
-        )()
-
-    # ----------------------------------------------------------------------------------- validation
+    def clipped(self) -> float:
+        """Clip the gradient; its norm before."""
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        # DeepSpeed says None at first
+        return float(self.accelerator.clip_grad_norm_(trained, self.options.clip) or 0)
 
     def validated(self, baseline: dict[str, float]) -> dict[str, float]:
         """Validation loss, and the perplexity ratio: to the original, or to the converted model
         where there is no original.
         """
-        nll = self.validation_loss(self.student)
+        nll = validation_loss(self.accelerator, self.student, self.data)
         return {
             "validation_nll": nll,
             "validation_ratio": math.exp(nll - baseline.get("original", baseline["converted"])),
         }
 
-    @torch.no_grad()
-    def validation_loss(self, model: PreTrainedModel) -> float:
-        """Mean negative log-likelihood of the held-out windows, in nats."""
-        accelerator, held = self.accelerator, self.windows.validation
-        sums, training = (
-            torch.zeros(2, dtype=torch.float64, device=accelerator.device),
-            model.training,
-        )
-        model.eval()
-        # every process takes as many passes, because a sharded model needs all of them in each; a
-        # window seen before counts for nothing
-        rounds = -(-len(held) // accelerator.num_processes)
-        for i in range(rounds):
-            at = i * accelerator.num_processes + accelerator.process_index
-            ids = self.windows.ids(held[min(at, len(held) - 1)].unsqueeze(0)).to(accelerator.device)
-            with accelerator.autocast():
-                logits = model(ids, use_cache=False).logits[0, :-1]
-            if at < len(held):
-                _, _, ce = divergence(logits, None, ids[0, 1:], 0.0)
-                sums += torch.tensor(
-                    [ce.double() * len(logits), len(logits)],
-                    dtype=torch.float64,
-                    device=sums.device,
-                )
-        model.train(training)
-        total, count = accelerator.reduce(sums, "sum").tolist()
-        return total / count
-
 
 class Clock:
-    """Seconds of training in all, and tokens per second lately."""
+    """Seconds of training in all, and tokens per second lately.
 
-    def __init__(self, tokens: int):
-        self.tokens, self.total, self.speed, self.began = tokens, 0.0, 0.0, 0.0
+    log: of a resumed run, whose seconds and tokens count.
+    """
 
-    def __enter__(self) -> None:
+    def __init__(self, log: list[dict]):
+        self.total = next((line["seconds"] for line in reversed(log) if "seconds" in line), 0.0)
+        self.tokens = log[-1]["tokens"] if log else 0
+        self.speed, self.began = 0.0, 0.0
+
+    def start(self) -> None:
+        """A step begins."""
         self.began = time.perf_counter()
 
-    def __exit__(self, *error) -> None:
+    def stop(self, tokens: int) -> dict[str, float]:
+        """A step is done, and so many tokens were read in all; what to log of it."""
         spent = time.perf_counter() - self.began
-        self.total += spent
-        self.speed = (
-            self.tokens / spent if not self.speed else 0.9 * self.speed + 0.1 * self.tokens / spent
-        )
+        speed = (tokens - self.tokens) / spent
+        self.total, self.tokens = self.total + spent, tokens
+        self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
+        return {"tokens_per_second": round(self.speed, 1), "seconds": round(self.total, 2)}

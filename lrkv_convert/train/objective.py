@@ -1,110 +1,88 @@
-"""What healing minimises, per predicted token, in nats:
-
-    kl    KL(teacher || student) of the next-token distributions       (Hinton et al., "Distilling
-          the Knowledge in a Neural Network", arXiv 1503.02531)
-    ce    cross-entropy of the next token
-    and beside them the attention outputs of the teacher, layer by layer, if asked for.
-
-Logits are the largest tensors of a step. `divergence` computes the loss and its gradient in one go,
-a few rows at a time, so that beside the logits no more than the gradient is kept; plain torch
-(`kl_div` of two `log_softmax`) keeps several such arrays and takes twice as long.
+"""What healing minimises: the divergence of the student's predictions from the teacher's, or from
+the next token (divergence.py), and beside it the mismatch of the attention outputs, site by site,
+if asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-ROWS = 1 << 22  # logits taken to float32 at once
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        student: Tensor,
-        teacher: Tensor | None,
-        targets: Tensor,
-        kl_weight: float,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, vocabulary = student.shape
-        kl = torch.zeros((), dtype=torch.float64, device=student.device)
-        ce = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student) if with_gradient else None
-        step = max(1, ROWS // vocabulary)
-        for rows in (slice(i, i + step) for i in range(0, n, step)):
-            log_student = student[rows].float().log_softmax(-1)  # (n', V)
-            hit = targets[rows].unsqueeze(1)  # (n', 1)
-            ce -= log_student.gather(1, hit).double().sum()
-            if teacher is not None:
-                log_teacher = teacher[rows].float().log_softmax(-1)
-                p_teacher = log_teacher.exp()
-                kl += torch.linalg.vecdot(p_teacher, log_teacher - log_student).double().sum()
-            # of kl_weight KL + (1 - kl_weight) CE: softmax(student) - kl_weight p - (1 - kl_weight)
-            # onehot
-            if with_gradient:
-                slope = log_student.exp_()
-                if kl_weight:
-                    slope.sub_(p_teacher, alpha=kl_weight)
-                if kl_weight < 1:
-                    slope.scatter_add_(
-                        1, hit, torch.full_like(hit, kl_weight - 1, dtype=slope.dtype)
-                    )
-                gradient[rows] = slope.div_(n)
-        ctx.save_for_backward(gradient)
-        kl, ce = (kl / n).float(), (ce / n).float()
-        ctx.mark_non_differentiable(kl, ce)
-        return kl_weight * kl + (1 - kl_weight) * ce, kl, ce
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_):
-        # in place: it is read once
-        return ctx.saved_tensors[0].mul_(grad), None, None, None, None
+from .batch import Batch
+from .divergence import divergence
 
 
-def divergence(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(kl_weight KL(teacher || student) + (1 - kl_weight) CE, KL, CE), means over tokens; the first
-    carries the gradient to the student.
-
-    student, teacher: logits (n, V); targets: token ids (n,). Without a teacher kl_weight is 0 and
-    KL reads 0.
+@dataclass
+class Objective:
+    """student: as accelerate prepared it; teacher: frozen, or None; paths: of the attention modules
+    whose outputs are matched; kl_weight: 1 for kl, 0 for ce; match_attention: weight of the
+    mismatch.
     """
-    assert teacher is not None or kl_weight == 0
-    return _Divergence.apply(student, teacher, targets, kl_weight, student.requires_grad)
+
+    accelerator: Accelerator
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    paths: list[str]
+    kl_weight: float
+    match_attention: float
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is minimised, and its parts: KL, cross-entropy, mismatch of the attention outputs;
+        means over what is predicted in the batch.
+        """
+        matching = bool(self.match_attention)
+        theirs, logits = [], None
+        if self.teacher is not None and (self.kl_weight or matching):
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                self.watched(self.teacher) as theirs,
+            ):
+                logits = self.teacher(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+        with self.watched(self.accelerator.unwrap_model(self.student)) as ours:
+            # (N T, V)
+            predicted = self.student(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+        loss, kl, ce = divergence(
+            predicted, logits if self.kl_weight else None, batch.predicts.flatten(), self.kl_weight
+        )
+        match = (
+            mismatch(ours, theirs, batch.read)
+            if matching
+            else torch.zeros((), device=predicted.device)
+        )
+        return loss + self.match_attention * match, kl, ce, match
+
+    def watched(self, model: PreTrainedModel):
+        paths = self.paths if self.match_attention else []
+        return attention_outputs(model.get_submodule(path) for path in paths)
 
 
-class AttentionOutputs:
-    """The outputs of every layer's attention module during a forward pass."""
-
-    def __init__(self, layers: nn.ModuleList, attention: str):
-        """layers: the decoder layers; attention: the attention module's name in each."""
-        self.modules = [layer.get_submodule(attention) for layer in layers]
-
-    @contextmanager
-    def __call__(self) -> Iterator[list[Tensor]]:
-        """Collects [(N, T, D) per layer] while the block runs."""
-        outputs: list[Tensor] = []
-        hooks = [
-            module.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
-            for module in self.modules
-        ]
-        try:
-            yield outputs
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def mismatch(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean over layers of |o_student - o_teacher|^2 / |o_teacher|^2, of attention outputs [(N, T,
-    D) per layer].
-    """
-    errors = [
-        (s.float() - t.float()).square().sum() / t.float().square().sum()
-        for s, t in zip(student, teacher, strict=True)
+@contextmanager
+def attention_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the outputs of attention modules, [(N, T, D) each], while the block runs."""
+    outputs: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        for module in modules
     ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mismatch(student: list[Tensor], teacher: list[Tensor], read: Tensor | None = None) -> Tensor:
+    """Mean over modules of |o_student - o_teacher|^2 / |o_teacher|^2, of attention outputs [(N, T,
+    D) each]. read (N, T): which positions hold a token (None: all).
+    """
+    errors = []
+    for s, t in zip(student, teacher, strict=True):
+        if read is not None:
+            s, t = s[read], t[read]  # (n, D)
+        errors.append((s.float() - t.float()).square().sum() / t.float().square().sum())
     return sum(errors) / len(errors)

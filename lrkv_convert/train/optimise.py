@@ -109,11 +109,11 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:
+def schedule(optimizer: Optimizer, options: Options, steps: int) -> LambdaLR:
     """Linear warm-up over the first `warmup` of the steps, then half a cosine down to `final_lr` of
     the highest rate.
     """
-    steps, warm = options.steps, round(options.warmup * options.steps)
+    warm = round(options.warmup * steps)
 
     def factor(step: int) -> float:
         if step < warm:

@@ -80,9 +80,16 @@ class Options(Typed):
     keep: int = 2
     tracker: str = "auto"
 
-    @property
-    def steps(self) -> int:
-        return self.tokens // (self.seq_len * self.batch_size)
+    def steps(self, tokens_per_example: float) -> int:
+        """Steps on examples of so many tokens. Raises LrkvError where there is not one."""
+        steps = int(self.tokens // (tokens_per_example * self.batch_size))
+        if steps < 1:
+            raise LrkvError(
+                f"{self.tokens:,} tokens are less than one step of {self.batch_size} examples of"
+                f" {tokens_per_example:,.0f}",
+                "give more --tokens, or a smaller batch_size (of plain text, or seq_len)",
+            )
+        return steps
 
     def check(self) -> None:
         """Raise LrkvError for a value out of range."""
@@ -138,12 +145,6 @@ class Options(Typed):
         if max(self.momentum, self.beta1, self.beta2) == 1:
             raise LrkvError(
                 "momentum, beta1 or beta2 is 1, which never forgets", "they must be smaller than 1"
-            )
-        if self.steps < 1:
-            raise LrkvError(
-                f"{self.tokens:,} tokens are less than one step of {self.batch_size} windows of"
-                f" {self.seq_len}",
-                "give more --tokens, or a smaller batch_size or seq_len",
             )
         if self.batch_size % self.micro_batch_size:
             raise LrkvError(

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from ..device import peak_memory
 from ..errors import LrkvError
 from ..evaluate.load import check_folder, read_config
+from ..families import CONVERTED
 from ..folder.card import CURVE as PICTURE
 from ..folder.card import source_metadata
 from ..folder.companions import version, write_card
@@ -23,7 +24,8 @@ from ..folder.target import tensor_shapes
 from ..folder.travelling import write_modeling
 from ..folder.writer import RECORD, WORK, ShardWriter, publish, write_json
 from ..format import Record
-from ..source import check_finite
+from ..modeling import auto_class
+from ..source import Checkpoint, check_finite
 from ..source.files import INDICES
 from .loop import Trainer
 from .run import LOG, Run
@@ -38,22 +40,19 @@ def history_entry(
     data: list[str],
 ) -> dict:
     """What lrkv.json keeps of this healing: all that decides the result, and what came of it."""
-    options, accelerator, windows = trainer.options, trainer.accelerator, trainer.windows
-    last, tokens = (
-        next(line for line in reversed(run.log()) if "validation_nll" in line),
-        options.steps * options.batch_size * options.seq_len,
-    )
+    options, accelerator, read = trainer.options, trainer.accelerator, trainer.data
+    last = next(line for line in reversed(run.log()) if "validation_nll" in line)
     return {
         "kind": "heal",
         "date": datetime.date.today().isoformat(),
         "recipe": {"name": recipe, **asdict(options)},
         "data": [Path(d).name if Path(d).exists() else d for d in data],
-        "windows_sha256": windows.sha256,
-        "rounds": round(windows.rounds(tokens), 3),
+        **read.record(),
+        "rounds": round(read.rounds(last["tokens"]), 3),
         "teacher": teacher,
-        "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.kl_weight, "mix"),
-        "steps": options.steps,
-        "tokens": tokens,
+        "loss": {1.0: "kl", 0.0: "ce"}.get(trainer.objective.kl_weight, "mix"),
+        "steps": trainer.steps,
+        "tokens": last["tokens"],
         "seconds": last["seconds"],
         "peak_memory_bytes": peak_bytes(accelerator.device),
         "processes": accelerator.num_processes,
@@ -63,7 +62,7 @@ def history_entry(
             "text": (
                 [Path(v).name for v in options.validation] if options.validation else "held out"
             ),
-            "tokens": len(windows.validation) * (options.seq_len - 1),
+            "tokens": read.predicted_of(read.validation),
             "nll": {**baseline, "healed": last["validation_nll"]},
         },
         "versions": {
@@ -111,30 +110,12 @@ def write(
     record: Record,
     max_shard_size: int | str,
 ) -> None:
-    """The weights, in the dtype they came in, and what stands beside them; what did not train is
-    taken over from there.
-    """
-    stored = getattr(
-        torch,
-        json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32",
-    )
-    for stale in run.folder.glob("*.safetensors*"):  # of a run that was killed here
-        stale.unlink()
+    """The weights, and what stands beside them."""
     student = trainer.accelerator.unwrap_model(trainer.student)
-    frozen = {
-        name for name, p in student.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
-    writer = ShardWriter(run.folder, tensor_shapes(student, stored), max_shard_size)
-    # as it was loaded
-    before = check_folder(str(model), model, read_config(str(model)), AutoModelForCausalLM)
-    for name in writer.shapes.keys() & frozen:
-        writer.add(name, before.tensor(name))
-    for name in writer.shapes.keys() - frozen:
-        writer.add(name, check_finite(name, state[name]))
-    writer.finish()
+    weights = write_weights(run.folder, student, state, model, max_shard_size)
     for file in model.iterdir():
-        weights = file in before.files or file.suffix == ".safetensors" or file.name in INDICES
-        if file.is_file() and not weights and file.name not in (RECORD, "README.md", LOG, PICTURE):
+        apart = file in weights or file.suffix == ".safetensors" or file.name in INDICES
+        if file.is_file() and not apart and file.name not in (RECORD, "README.md", LOG, PICTURE):
             shutil.copy(file, run.folder / file.name)
     # the model may have been converted by an older release
     write_modeling(run.folder, record.source.model_type)
@@ -144,3 +125,55 @@ def write(
 
         plot.healing(run.log(), record.history[-1], run.folder / PICTURE)
     write_card(run.folder, record, source_metadata(model), run.out.name)
+
+
+def write_weights(
+    folder: Path,
+    student: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    model: Path,
+    max_shard_size: int | str,
+) -> list[Path]:
+    """The weights, in the dtype they came in; what did not train is taken over from the folder
+    `model`, as it is loaded. Returns the files it was taken from.
+    """
+    config = read_config(str(model))
+    before = check_folder(
+        str(model), model, config, auto_class(config.model_type.removeprefix(CONVERTED))
+    )
+    if before is None:
+        raise LrkvError(f"{model} holds quantised weights", "heal the full-precision folder")
+    stored = json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype")
+    shapes = written(student, before, getattr(torch, stored or "float32"))
+    for stale in folder.glob("*.safetensors*"):  # of a run that was killed here
+        stale.unlink()
+    writer = ShardWriter(folder, shapes, max_shard_size)
+    trained = {
+        name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    for name in shapes:
+        if name in trained or name not in before.tensors:
+            writer.add(name, check_finite(name, state[name]))
+        else:
+            writer.add(name, before.tensor(name))
+    writer.finish()
+    return before.files
+
+
+def written(
+    student: PreTrainedModel, before: Checkpoint, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that is written: all parameters but those that the class
+    makes and the folder left out, and of buffers those that the folder has.
+    """
+    shapes = {
+        name: shape
+        for name, shape in tensor_shapes(student, dtype).items()
+        if name in before.tensors
+        or not hasattr(student.get_submodule(name.rpartition(".")[0]), "create_weight")
+    }
+    return shapes | {
+        name: (tuple(buffer.shape), dtype)
+        for name, buffer in student.named_buffers()
+        if name in before.tensors
+    }

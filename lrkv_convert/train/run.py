@@ -4,7 +4,8 @@ happens to the process, the last checkpoint is whole.
     heal.jsonl              one line per step, with what validation found
     work:
       heal.json             what was asked for; a resumed run must ask for the same
-      windows.*             packed data (data.py)
+      windows.*             packed data of a decoder (windows.py)
+      examples*             of an encoder-decoder (pairs.py)
       checkpoint-000120     trained weights, optimiser, schedule, random numbers (accelerate's
                             save_state), and state.json
 """
@@ -56,13 +57,30 @@ class Run:
             resume = False
         if resume:
             self.compare(before)
-        elif there is not None and not overwrite:
+        else:
+            self.check_free(overwrite)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            try:
+                self.make(resume)
+            except OSError as error:
+                raise LrkvError(
+                    f"cannot write {self.folder}: {error.strerror or error}",
+                    "check permissions and free space",
+                ) from error
+        self.accelerator.wait_for_everyone()
+        return resume
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise LrkvError for something in the folder's place that may not be replaced."""
+        there = self.latest()
+        if there is not None and not overwrite:
             raise LrkvError(
                 f"{self.folder} holds a run that stopped after step {step_of(there)}",
                 "--resume goes on from there, --overwrite begins anew",
             )
-        elif (
-            before is None
+        if (
+            self.asked_before() is None
             and self.folder.exists()
             and not blank(self.folder)
             and not (overwrite and (self.work / FINGERPRINT).is_file())
@@ -71,25 +89,18 @@ class Run:
                 f"{self.folder} is in the way: it holds something other than a run of heal",
                 "give another --out, or remove it",
             )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            try:
-                self.claim()
-                # data that this run packed before it was killed is kept
-                if not resume and (before != self.asked or there is not None):
-                    self.made = True
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                    self.work.mkdir(parents=True)
-                    self.claim()
-                    write_json(self.work / RUN, self.asked)
-                self.made = not resume
-            except OSError as error:
-                raise LrkvError(
-                    f"cannot write {self.folder}: {error.strerror or error}",
-                    "check permissions and free space",
-                ) from error
-        self.accelerator.wait_for_everyone()
-        return resume
+
+    def make(self, resume: bool) -> None:
+        """Make the folder anew, unless it is gone on with. Raises OSError."""
+        self.claim()
+        # data that this run packed before it was killed is kept
+        if not resume and (self.asked_before() != self.asked or self.latest() is not None):
+            self.made = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.work.mkdir(parents=True)
+            self.claim()
+            write_json(self.work / RUN, self.asked)
+        self.made = not resume
 
     def claim(self) -> None:
         """Keep other processes out of the folder, if it is there, for as long as this one lives."""

@@ -1,82 +1,82 @@
-"""The model that trains: which of its weights do, in which precision they are held, and what of
-them a checkpoint keeps.
-"""
-
-from pathlib import Path
+"""The model that trains: which of its weights do, and in which precision they are held."""
 
 import torch
-from accelerate.utils import SAFE_WEIGHTS_NAME
-from safetensors.torch import load_file
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import LrkvError
-from ..families import Adapter
+from ..families import Family, Site
+from ..modeling.encoder_decoder_lrkv import FIELDS
 
-WRAPPED = "module."  # before the names of a model that several processes train
+AUGMENTED = "apply_spec_augment"  # in a speech model's config: parts of what it hears are masked
 
 
-def choose_trained(model: PreTrainedModel, adapter: Adapter, train: str) -> None:
-    """Freeze what does not train. "attention": the attention modules, which hold W_shared, C, U, B,
-    biases, W_Q and W_O; "all": everything.
+def converted_sites(family: Family, config) -> list[Site]:
+    """The attention modules of a converted model that are converted. Raises LrkvError for a model
+    without any.
     """
-    model.requires_grad_(train == "all")
-    for layer in model.get_submodule(adapter.layer_path):
-        layer.get_submodule(adapter.attention).requires_grad_(True)
-    # a short training has nothing to fear from overfitting, and the teacher has none
+    kinds = [kind for kind in family.kinds if getattr(config, FIELDS[kind], None) is not None]
+    if not kinds:
+        raise LrkvError(
+            f"this {config.model_type} has no converted attention: its config says nothing of it",
+            "make a converted model with lrkv convert MODEL --out DIR",
+        )
+    return family.sites(config, kinds)
+
+
+def choose_trained(model: PreTrainedModel, sites: list[Site], train: str) -> None:
+    """Freeze what does not train. "attention": the attention modules of these sites, which hold
+    W_shared, C, U, B, biases, W_Q and W_O; "all": everything but what the model's class holds fixed
+    (sinusoidal positions).
+    """
+    model.requires_grad_(False)
+    if train == "all":
+        kept = fixed(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in kept)
+    for site in sites:
+        model.get_submodule(site.path).requires_grad_(True)
+    # a short training has nothing to fear from overfitting, and the teacher has no chance in it
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        without_dropout(module)
+        without_chance(module)
     # Falcon looks there; what is written is the config of the folder
-    without_dropout(model.config)
+    without_chance(model.config)
 
 
-def without_dropout(holder) -> None:
-    """Every number of a module or config that is called some dropout becomes zero."""
-    for name in [
-        name
-        for name, value in vars(holder).items()
-        if "drop" in name and type(value) in (int, float)
-    ]:
-        setattr(holder, name, type(getattr(holder, name))(0))
+def fixed(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that a model is built with and never trains."""
+    with init_empty_weights(include_buffers=False):
+        built = type(model)(model.config)
+    return {name for name, p in built.named_parameters() if not p.requires_grad}
 
 
-def set_precision(student: PreTrainedModel, adapter: Adapter, frozen: torch.dtype) -> None:
+def without_chance(holder) -> None:
+    """Every number of a module or config that is called some dropout becomes zero, and no masks
+    are drawn for speech.
+    """
+    for name, value in list(vars(holder).items()):
+        if "drop" in name and type(value) in (int, float) or name == AUGMENTED:
+            setattr(holder, name, type(value)(0))
+
+
+def set_precision(student: PreTrainedModel, family: Family, frozen: torch.dtype) -> None:
     """float32 for what trains (autocast makes bfloat16 of it) and for what lies outside the
     matrices of the layers, experts included; those, if they are frozen, in `frozen`.
     """
-    layers = student.get_submodule(adapter.layer_path)
-    matrices = {id(p) for p in layers.parameters() if p.ndim >= 2 and not p.requires_grad}
+    matrices = {
+        id(p)
+        for path in stacks(family)
+        for p in student.get_submodule(path).parameters()
+        if p.ndim >= 2 and not p.requires_grad
+    }
     for parameter in student.parameters():
         parameter.data = parameter.data.to(frozen if id(parameter) in matrices else torch.float32)
 
 
-def trained(model: nn.Module) -> list[str]:
-    """Names of what trains, as in a model that is not wrapped."""
-    return [name.removeprefix(WRAPPED) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def only_trained(models: list, weights: list[dict], folder: str) -> None:
-    """What a checkpoint holds of a model: frozen weights stand in the converted folder, and the
-    names are those of one process.
-    """
-    for model, state in zip(models, weights):
-        kept = {name: state.get(name, state.get(WRAPPED + name)) for name in trained(model)}
-        state.clear()
-        state.update(kept)
-
-
-def load_trained(models: list, folder: str) -> None:
-    """Put what `only_trained` kept into the models, and leave none for accelerate to load. Raises
-    LrkvError where something is missing.
-    """
-    while models:
-        model = models.pop()
-        state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-        if missing := set(trained(model)) - state.keys():
-            raise LrkvError(f"{folder} lacks {sorted(missing)[0]}", "begin anew with --overwrite")
-        names = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in state.items():
-                names[name if name in names else WRAPPED + name].copy_(value)
+def stacks(family: Family) -> list[str]:
+    """Paths of the layers in the model: the decoder's and, if it has one, the encoder's."""
+    encoder = family.encoder
+    return [family.any.layer_path, *([f"{encoder.path}.{encoder.layers}"] if encoder else [])]
