@@ -46,9 +46,7 @@ def plainly(folder, removed, ids: torch.Tensor) -> tuple[float, float]:
             rows = slice(head * g.groups * g.head_dim, (head + 1) * g.groups * g.head_dim)
             with torch.no_grad():  # Conv1D keeps (in, out), Linear (out, in)
                 (
-                    projection[rows]
-                    if study.config.model_type == "gpt2"
-                    else projection[:, rows]
+                    projection[rows] if study.config.model_type == "gpt2" else projection[:, rows]
                 ).zero_()
         logps.append(model(ids, use_cache=False).logits[:, :-1].log_softmax(-1))
     loss = -logps[1].gather(2, ids[:, 1:, None]).mean().item()

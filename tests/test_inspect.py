@@ -184,7 +184,9 @@ def test_nothing_is_recommended_that_saves_nothing(tiny):
         "recommended"
     ]
     assert generous["rank"] == 0 and 0 < generous["cache_ratio"] < 1
-    strict = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=0)["recommended"]
+    strict = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=0)[
+        "recommended"
+    ]
     assert strict["rank"] is None and strict["cache_ratio"] is None
     found = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512)
     target = [row["predicted_kl"] for row in found["ranks"]][1]

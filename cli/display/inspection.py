@@ -31,11 +31,12 @@ def show_expectation(result: dict, calibration: list[str] | None = None) -> None
     asked for.
     """
     out, kinds = console_for(), result["attention"]
-    for n, (kind, row) in enumerate(kinds.items()):
-        if n:
-            out.print()
+    for n, (kind, row) in enumerate(kinds.items(), 1):
         name = f"{KINDS[kind][0]}, " if len(kinds) > 1 else ""
-        _show_kind(out, f"{short(result['model'])}: {name}", result["calibration"]["tokens"], row)
+        of, tokens = f"{short(result['model'])}: {name}", result["calibration"]["tokens"]
+        _show_kind(out, of, tokens, row, explained=n == len(kinds))
+        if n < len(kinds):
+            out.print()
     if len(kinds) > 1:
         out.print()
         out.print("Both together, with the same rank or ratio:")
@@ -46,8 +47,10 @@ def show_expectation(result: dict, calibration: list[str] | None = None) -> None
         say(f"next: {quoted([*words, *given])}")
 
 
-def _show_kind(out, of: str, tokens: int, row: dict) -> None:
-    """One kind of attention."""
+def _show_kind(out, of: str, tokens: int, row: dict, explained: bool) -> None:
+    """One kind of attention. explained: whether it is said what figures mean, which is said of the
+    last.
+    """
     g = row["geometry"]
     out.print(
         f"{of}{g['layers']} layers, {g['kv_heads']} KV heads of width {g['head_dim']},"
@@ -75,11 +78,13 @@ def _show_kind(out, of: str, tokens: int, row: dict) -> None:
             _percent(layer["diversity"]["centred"]),
         )
     out.print(table)
-    out.print(
-        "base: energy in the attention metric that one shared base explains; 90%, 99%: dimensions"
-        " that hold that much of a head; rank: the smallest within its share of the target."
-    )
-    _show_diversity(out, row["diversity"])
+    if explained:
+        out.print(
+            "base: energy in the attention metric that one shared base explains; 90%, 99%:"
+            " dimensions that hold that much of a head; rank: the smallest within its share of the"
+            " target."
+        )
+    _show_diversity(out, row["diversity"], explained)
     out.print()
     table = _narrow(
         "rank",
@@ -104,16 +109,17 @@ def _show_kind(out, of: str, tokens: int, row: dict) -> None:
             "no saving" if rank["cache_ratio"] >= 1 else _or_none(rank["planned_kl"], "{:.3f}"),
         )
     out.print(table)
-    out.print(
-        "Predicted KL(original || converted), nats per token, before healing: an estimate, on the"
-        " low side. Measured on two models it was 1.1 to 1.6 times that, for plans 1.0 to 2.3"
-        " times, where values too had one metric for all heads; a conversion has one per head, and"
-        " costs less. Perplexity is multiplied by about exp(KL) where the model reads well, and by"
-        " less elsewhere."
-    )
+    if explained:
+        out.print(
+            "Predicted KL(original || converted), nats per token, before healing: an estimate, on"
+            " the low side. Measured on two models it was 1.1 to 1.6 times that, for plans 1.0 to"
+            " 2.3 times, where values too had one metric for all heads; a conversion has one per"
+            " head, and costs less. Perplexity is multiplied by about exp(KL) where the model reads"
+            " well, and by less elsewhere."
+        )
     _show_recommendation(out, row["recommended"], row["ranks"])
     if "ablation" in row:
-        _show_ablation(out, row["ablation"])
+        _show_ablation(out, row["ablation"], explained)
 
 
 def _side(side: dict) -> list[str]:
@@ -125,12 +131,12 @@ def _side(side: dict) -> list[str]:
     ]
 
 
-def _show_diversity(out, diversity: dict) -> None:
+def _show_diversity(out, diversity: dict, explained: bool) -> None:
+    meaning = " It describes; it does not measure fidelity: random heads reach the ceiling."
     out.print(
         f"Diversity of the {diversity['heads']} query heads: {diversity['plain']:.1%} of full"
         f" effective rank, centred {diversity['centred']:.1%} (ceiling"
-        f" {diversity['ceiling_centred']:.1%}). It describes; it does not measure fidelity: random"
-        " heads reach the ceiling."
+        f" {diversity['ceiling_centred']:.1%}).{meaning if explained else ''}"
     )
 
 
@@ -155,7 +161,7 @@ def _show_recommendation(out, found: dict, ranks: Sequence[dict] = ()) -> None:
         )
 
 
-def _show_ablation(out, ablation: dict) -> None:
+def _show_ablation(out, ablation: dict, explained: bool) -> None:
     """Rank correlations of every predictor, and the loss without the least and the most of them."""
     out.print()
     table = _narrow(
@@ -168,11 +174,12 @@ def _show_ablation(out, ablation: dict) -> None:
         ]
         table.add_row(row["predictor"], *figures)
     out.print(table)
-    out.print(
-        "rho: Spearman's rank correlation with what removing each KV head did to the loss, and to"
-        " KL(whole || without); in a layer: ranked among its own layer's heads only. p: how often"
-        " chance does as much."
-    )
+    if explained:
+        out.print(
+            "rho: Spearman's rank correlation with what removing each KV head did to the loss, and"
+            " to KL(whole || without); in a layer: ranked among its own layer's heads only. p: how"
+            " often chance does as much."
+        )
     out.print()
     sizes = ablation["removals"][0]["heads"]
     table = _narrow("loss added without", *map(str, sizes))
@@ -192,8 +199,11 @@ def _show_ablation(out, ablation: dict) -> None:
 def show_fidelity(result: dict) -> None:
     """A converted model beside its original: of each kind of attention every layer, and means."""
     out, kinds, text = console_for(), result["attention"], result["text"]
-    for kind, row in kinds.items():
-        _show_kept(out, KINDS[kind][0] if len(kinds) > 1 or kind != "self" else "layer", row)
+    for n, (kind, row) in enumerate(kinds.items(), 1):
+        corner = KINDS[kind][0] if len(kinds) > 1 or kind != "self" else "layer"
+        _show_kept(out, corner, row, explained=n == len(kinds))
+        if n < len(kinds):
+            out.print()
     out.print(
         f"{text['name']}: {result['tokens']:,} tokens, {short(result['original'])} and"
         f" {short(result['model'])} on the same inputs, layer by layer"
@@ -202,8 +212,8 @@ def show_fidelity(result: dict) -> None:
         out.print("It was calibrated on this; something else says more.")
 
 
-def _show_kept(out, corner: str, row: dict) -> None:
-    """One kind of attention."""
+def _show_kept(out, corner: str, row: dict, explained: bool) -> None:
+    """One kind of attention. explained: as in `_show_kind`."""
     table = _narrow(
         corner,
         "diversity\nkept",
@@ -239,11 +249,11 @@ def _show_kept(out, corner: str, row: dict) -> None:
         f" {row['logit_error']:.3f}, attention KL {row['attention_kl']:.4f} nats; over"
         f" layers: output error {row['output_error']:.3f}"
     )
-    _show_diversity(out, row["diversity"]["original"])
+    _show_diversity(out, row["diversity"]["original"], explained)
+    meaning = " Above 100% heads differ more than they did, not better."
     out.print(
         f"Kept of it: {_or_none(kept['plain'], '{:.1%}')}, centred"
-        f" {_or_none(kept['centred'], '{:.1%}')}. Above 100% heads differ more than they did, not"
-        " better."
+        f" {_or_none(kept['centred'], '{:.1%}')}.{meaning if explained else ''}"
     )
 
 

@@ -20,7 +20,7 @@ def spectra_map(result: dict, file: Path) -> None:
     kinds = result["attention"]
     first = next(iter(kinds.values()))
     figure, grid = _panels(kinds, 4, first["geometry"]["kv_heads"])
-    for (kind, row), panels in zip(kinds.items(), grid):
+    for row, panels in zip(kinds.values(), grid):
         layers, d = row["layers"], row["geometry"]["head_dim"]
         share = list(layers[0]["keys"]["dimensions"])[-1]
         # keys and values differ by orders of magnitude: a scale each
@@ -30,7 +30,7 @@ def spectra_map(result: dict, file: Path) -> None:
                 figure,
                 axes,
                 outside,
-                f"{_of(kinds, kind)}{side}: energy outside\nthe shared base",
+                f"{side}: energy outside\nthe shared base",
                 "% of the head's energy",
                 Normalize(0, max(outside.max(), 1e-9)),
             )
@@ -39,12 +39,13 @@ def spectra_map(result: dict, file: Path) -> None:
                 figure,
                 axes,
                 numpy.array([layer[side]["dimensions"][share] for layer in layers]),
-                f"{_of(kinds, kind)}{side}: dimensions for\n{share} of the energy",
+                f"{side}: dimensions for\n{share} of the energy",
                 f"dimensions of {d}",
                 Normalize(0, d),
             )
     _finish(
         figure,
+        kinds,
         grid,
         "KV head",
         f"{shown(Path(result['model']).name)}: heads in the attention metric",
@@ -59,7 +60,7 @@ def fidelity_map(result: dict, file: Path) -> None:
     kinds = result["attention"]
     first = next(iter(kinds.values()))
     figure, grid = _panels(kinds, 3, len(first["layers"][0]["similarity"]))
-    for (kind, row), panels in zip(kinds.items(), grid):
+    for row, panels in zip(kinds.values(), grid):
         similarity, error, kl = (
             numpy.array([layer[name] for layer in row["layers"]])
             for name in ("similarity", "logit_error", "attention_kl")
@@ -68,7 +69,7 @@ def fidelity_map(result: dict, file: Path) -> None:
             figure,
             panels[0],
             similarity,
-            f"{_of(kinds, kind)}similarity s(A, Â)",
+            "similarity s(A, Â)",
             "cosine, 1 = the same",
             Normalize(min(similarity.min(), 0.999), 1),
             "viridis_r",
@@ -77,7 +78,7 @@ def fidelity_map(result: dict, file: Path) -> None:
             figure,
             panels[1],
             error * 100,
-            f"{_of(kinds, kind)}logit error",
+            "logit error",
             "% of the centred logits",
             Normalize(0, max(error.max() * 100, 1e-9)),
         )
@@ -87,12 +88,13 @@ def fidelity_map(result: dict, file: Path) -> None:
             figure,
             panels[2],
             kl,
-            f"{_of(kinds, kind)}attention KL",
+            "attention KL",
             "nats per query (log scale)",
             LogNorm(low, max(high, low * 1.01)),
         )
     _finish(
         figure,
+        kinds,
         grid,
         "query head",
         f"{shown(Path(result['model']).name)} beside its original, {result['tokens']:,} tokens of"
@@ -147,7 +149,7 @@ def ablation_curves(result: dict, file: Path) -> None:
 
 
 def _of(kinds: dict, kind: str) -> str:
-    """What a panel's title says of a kind of attention where there are several."""
+    """What a row of panels says of its kind of attention where there are several."""
     return f"{kind}-attention, " if len(kinds) > 1 else ""
 
 
@@ -179,11 +181,11 @@ def _heat(figure, axes, grid, title: str, unit: str, norm, colours: str = "virid
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _finish(figure, grid, heads: str, title: str, file: Path) -> None:
-    for panels in grid:
+def _finish(figure, kinds: dict, grid, heads: str, title: str, file: Path) -> None:
+    for kind, panels in zip(kinds, grid):
         for axes in panels:
             axes.set_xlabel(heads)
-        panels[0].set_ylabel("layer")
+        panels[0].set_ylabel(f"{_of(kinds, kind)}layer")
     figure.suptitle(title, fontsize=11)
     figure.savefig(file)
     pyplot.close(figure)
