@@ -18,16 +18,16 @@ import torch
 from environment import environment
 from transformers.utils import logging
 
-from lrkv_convert.conversion import observe, open_model, plan_budget
+from lrkv_convert.conversion import plan_budgets, uniform_plans
 from lrkv_convert.device import pick_device
 from lrkv_convert.evaluate.load import load_model, load_tokenizer
 from lrkv_convert.evaluate.perplexity import Candidate, measure, text_windows
-from lrkv_convert.examples.text import read_texts, window_length, windows
+from lrkv_convert.examples.text import read_texts
 from lrkv_convert.folder.store import Store
 from lrkv_convert.folder.writer import write_json
 from lrkv_convert.frontier import build
 from lrkv_convert.plan.options import Options
-from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.study import Study
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [  # (label, calibration text, options)
@@ -58,47 +58,33 @@ class Workbench:
     def __init__(
         self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path
     ):
-        checkpoint, adapter = open_model(model)
-        self.geometry, self.skeleton = (
-            adapter.geometry(checkpoint.config),
-            Skeleton(checkpoint, adapter, device),
-        )
-        self.original, self.tokens, self.folder, self.texts = (
-            load_model(model, device, torch.float32),
-            tokens,
-            folder,
-            {GIVEN: given, BUILT_IN: [BUILT_IN]},
-        )
+        self.study = Study(model)
+        self.study.build(device)
+        self.original = load_model(model, device, torch.float32)
+        self.tokens, self.folder = tokens, folder
+        self.texts = {GIVEN: given, BUILT_IN: [BUILT_IN]}
 
     @cache  # noqa: B019  (one object, as long as the process)
     def store(self, calibration: str) -> Store:
-        store = Store(self.folder / calibration, {})
+        store, study = Store(self.folder / calibration, {}), self.study
         if calibration != NONE:
-            texts = read_texts(self.texts[calibration])
-            checkpoint = self.skeleton.checkpoint
-            rows = windows(
-                texts,
-                checkpoint.tokenizer(),
-                window_length(checkpoint.config),
-                Options(
-                    calibration=None if calibration == BUILT_IN else [],
-                    calibration_tokens=self.tokens,
-                ).tokens,
-            )
-            observe(self.skeleton, self.geometry, rows, "fisher", store, lambda *_: None)
+            asked = None if calibration == BUILT_IN else self.texts[calibration]
+            options = Options(calibration=asked, calibration_tokens=self.tokens)
+            study.gather(self.texts[calibration], options.tokens_of(study.family))
+            study.read()
+            study.observe({"fisher"}, store)
         return store
 
     def convert(self, calibration: str, fields: dict):
         """(plan, model): what `lrkv convert` with these options writes, in memory and float32."""
-        options, store = Options(**fields), self.store(calibration)
-        options.check(self.geometry, self.skeleton.checkpoint.config)
-        plan = options.uniform_plan(self.geometry, 4) or plan_budget(
-            self.skeleton, self.geometry, options, torch.float32, store, lambda *_: None
+        options, store, study = Options(**fields), self.store(calibration), self.study
+        options.check(study.sites, study.config)
+        plans = uniform_plans(study, options, torch.float32) or plan_budgets(
+            study, options, torch.float32, store
         )
         metric = "attention" if calibration == NONE else options.metric
-        return plan, build(
-            self.original, self.skeleton, plan, metric, store, options.base, options.refit
-        )
+        model = build(self.original, study, plans, metric, store, options.base, options.refit)
+        return plans["self"], model
 
 
 def main() -> None:

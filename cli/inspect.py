@@ -38,16 +38,25 @@ def inspect(
     ] = 0.05,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text files or folders, several. Default: the text that ships here."),
+        typer.Option(
+            help=(
+                "Text files or folders, several. Default: the text that ships here. Of an"
+                " encoder-decoder what lrkv convert takes."
+            )
+        ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of calibration text. Default: 8192.")
+        int | None,
+        typer.Option(min=1, help="Tokens of calibration. Default: 8192, of what is said 2048."),
     ] = None,
     ablate: Annotated[
         bool,
         typer.Option(
             "--ablate",
-            help="Also remove heads, alone and several at once, and measure the loss on --text.",
+            help=(
+                "Also remove heads, alone and several at once, and measure the loss on --text,"
+                " --pairs or --audio."
+            ),
         ),
     ] = False,
     text: Annotated[
@@ -58,9 +67,27 @@ def inspect(
             )
         ),
     ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "In its place, of an encoder-decoder that reads text: a .jsonl file of"
+                ' {"source": ..., "target": ...}, or texts.'
+            )
+        ),
+    ] = None,
+    audio: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "In its place, of a speech model: a folder of .wav files (x.txt beside x.wav, or"
+                " transcripts.tsv)."
+            )
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Read no more of that text. Default: 4096, with --ablate 1024."),
+        typer.Option(min=2, help="Read no more of it. Default: 4096, with --ablate 1024."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -92,21 +119,27 @@ def inspect(
         ) from error
     if out:
         check_folder(out := expanded(out))
+    given = [] if calibration == ["none"] else calibration
     with display.progress() as progress:
         result = run(
             model,
             original=original,
             ranks=wanted,
             target_kl=target_kl,
-            calibration=[] if calibration == ["none"] else calibration,
+            calibration=given,
             calibration_tokens=calibration_tokens,
             ablate=ablate,
             text=text,
+            pairs=pairs,
+            audio=audio,
             max_tokens=max_tokens,
             device=device,
             progress=progress,
         )
-    show = display.show_expectation if result["kind"] == "original" else display.show_fidelity
-    show(result)
+    display.show_notices(result["notices"])
+    if result["kind"] == "original":
+        display.show_expectation(result, given)
+    else:
+        display.show_fidelity(result)
     if out:
         display.show_files(save(result, out))

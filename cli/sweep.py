@@ -11,8 +11,29 @@ from .app import Command, app, quiet_libraries
 @app.command(cls=Command)
 def sweep(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id.")],
-    text: Annotated[str, typer.Option(help="Text file to measure on; not one of --calibration.")],
     out: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.csv and sweep.png.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text file to measure on; not one of --calibration."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "In its place, of an encoder-decoder that reads text: a .jsonl file of"
+                ' {"source": ..., "target": ...}, or texts.'
+            )
+        ),
+    ] = None,
+    audio: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "In its place, of a speech model: a folder of .wav files (x.txt beside x.wav, or"
+                " transcripts.tsv)."
+            )
+        ),
+    ] = None,
     ranks: Annotated[
         str,
         typer.Option(
@@ -31,17 +52,24 @@ def sweep(
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text files or folders, several. Default: the text that ships here."),
+        typer.Option(
+            help=(
+                "Text files or folders, several. Default: the text that ships here. Of an"
+                " encoder-decoder what lrkv convert takes."
+            )
+        ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=512, help="Tokens of calibration text. Default: as convert.")
+        int | None, typer.Option(min=512, help="Tokens of calibration. Default: as convert.")
     ] = None,
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Correct W_O in closed form after each fit.")
     ] = True,
-    seq_len: Annotated[int, typer.Option(min=2, help="Window in tokens.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Window of text in tokens. Default: 512.")
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read no more of the text than this.")
+        int | None, typer.Option(min=2, help="Read no more to measure on than this.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -65,14 +93,16 @@ def sweep(
             f"ranks {ranks!r} are not numbers", "separate them by commas, as in 8,16,32"
         ) from error
     check_folder(out := expanded(out))
-    content = read_one(text)
+    content = None if text is None else read_one(text)
     with display.progress() as progress:
         result = run(
             model,
             sizes,
             content,
+            pairs=pairs,
+            audio=audio,
             methods=methods.split(",") if methods else list(DEFAULT),
-            calibration=calibration,
+            calibration=[] if calibration == ["none"] else calibration,
             calibration_tokens=calibration_tokens,
             refit=refit,
             seq_len=seq_len,
@@ -81,4 +111,5 @@ def sweep(
             progress=progress,
             each=lambda result: save(result, out),
         )
+    display.show_notices(result["notices"])
     display.show_sweep(result, save(result, out))

@@ -13,11 +13,13 @@ measured by the same code at the same bytes:
     mean       the plain mean as base, with residuals
 
 A method may name its metric, as in `latent:whitened`, Palu's own. No method but budget differs
-between layers.
+between layers. Of an encoder-decoder both kinds of attention are converted, at the same rank or
+ratio.
 """
 
 import csv
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +31,10 @@ from transformers import PreTrainedModel
 from .conversion import plan_budgets
 from .errors import LrkvError
 from .evaluate.load import load_model
-from .evaluate.perplexity import Candidate, measure, text_windows
+from .evaluate.perplexity import Candidate, EncoderStates, measure, text_windows
 from .evaluate.positions import positions_exceeded
-from .examples.example import tokens_of
+from .examples.example import Example, tokens_of
+from .examples.measured import MeasuredOn, described, examples_of
 from .examples.text import Text, check_ids
 from .families import Geometry, Site
 from .fit.bases import group_count
@@ -42,9 +45,12 @@ from .folder.places import writing
 from .folder.store import Store
 from .folder.target import empty_target
 from .folder.writer import write_json
+from .modeling import auto_class
 from .plan.options import Options
 from .plan.shapes import Plan, Shape, SitePlan
-from .study import Study
+from .study import Progress, Study
+
+SEQ_LEN = 512  # window of text
 
 # method -> (base, (m, r) for n numbers cached per token and side, from n, H and d)
 METHODS: dict[str, tuple[str, Callable[[int, int, int], tuple[int, int]]]] = {
@@ -76,53 +82,39 @@ class Outcome:
 def sweep(
     model: str,
     ranks: list[int],
-    text: Text,
+    text: Text | None = None,
     *,
+    pairs: str | None = None,
+    audio: str | None = None,
     methods: Sequence[str] = tuple(DEFAULT),
     calibration: list[str] | None = None,
     calibration_tokens: int | None = None,
     refit: bool = True,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     max_tokens: int | None = None,
     device: torch.device,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
     each: Callable[[dict], object] = lambda result: None,
 ) -> dict:
-    """Convert `model` at every rank by every method in memory and measure each on `text`. Returns
-    what `save` writes. Raises LrkvError.
+    """Convert `model` at every rank by every method in memory and measure each on `text`, in
+    windows of `seq_len` tokens (default: SEQ_LEN); of an encoder-decoder on `pairs` or `audio`.
+    Returns what `save` writes. Raises LrkvError.
 
     The original and one rank's conversions are held in memory, in float32; what they do not change
     is shared. `each` is given the result so far after every rank, so that what was measured is not
     lost when a long sweep is stopped.
     """
-    study, chosen, ranks = (
-        Study(model, progress=progress),
-        [parse(m) for m in methods],
-        sorted(set(ranks)),
-    )
-    checkpoint, geometry = study.checkpoint, study.sites[0].geometry
+    study, ranks = Study(model, progress=progress), sorted(set(ranks))
+    chosen = [parse(m) for m in methods]
     check_methods(study, chosen)
-    if not ranks or not all(0 <= r <= geometry.head_dim for r in ranks):
-        raise LrkvError(
-            f"ranks {', '.join(map(str, ranks)) or '(none)'} are out of range",
-            f"give some between 0 and the head width, {geometry.head_dim}",
-        )
-    if limit := positions_exceeded(checkpoint.config, seq_len):
-        raise LrkvError(
-            f"windows of {seq_len} tokens are longer than {model} can read ({limit})",
-            "give a smaller --seq-len",
-        )
-    tokenizer = checkpoint.tokenizer()
-    ids = torch.tensor(
-        tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"],
-        dtype=torch.long,
-    )[:max_tokens]
-    examples = text_windows(ids, seq_len)
-    if not examples:
-        raise LrkvError(
-            f"the text {text.name} is empty or too short", "perplexity needs at least two tokens"
-        )
-    check_ids(ids, checkpoint.config.vocab_size, model)
+    check_ranks(ranks, study.sites)
+    given = MeasuredOn(text, pairs, audio)
+    material = given.read(model, study.family, max_tokens or sys.maxsize)
+    if study.family.encoder is None:
+        seq_len = seq_len or SEQ_LEN
+    elif seq_len is not None:
+        raise LrkvError("--seq-len does not go with --audio and --pairs", "leave it out")
+    examples = windows_to_read(text, study, seq_len, max_tokens) if text and seq_len else []
     study.build(device)
     # as many as a conversion reads
     wanted = Options(calibration=calibration, calibration_tokens=calibration_tokens)
@@ -130,7 +122,10 @@ def sweep(
     study.check()
     if not study.read():
         raise LrkvError("a sweep fits on calibration text, and there is none", "give --calibration")
-    original = load_model(model, device, torch.float32)
+    original = load_model(model, device, torch.float32, auto_class(study.family.model_type))
+    writing_own = lambda done, total: progress("writing", done, total)
+    examples = examples or examples_of(material, study.checkpoint, study.whole, writing_own)
+    states = EncoderStates(original) if study.family.encoder else None  # all have the same
     outcomes, total = [], len(ranks) * len(chosen)
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
@@ -142,7 +137,8 @@ def sweep(
                 base = "joint" if method == "budget" else METHODS[method][0]
                 models.append(build(original, study, plans[-1], metric, store, base, refit))
                 progress("sweeping", i * len(chosen) + j + 1, total)
-            first, *scores = measure([Candidate(m) for m in (original, *models)], examples)
+            candidates = [Candidate(each, encoder=states) for each in (original, *models)]
+            first, *scores = measure(candidates, examples)
             for (method, metric), plan, other in zip(chosen, plans, scores):
                 nll = other.mean("nll")
                 outcomes.append(
@@ -157,18 +153,53 @@ def sweep(
                     )
                 )
             result = {
-                "model": checkpoint.source,
-                "text": {"name": text.name, "sha256": text.sha256},
+                "model": study.checkpoint.source,
+                "notices": study.checkpoint.notices,
+                "text": described(material),
                 "tokens": first.tokens,
                 "seq_len": seq_len,
+                "attention": list(study.kinds),
                 "refit": refit,
-                "calibration_tokens": tokens_of(study.examples),
+                "calibration_tokens": tokens_of(study.examples or []),
                 "base_perplexity": math.exp(first.mean("nll")),
                 "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]),
                 "points": [asdict(o) for o in outcomes],
             }
             each(result)
     return result
+
+
+def windows_to_read(
+    text: Text, study: Study, seq_len: int, max_tokens: int | None
+) -> list[Example]:
+    """Windows of a text, one after the other. Raises LrkvError."""
+    checkpoint = study.checkpoint
+    if limit := positions_exceeded(checkpoint.config, seq_len):
+        raise LrkvError(
+            f"windows of {seq_len} tokens are longer than {study.model} can read ({limit})",
+            "give a smaller --seq-len",
+        )
+    ids = torch.tensor(
+        checkpoint.tokenizer()(text.content, add_special_tokens=False, verbose=False)["input_ids"],
+        dtype=torch.long,
+    )[:max_tokens]
+    examples = text_windows(ids, seq_len)
+    if not examples:
+        raise LrkvError(
+            f"the text {text.name} is empty or too short", "perplexity needs at least two tokens"
+        )
+    check_ids(ids, checkpoint.config.vocab_size, study.model)
+    return examples
+
+
+def check_ranks(ranks: Sequence[int], sites: Sequence[Site]) -> None:
+    """Raise LrkvError for ranks that heads do not have."""
+    widest = min(site.geometry.head_dim for site in sites)
+    if not ranks or not all(0 <= r <= widest for r in ranks):
+        raise LrkvError(
+            f"ranks {', '.join(map(str, ranks)) or '(none)'} are out of range",
+            f"give some between 0 and the head width, {widest}",
+        )
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -234,7 +265,8 @@ def build(
 ) -> PreTrainedModel:
     """The converted model in memory; what the conversion leaves alone is shared with `original`."""
     config = converted_config(study.checkpoint, study.family, plans, torch.float32, base)
-    model, state = empty_target(config), dict(original.named_parameters())
+    # with buffers that are stored, such as Marian's bias of the logits
+    model, state = empty_target(config), original.state_dict()
     for site in study.sites:
         planned = next(p for p in plans[site.kind].sites if p.layer == site.layer)
         seen = study.seen(store, site)
@@ -248,7 +280,7 @@ def build(
             refit,
         )
         state |= {f"{site.path}.{name}": tensor.float() for name, tensor in attention.items()}
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = model.state_dict().keys()
     model.load_state_dict(
         {name: tensor for name, tensor in state.items() if name in names}, strict=False, assign=True
     )

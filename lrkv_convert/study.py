@@ -13,6 +13,7 @@ what it is observed on, and what was seen there.
 from collections.abc import Callable, Collection
 
 import torch
+from transformers import PreTrainedModel
 
 from .device import pick_dtype
 from .errors import LrkvError
@@ -103,12 +104,12 @@ class Study:
         if self.material:
             self.examples = self.material.examples(
                 self.checkpoint,
-                self._whole,
+                self.whole,
                 lambda done, total: self.progress("writing", done, total),
             )
         return self.examples
 
-    def _whole(self):
+    def whole(self) -> PreTrainedModel:
         """The model with all its weights: of an encoder-decoder in float32, as it is calibrated."""
         dtype = "auto" if self.family.encoder is None else torch.float32
         auto = auto_class(self.family.model_type)

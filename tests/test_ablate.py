@@ -10,7 +10,7 @@ import torch
 from conftest import prompt, run
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.conversion import open_model
+from lrkv_convert.examples.example import windows_of
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ablate import (
     Effect,
@@ -22,7 +22,7 @@ from lrkv_convert.inspection.ablate import (
 )
 from lrkv_convert.inspection.diversity import diversity
 from lrkv_convert.inspection.spectra import LayerLook, Spectrum
-from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.study import Study
 
 CPU = torch.device("cpu")
 TEXT = (
@@ -35,8 +35,8 @@ def plainly(folder, removed, ids: torch.Tensor) -> tuple[float, float]:
     """Loss, and KL from the whole model, with rows of W_O zeroed in the model as transformers loads
     it.
     """
-    checkpoint, adapter = open_model(str(folder))
-    g, logps = adapter.geometry(checkpoint.config), []
+    study, logps = Study(str(folder)), []
+    adapter, g = study.family.any, study.sites[0].geometry
     for heads in ([], removed):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         for layer, head in heads:
@@ -46,9 +46,7 @@ def plainly(folder, removed, ids: torch.Tensor) -> tuple[float, float]:
             rows = slice(head * g.groups * g.head_dim, (head + 1) * g.groups * g.head_dim)
             with torch.no_grad():  # Conv1D keeps (in, out), Linear (out, in)
                 (
-                    projection[rows]
-                    if checkpoint.config.model_type == "gpt2"
-                    else projection[:, rows]
+                    projection[rows] if study.config.model_type == "gpt2" else projection[:, rows]
                 ).zero_()
         logps.append(model(ids, use_cache=False).logits[:, :-1].log_softmax(-1))
     loss = -logps[1].gather(2, ids[:, 1:, None]).mean().item()
@@ -56,32 +54,30 @@ def plainly(folder, removed, ids: torch.Tensor) -> tuple[float, float]:
 
 
 def opened(folder):
-    checkpoint, adapter = open_model(str(folder))
-    return Skeleton(checkpoint, adapter, CPU), adapter.geometry(checkpoint.config)
+    study = Study(str(folder))
+    return study.build(CPU), study.sites
 
 
 def test_removing_heads_is_zeroing_their_rows_of_the_output_projection(family, tiny):
     ids = prompt(36, batch=2)
-    skeleton, g = opened(tiny(family))
+    skeleton, sites = opened(tiny(family))
     whole = plainly(tiny(family), [], ids)[0]
-    with WholeModel(skeleton, g, ids) as model:
+    with WholeModel(skeleton, sites, windows_of(ids)) as model:
         assert model.loss == pytest.approx(whole, rel=1e-5)
-        units = [(i, h) for i in range(g.layers) for h in range(g.kv_heads)]
+        units = [(site.layer, h) for site in sites for h in range(site.geometry.kv_heads)]
         for removed in [[unit] for unit in units] + [units[:2], [units[0], units[-1]], units]:
-            found, (loss, kl) = model.without(removed), plainly(tiny(family), removed, ids)
+            found, (loss, kl) = model.without("self", removed), plainly(tiny(family), removed, ids)
             assert found.kl == pytest.approx(kl, rel=1e-3, abs=1e-6) and kl > 1e-4
             assert found.increase == pytest.approx(loss - whole, abs=1e-4)
 
 
 def test_nothing_stays_removed(tiny):
-    skeleton, g = opened(tiny())
-    with WholeModel(skeleton, g, prompt(20)) as model:
-        first = model.without([(0, 1)])
-        model.without([(1, 0), (0, 0)])
-        assert model.without([(0, 1)]) == first
-    assert all(
-        p.is_meta for p in skeleton.model.get_submodule(skeleton.adapter.layer_path).parameters()
-    )
+    skeleton, sites = opened(tiny())
+    with WholeModel(skeleton, sites, windows_of(prompt(20))) as model:
+        first = model.without("self", [(0, 1)])
+        model.without("self", [(1, 0), (0, 0)])
+        assert model.without("self", [(0, 1)]) == first
+    assert all(p.is_meta for p in skeleton.layers.parameters())
 
 
 def layer_look(gram: torch.Tensor, values: list[float]) -> LayerLook:
@@ -97,7 +93,7 @@ def test_predictors_of_a_head_that_repeats_another_are_lower():
     # three KV heads of two query heads; those of head 2 are those of head 1
     G = torch.eye(6, dtype=torch.float64)
     G[2, 4] = G[4, 2] = G[3, 5] = G[5, 3] = 1
-    found = predictors([layer_look(G, [2.0, 4.0, 6.0])], groups=2)
+    found = predictors({0: layer_look(G, [2.0, 4.0, 6.0])}, groups=2)
     assert (
         found["distinct"][0, 0]
         == 1
@@ -113,11 +109,10 @@ def test_predictors_of_a_head_that_repeats_another_are_lower():
 
 
 def test_the_least_and_the_most_are_removed_together(tiny):
-    ids, (skeleton, g) = prompt(30), opened(tiny())
+    ids, (skeleton, sites) = prompt(30), opened(tiny())
     values = [[3.0, 1.0, 5.0], [2.0, 6.0, 4.0]]
-    found = ablate(
-        skeleton, g, [layer_look(torch.eye(6, dtype=torch.float64), v) for v in values], ids
-    )
+    looks = [layer_look(torch.eye(6, dtype=torch.float64), v) for v in values]
+    found = ablate(skeleton, sites, looks, windows_of(ids))["self"]
     rows = {row["order"]: row for row in found["removals"] if row["predictor"] == "energy values"}
     for order, units in (("least", [(0, 1), (1, 0)]), ("most", [(1, 1), (0, 2)])):
         for count in (1, 2):
@@ -168,7 +163,7 @@ def test_a_dead_head_is_worth_nothing_and_predicted_to_be(source, tmp_path):
         ablate=True,
         text=str(tmp_path / "text.txt"),
         max_tokens=256,
-    )["ablation"]
+    )["attention"]["self"]["ablation"]
     dead = next(u for u in found["units"] if (u["layer"], u["head"]) == (0, 1))
     assert dead["loss_increase"] == 0 == dead["kl"] and dead["predictors"]["energy values"] == 0
     by_energy = next(
@@ -194,7 +189,8 @@ def test_ablation_from_the_command_line(tiny, tmp_path):
         "--out",
         tmp_path / "look",
     ).stdout
-    found = json.loads((tmp_path / "look" / "inspect.json").read_text())["ablation"]
+    found = json.loads((tmp_path / "look" / "inspect.json").read_text())
+    found = found["attention"]["self"]["ablation"]
     assert (
         len(found["units"]) == 6
         and found["removals"][0]["heads"] == [1, 2]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert import convert
-from lrkv_convert.conversion import open_model
+from lrkv_convert.examples.example import windows_of
 from lrkv_convert.examples.text import BUILT_IN, read_texts, windows
-from lrkv_convert.families import Geometry
+from lrkv_convert.families import FAMILIES, Geometry, Site
 from lrkv_convert.fit import metric as metrics
 from lrkv_convert.fit.metric import Metric, square_root
 from lrkv_convert.inspection import inspect
@@ -26,7 +26,7 @@ from lrkv_convert.inspection.diversity import diversity, gram, inner_products, s
 from lrkv_convert.inspection.fidelity import PROBE, fidelity
 from lrkv_convert.inspection.spectra import spectrum
 from lrkv_convert.plan.curves import KEY_WEIGHT, curve, second_order
-from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.study import Study
 
 EXACT = 1e-9  # float64 algebra
 FLOAT32 = 1e-4  # through float32 attention
@@ -42,8 +42,14 @@ def random_metric(D: int, H: int, d: int, seed: int = 0) -> Metric:
 
 
 def weights_of(folder, layer: int = 0):
-    checkpoint, adapter = open_model(str(folder))
-    return adapter.split(checkpoint.tensor, layer, checkpoint.config).to(torch.float64)
+    study = Study(str(folder))
+    site = study.sites[layer]
+    return site.adapter.split(study.checkpoint.tensor, layer, study.config).to(torch.float64)
+
+
+def self_attention(*given, **options) -> dict:
+    """What `inspect` says of self-attention."""
+    return inspect(*given, **options)["attention"]["self"]
 
 
 def circuits(W_Q: torch.Tensor, W_K: torch.Tensor) -> torch.Tensor:
@@ -95,8 +101,8 @@ def test_a_dead_head_has_no_energy_and_needs_no_dimension(tiny):
 def test_errors_of_keys_are_those_that_the_conversion_reports_and_of_values_no_less(
     family, tiny, converted
 ):
-    record = json.loads((converted(family) / "lrkv.json").read_text())
-    found = inspect(str(tiny(family)), ranks=[7], calibration_tokens=1024)
+    record = json.loads((converted(family) / "lrkv.json").read_text())["attention"]["self"]
+    found = self_attention(str(tiny(family)), ranks=[7], calibration_tokens=1024)
     for layer, row in zip(record["layers"], found["layers"]):
         assert row["keys"]["errors"]["7"] == pytest.approx(layer["keys"]["error"], rel=1e-4)
         # the conversion goes on, head by head
@@ -114,15 +120,15 @@ def test_errors_of_values_are_those_of_a_conversion_with_one_sigma(
     monkeypatch.setattr(metrics, "RUNS", 1)
     convert(str(tiny(family)), tmp_path / "out", rank=7, calibration_tokens=1024)
     record, found = (
-        json.loads((tmp_path / "out" / "lrkv.json").read_text()),
-        inspect(str(tiny(family)), ranks=[7], calibration_tokens=1024),
+        json.loads((tmp_path / "out" / "lrkv.json").read_text())["attention"]["self"],
+        self_attention(str(tiny(family)), ranks=[7], calibration_tokens=1024),
     )
     for layer, row in zip(record["layers"], found["layers"]):
         assert row["values"]["errors"]["7"] == pytest.approx(layer["values"]["error"], rel=1e-4)
 
 
 def test_errors_fall_with_rank_and_full_rank_has_none(tiny, family):
-    found = inspect(str(tiny(family)), ranks=[0, 4, 12, 20], calibration_tokens=512)
+    found = self_attention(str(tiny(family)), ranks=[0, 4, 12, 20], calibration_tokens=512)
     for row in found["layers"]:
         for side in ("keys", "values"):
             errors = list(row[side]["errors"].values())
@@ -135,7 +141,7 @@ def test_predicted_kl_is_that_of_the_conversion(tiny, converted):
     """The Fisher metric is the divergence to second order: where it is small, the prediction
     holds.
     """
-    found = inspect(str(tiny("gpt2")), ranks=[12], calibration_tokens=8192)["ranks"][0][
+    found = self_attention(str(tiny("gpt2")), ranks=[12], calibration_tokens=8192)["ranks"][0][
         "predicted_kl"
     ]
     ids = windows(read_texts([BUILT_IN]), AutoTokenizer.from_pretrained(tiny("gpt2")), 512, 8192)[
@@ -157,15 +163,16 @@ def test_predicted_kl_is_that_of_the_conversion(tiny, converted):
 def test_the_plan_is_predicted_by_the_errors_of_its_shapes(tiny):
     W = weights_of(tiny()).W_V
     H, D, d = W.shape
-    geometry, metric = Geometry(1, D, H, 2, d, True), random_metric(D, H, d)
+    geometry, metric = Geometry(D, H, 2, d, d), random_metric(D, H, d)
+    sites = [Site(0, "self", "", FAMILIES["llama"].any, geometry)]
     sides = curve(W, metric, geometry, d, KEY_WEIGHT), curve(W, metric, geometry, 2 * d, 1.0)
     floor = min(p.numbers for p in sides[0]) + min(p.numbers for p in sides[1])
-    cheapest = planned_kl([sides], geometry, floor / (2 * H * d))
+    cheapest = planned_kl([sides], sites, 1, floor / (2 * H * d))
     A = square_root(metric.sigma).root @ W @ metric.M.root
     # both sides begin with a base 16 wide
     beyond = torch.linalg.svdvals(torch.cat(list(A), dim=1))[16:].square().sum().item() / 2
     assert cheapest == pytest.approx(2 * beyond, rel=1e-6)
-    assert planned_kl([sides], geometry, floor / (2 * H * d) - 0.01) is None
+    assert planned_kl([sides], sites, 1, floor / (2 * H * d) - 0.01) is None
     assert next(second_order(p.loss, KEY_WEIGHT) for p in sides[0]) == pytest.approx(
         beyond, rel=1e-6
     )
@@ -173,15 +180,17 @@ def test_the_plan_is_predicted_by_the_errors_of_its_shapes(tiny):
 
 def test_nothing_is_recommended_that_saves_nothing(tiny):
     ranks = [0, 6, 13, 14, 20]  # break-even lies between 13 and 14
-    generous = inspect(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=1e9)[
+    generous = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=1e9)[
         "recommended"
     ]
     assert generous["rank"] == 0 and 0 < generous["cache_ratio"] < 1
-    strict = inspect(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=0)["recommended"]
+    strict = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=0)[
+        "recommended"
+    ]
     assert strict["rank"] is None and strict["cache_ratio"] is None
-    found = inspect(str(tiny()), ranks=ranks, calibration_tokens=512)
+    found = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512)
     target = [row["predicted_kl"] for row in found["ranks"]][1]
-    again = inspect(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=target)
+    again = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=target)
     assert again["recommended"]["rank"] == 6
     for row in again["layers"]:
         for side in ("keys", "values"):
@@ -192,7 +201,7 @@ def test_nothing_is_recommended_that_saves_nothing(tiny):
 
 @pytest.mark.parametrize("H, d", [(3, 64), (8, 32), (32, 128), (2, 20), (8, 128)])
 def test_default_ranks_are_few_and_save_something(H, d):
-    ranks = checked_ranks(None, Geometry(2, 576, H, 1, d, True))
+    ranks = checked_ranks(None, Geometry(576, H, 1, d, d))
     assert ranks[0] == 0 and len(ranks) <= 11 and all(d + H * r < H * d for r in ranks)
 
 
@@ -246,7 +255,7 @@ def test_diversity_does_not_see_a_gauge(family, tiny):
 
 
 def test_query_heads_of_a_group_share_keys_and_count_as_heads(tiny):
-    found = inspect(str(tiny()), ranks=[5], calibration_tokens=512)["diversity"]
+    found = self_attention(str(tiny()), ranks=[5], calibration_tokens=512)["diversity"]
     assert (
         found["heads"] == 6
         and found["ceiling_centred"] == 5 / 6
@@ -259,15 +268,14 @@ def test_query_heads_of_a_group_share_keys_and_count_as_heads(tiny):
 
 
 def faithful(original: Path, folder: Path, tokens: torch.Tensor):
-    checkpoint, adapter = open_model(str(original))
+    study = Study(str(original))
     converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return fidelity(
-        Skeleton(checkpoint, adapter, CPU), adapter.geometry(checkpoint.config), converted, tokens
-    )
+    found = fidelity(study.build(CPU), study.sites, converted, windows_of(tokens))
+    return [found[site] for site in study.sites]
 
 
 def test_a_conversion_of_full_rank_keeps_everything(family, tiny, converted):
-    found = inspect(str(converted(family, rank=20, force=True)), max_tokens=64)
+    found = self_attention(str(converted(family, rank=20, force=True)), max_tokens=64)
     assert found["similarity"] == pytest.approx(1, abs=1e-6) and found["logit_error"] < FLOAT32
     assert abs(found["attention_kl"]) < 1e-7 and found["output_error"] < FLOAT32
     assert (
@@ -288,7 +296,7 @@ def test_errors_are_those_of_both_models_run_whole(family, layer, tiny, converte
         AutoModelForCausalLM.from_pretrained(f, attn_implementation="eager").eval()
         for f in (tiny(family), folder)
     )
-    _, adapter = open_model(str(tiny(family)))
+    adapter = Study(str(tiny(family))).family.any
     layers = [model.get_submodule(adapter.layer_path) for model in (one, other)]
     for i in range(layer):
         setattr(

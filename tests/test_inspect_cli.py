@@ -30,15 +30,16 @@ def test_a_look_ahead_from_the_command_line(tiny, tmp_path, monkeypatch):
         and "\x1b" not in shown
         and "…" not in shown
     )
+    found = result["attention"]["self"]
     assert (
-        f"{result['ranks'][3]['predicted_kl']:.3f}" in shown
+        f"{found['ranks'][3]['predicted_kl']:.3f}" in shown
         and "fidelity" in shown
         and "ceiling 83.3%" in shown
     )
     assert (
-        len(result["layers"]) == 2
-        and len(result["layers"][0]["keys"]["singular_values"]) == 3
-        and len(result["layers"][0]["values"]["outside_base"]) == 3
+        len(found["layers"]) == 2
+        and len(found["layers"][0]["keys"]["singular_values"]) == 3
+        and len(found["layers"][0]["values"]["outside_base"]) == 3
     )
     assert str(tiny().parent) not in json.dumps(result)
     pytest.importorskip("matplotlib")
@@ -53,7 +54,7 @@ def test_a_converted_folder_beside_its_original_from_the_command_line(
     result = json.loads((tmp_path / "look" / "inspect.json").read_text())
     assert max(map(len, lines_without_commands(shown))) <= 100 and "\x1b" not in shown
     assert (
-        f"similarity {result['similarity']:.3f}" in shown
+        f"similarity {result['attention']['self']['similarity']:.3f}" in shown
         and "calibrated on" in shown
         and result["tokens"] == 64
     )

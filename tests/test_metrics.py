@@ -7,7 +7,7 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.conversion import open_model
+from lrkv_convert.examples.example import windows_of
 from lrkv_convert.families import AttentionWeights, Geometry
 from lrkv_convert.fit import metric as metrics
 from lrkv_convert.fit.metric import (
@@ -19,8 +19,8 @@ from lrkv_convert.fit.metric import (
     square_root,
 )
 from lrkv_convert.folder.store import Store
-from lrkv_convert.observe.calibrate import calibrate, calibrated_layer
-from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.observe.calibrate import calibrate
+from lrkv_convert.study import Study
 
 FLOAT32 = 1e-5  # sums are float32 products
 BFLOAT16 = 2**-8  # activations are kept in bfloat16
@@ -63,18 +63,16 @@ def test_calibration_sums_follow_their_definitions(family, tiny, tmp_path):
     """Layer by layer on the skeleton = straight from the original model's hidden states and
     attention weights.
     """
-    checkpoint, adapter = open_model(str(tiny(family)))
-    geometry, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    skeleton, store = (
-        Skeleton(checkpoint, adapter, torch.device("cpu")),
-        Store(tmp_path / "store", {}),
-    )
-    calibrate(skeleton, geometry, tokens, {"fisher", "attention", "whitened"}, store)
-    layers = [calibrated_layer(skeleton, store, i) for i in range(geometry.layers)]
+    study, tokens, store = Study(str(tiny(family))), prompt(24, batch=2), Store(tmp_path / "a", {})
+    skeleton, sites = study.build(torch.device("cpu")), study.sites
+    adapter, geometry = sites[0].adapter, sites[0].geometry
+    wanted = {"fisher", "attention", "whitened"}
+    calibrate(skeleton, sites, windows_of(tokens), wanted, store)
+    layers = [study.seen(store, site) for site in sites]
     seen = [layer.sums for layer in layers]
     model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
     out = model(tokens, output_hidden_states=True, output_attentions=True)
-    assert len(seen) == geometry.layers
+    assert len(seen) == study.layers
     for i, sums in enumerate(seen):
         norm = model.get_submodule(adapter.layer_path)[i].get_submodule(
             "ln_1" if family == "gpt2" else "input_layernorm"
@@ -106,20 +104,16 @@ def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
     """Also where runs of heads share one: Q^T Sigma_V Q is the mean of what each head has,
     shrinkage included.
     """
-    checkpoint, adapter = open_model(str(tiny("llama")))
-    geometry, skeleton, store = (
-        adapter.geometry(checkpoint.config),
-        Skeleton(checkpoint, adapter, torch.device("cpu")),
-        Store(tmp_path / "store", {}),
-    )
+    study, examples = Study(str(tiny("llama"))), windows_of(prompt(24, batch=2))
+    skeleton, sites = study.build(torch.device("cpu")), study.sites
     for count in (2, 3):
         store = Store(tmp_path / f"{count}", {})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics, "RUNS", count)
-            calibrate(skeleton, geometry, prompt(24, batch=2), {"attention", "whitened"}, store)
-        layer = calibrated_layer(skeleton, store, 1)
+            calibrate(skeleton, sites, examples, {"attention", "whitened"}, store)
+        layer = study.seen(store, sites[1])
         metric, basis = (
-            layer.metrics(geometry, "attention").values,
+            layer.metrics("attention").values,
             metrics.head_basis(layer.weights.W_V),
         )
         sizes = torch.tensor(
@@ -133,8 +127,8 @@ def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
             < FLOAT32
         )
     assert (
-        layer.metrics(geometry, "whitened").values.grams is None
-        and layer.metrics(geometry, "attention").keys.grams is None
+        layer.metrics("whitened").values.grams is None
+        and layer.metrics("attention").keys.grams is None
     )
 
 
@@ -143,7 +137,7 @@ def test_a_dead_head_counts_for_next_to_nothing():
     weights = AttentionWeights(*(torch.zeros(()) for _ in range(4)))
     moments = torch.stack([torch.zeros(4, 4), 1e-6 * torch.eye(4)]).double()
     found = LayerMetrics(
-        weights, Geometry(1, 8, 2, 1, 4, True), "fisher", None, HeadMoments(moments, moments)
+        weights, Geometry(8, 2, 1, 4, 4), "fisher", None, HeadMoments(moments, moments)
     )
     for M in (found.keys.M, found.values.M):
         assert M.root[0].norm() < 1e-3 * M.root[1].norm() and torch.isfinite(M.inverse).all()

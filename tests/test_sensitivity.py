@@ -7,27 +7,24 @@ import torch
 from conftest import prompt, relative
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.conversion import open_model
+from lrkv_convert.examples.example import windows_of
 from lrkv_convert.folder.store import Store
 from lrkv_convert.observe import sensitivity
-from lrkv_convert.observe.calibrate import calibrate, calibrated_layer
+from lrkv_convert.observe.calibrate import calibrate
 from lrkv_convert.observe.sensitivity import SEED, draw, head_moments
-from lrkv_convert.source.skeleton import Skeleton
+from lrkv_convert.study import Study
 
 FLOAT32 = 1e-4  # gradients through a few float32 layers
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "gpt2"])
 def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
-    checkpoint, adapter = open_model(str(tiny(family)))
-    g, tokens = adapter.geometry(checkpoint.config), prompt(24, batch=2)
-    skeleton, store = (
-        Skeleton(checkpoint, adapter, torch.device("cpu")),
-        Store(tmp_path / "store", {}),
-    )
-    calibrate(skeleton, g, tokens, {"fisher"}, store, keep=torch.arange(2))
-    head_moments(skeleton, g, tokens, store)
-    found = [calibrated_layer(skeleton, store, i).moments for i in range(g.layers)]
+    study, tokens, store = Study(str(tiny(family))), prompt(24, batch=2), Store(tmp_path / "a", {})
+    skeleton, sites, examples = study.build(torch.device("cpu")), study.sites, windows_of(tokens)
+    adapter, g = sites[0].adapter, sites[0].geometry
+    calibrate(skeleton, sites, examples, {"fisher"}, store, keep=[0, 1])
+    head_moments(skeleton, sites, examples, [0, 1], store)
+    found = [study.seen(store, site).moments for site in sites]
 
     model, generator = (
         AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval(),
@@ -49,7 +46,7 @@ def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for place, gradient in zip(seen, torch.autograd.grad(loss, list(seen.values()))):
             gradient = (
-                adapter.keys(gradient[0], checkpoint.config).flatten(1)
+                adapter.keys(gradient[0], study.config).flatten(1)
                 if place[0] == "keys"
                 else gradient[0]
             )
@@ -65,10 +62,10 @@ def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
     """As wide models on hardware that multiplies bfloat16 faster have them: the same up to its
     rounding, and kept in float64.
     """
-    checkpoint, adapter = open_model(str(tiny("llama")))
-    g, tokens, found = adapter.geometry(checkpoint.config), prompt(24, batch=4), []
-    skeleton = Skeleton(checkpoint, adapter, torch.device("cpu"))
-    for width, name in ((g.width + 1, "float32"), (g.width, "bfloat16")):
+    study, examples, found = Study(str(tiny("llama"))), windows_of(prompt(24, batch=4)), []
+    skeleton, sites = study.build(torch.device("cpu")), study.sites
+    D = sites[0].geometry.width
+    for width, name in ((D + 1, "float32"), (D, "bfloat16")):
         monkeypatch.setattr(sensitivity, "BF16_FROM", width)
         monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: True)
         # rounded logits may draw others
@@ -76,9 +73,9 @@ def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
             sensitivity, "draw", lambda p, generator: torch.arange(len(p)).unsqueeze(1)
         )
         store = Store(tmp_path / name, {})
-        calibrate(skeleton, g, tokens, {"fisher"}, store, torch.arange(4))
-        head_moments(skeleton, g, tokens, store)
-        found.append(calibrated_layer(skeleton, store, 0).moments)
+        calibrate(skeleton, sites, examples, {"fisher"}, store, range(4))
+        head_moments(skeleton, sites, examples, range(4), store)
+        found.append(study.seen(store, sites[0]).moments)
     for side in ("keys", "values"):
         exact, rounded = (getattr(moments, side) for moments in found)
         assert rounded.dtype == torch.float64 and not torch.equal(exact, rounded)

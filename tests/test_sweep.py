@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from lrkv_cli.main import app
 from lrkv_convert.evaluate import compare
 from lrkv_convert.examples.text import Text
-from lrkv_convert.families import Geometry
+from lrkv_convert.families import FAMILIES, Geometry, Site
 from lrkv_convert.frontier import METHODS, Outcome, knee, matching_plan, sweep
 
 CPU = torch.device("cpu")
@@ -50,9 +50,11 @@ def test_every_rank_is_handed_over_when_it_is_measured(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_caches_more_than_lrkv_at_its_rank(method):
-    g = Geometry(layers=2, width=576, kv_heads=8, groups=1, head_dim=64, rotary_dim=64)
+    g = Geometry(width=576, kv_heads=8, groups=1, head_dim=64, rotary_dim=64)
+    sites = [Site(i, "self", "", FAMILIES["llama"].any, g) for i in range(2)]
     for rank in (0, 8, 24, 40):
-        assert matching_plan(method, rank, g).ratio <= matching_plan("lrkv", rank, g).ratio
+        found, most = (matching_plan(name, rank, sites, 2) for name in (method, "lrkv"))
+        assert found.ratio <= most.ratio
 
 
 def test_the_knee_is_where_the_curve_bends():

@@ -1,9 +1,11 @@
 """What `lrkv inspect` shows, head by head."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrkv_convert.folder.markup import quoted
 
+from .conversion import KINDS
 from .parts import console_for, say, short, table_of
 
 
@@ -23,15 +25,36 @@ def _or_none(value, text: str = "{}") -> str:
     return "none" if value is None else text.format(value)
 
 
-def show_expectation(result: dict) -> None:
-    """An original: every layer, every rank, the diversity metric, a recommendation; of an ablation,
-    what predicted what.
+def show_expectation(result: dict, calibration: list[str] | None = None) -> None:
+    """An original: of each kind of attention every layer, every rank, the diversity metric, a
+    recommendation; of an ablation, what predicted what; the next command. calibration: as it was
+    asked for.
     """
-    out, g = console_for(), result["geometry"]
+    out, kinds = console_for(), result["attention"]
+    for n, (kind, row) in enumerate(kinds.items(), 1):
+        name = f"{KINDS[kind][0]}, " if len(kinds) > 1 else ""
+        of, tokens = f"{short(result['model'])}: {name}", result["calibration"]["tokens"]
+        _show_kind(out, of, tokens, row, explained=n == len(kinds))
+        if n < len(kinds):
+            out.print()
+    if len(kinds) > 1:
+        out.print()
+        out.print("Both together, with the same rank or ratio:")
+        _show_recommendation(out, result["recommended"])
+    if (ratio := result["recommended"]["cache_ratio"]) is not None:
+        words = ["lrkv", "convert", result["model"], "--out", "DIR", "--cache-ratio", f"{ratio:g}"]
+        given = ["--calibration", *calibration] if calibration else []
+        say(f"next: {quoted([*words, *given])}")
+
+
+def _show_kind(out, of: str, tokens: int, row: dict, explained: bool) -> None:
+    """One kind of attention. explained: whether it is said what figures mean, which is said of the
+    last.
+    """
+    g = row["geometry"]
     out.print(
-        f"{short(result['model'])}: {g['layers']} layers, {g['kv_heads']} KV heads of width"
-        f" {g['head_dim']}, {g['groups']} query head(s) each; {result['calibration']['tokens']:,}"
-        " tokens of calibration"
+        f"{of}{g['layers']} layers, {g['kv_heads']} KV heads of width {g['head_dim']},"
+        f" {g['groups']} query head(s) each; {tokens:,} tokens of calibration"
     )
     table = _narrow(
         "layer",
@@ -46,20 +69,22 @@ def show_expectation(result: dict) -> None:
         "diver-\nsity",
         "\ncentred",
     )
-    for row in result["layers"]:
+    for layer in row["layers"]:
         table.add_row(
-            str(row["layer"]),
-            *_side(row["keys"]),
-            *_side(row["values"]),
-            _percent(row["diversity"]["plain"]),
-            _percent(row["diversity"]["centred"]),
+            str(layer["layer"]),
+            *_side(layer["keys"]),
+            *_side(layer["values"]),
+            _percent(layer["diversity"]["plain"]),
+            _percent(layer["diversity"]["centred"]),
         )
     out.print(table)
-    out.print(
-        "base: energy in the attention metric that one shared base explains; 90%, 99%: dimensions"
-        " that hold that much of a head; rank: the smallest within its share of the target."
-    )
-    _show_diversity(out, result["diversity"])
+    if explained:
+        out.print(
+            "base: energy in the attention metric that one shared base explains; 90%, 99%:"
+            " dimensions that hold that much of a head; rank: the smallest within its share of the"
+            " target."
+        )
+    _show_diversity(out, row["diversity"], explained)
     out.print()
     table = _narrow(
         "rank",
@@ -71,29 +96,30 @@ def show_expectation(result: dict) -> None:
         "predicted\nKL",
         "same bytes,\nplanned: KL",
     )
-    for row in result["ranks"]:
+    for rank in row["ranks"]:
         table.add_row(
-            str(row["rank"]),
-            f"{row['cache_ratio']:.1%}",
+            str(rank["rank"]),
+            f"{rank['cache_ratio']:.1%}",
             *(
-                f"{row[side][name]:.3f}"
+                f"{rank[side][name]:.3f}"
                 for side in ("keys", "values")
                 for name in ("mean", "worst")
             ),
-            f"{row['predicted_kl']:.3f}",
-            "no saving" if row["cache_ratio"] >= 1 else _or_none(row["planned_kl"], "{:.3f}"),
+            f"{rank['predicted_kl']:.3f}",
+            "no saving" if rank["cache_ratio"] >= 1 else _or_none(rank["planned_kl"], "{:.3f}"),
         )
     out.print(table)
-    out.print(
-        "Predicted KL(original || converted), nats per token, before healing: an estimate, on the"
-        " low side. Measured on two models it was 1.1 to 1.6 times that, for plans 1.0 to 2.3"
-        " times, where values too had one metric for all heads; a conversion has one per head, and"
-        " costs less. Perplexity is multiplied by about exp(KL) where the model reads well, and by"
-        " less elsewhere."
-    )
-    _show_recommendation(out, result)
-    if "ablation" in result:
-        _show_ablation(out, result["ablation"])
+    if explained:
+        out.print(
+            "Predicted KL(original || converted), nats per token, before healing: an estimate, on"
+            " the low side. Measured on two models it was 1.1 to 1.6 times that, for plans 1.0 to"
+            " 2.3 times, where values too had one metric for all heads; a conversion has one per"
+            " head, and costs less. Perplexity is multiplied by about exp(KL) where the model reads"
+            " well, and by less elsewhere."
+        )
+    _show_recommendation(out, row["recommended"], row["ranks"])
+    if "ablation" in row:
+        _show_ablation(out, row["ablation"], explained)
 
 
 def _side(side: dict) -> list[str]:
@@ -105,28 +131,26 @@ def _side(side: dict) -> list[str]:
     ]
 
 
-def _show_diversity(out, diversity: dict) -> None:
+def _show_diversity(out, diversity: dict, explained: bool) -> None:
+    meaning = " It describes; it does not measure fidelity: random heads reach the ceiling."
     out.print(
         f"Diversity of the {diversity['heads']} query heads: {diversity['plain']:.1%} of full"
         f" effective rank, centred {diversity['centred']:.1%} (ceiling"
-        f" {diversity['ceiling_centred']:.1%}). It describes; it does not measure fidelity: random"
-        " heads reach the ceiling."
+        f" {diversity['ceiling_centred']:.1%}).{meaning if explained else ''}"
     )
 
 
-def _show_recommendation(out, result: dict) -> None:
-    """The smallest rank and cache ratio within the target, and the command, which is not folded so
-    that it can be copied.
+def _show_recommendation(out, found: dict, ranks: Sequence[dict] = ()) -> None:
+    """The smallest rank and cache ratio within the target. ranks: of this kind of attention, whose
+    cache is then told.
     """
-    found = result["recommended"]
     within = f"a predicted KL of {found['target_kl']:g}"
     if found["rank"] is None:
         out.print(f"Rank: none of these that saves anything stays within {within}.")
     else:
-        share = next(row["cache_ratio"] for row in result["ranks"] if row["rank"] == found["rank"])
-        out.print(
-            f"Rank: {found['rank']} is the smallest within {within}, with {share:.1%} of the cache."
-        )
+        shares = [row["cache_ratio"] for row in ranks if row["rank"] == found["rank"]]
+        cache = f", with {shares[0]:.1%} of the cache" if shares else ""
+        out.print(f"Rank: {found['rank']} is the smallest within {within}{cache}.")
     if found["cache_ratio"] is None:
         out.print(f"No plan smaller than the original stays within {within} either.")
     else:
@@ -135,13 +159,9 @@ def _show_recommendation(out, result: dict) -> None:
             f" {found['cache_ratio_kl']:.3f}), usually the better choice: layers, keys and values"
             " each get what they need."
         )
-        say(
-            f"next: lrkv convert {quoted([result['model']])} --out DIR --cache-ratio"
-            f" {found['cache_ratio']:g}"
-        )
 
 
-def _show_ablation(out, ablation: dict) -> None:
+def _show_ablation(out, ablation: dict, explained: bool) -> None:
     """Rank correlations of every predictor, and the loss without the least and the most of them."""
     out.print()
     table = _narrow(
@@ -154,11 +174,12 @@ def _show_ablation(out, ablation: dict) -> None:
         ]
         table.add_row(row["predictor"], *figures)
     out.print(table)
-    out.print(
-        "rho: Spearman's rank correlation with what removing each KV head did to the loss, and to"
-        " KL(whole || without); in a layer: ranked among its own layer's heads only. p: how often"
-        " chance does as much."
-    )
+    if explained:
+        out.print(
+            "rho: Spearman's rank correlation with what removing each KV head did to the loss, and"
+            " to KL(whole || without); in a layer: ranked among its own layer's heads only. p: how"
+            " often chance does as much."
+        )
     out.print()
     sizes = ablation["removals"][0]["heads"]
     table = _narrow("loss added without", *map(str, sizes))
@@ -176,10 +197,25 @@ def _show_ablation(out, ablation: dict) -> None:
 
 
 def show_fidelity(result: dict) -> None:
-    """A converted model beside its original: every layer, and means."""
-    out = console_for()
+    """A converted model beside its original: of each kind of attention every layer, and means."""
+    out, kinds, text = console_for(), result["attention"], result["text"]
+    for n, (kind, row) in enumerate(kinds.items(), 1):
+        corner = KINDS[kind][0] if len(kinds) > 1 or kind != "self" else "layer"
+        _show_kept(out, corner, row, explained=n == len(kinds))
+        if n < len(kinds):
+            out.print()
+    out.print(
+        f"{text['name']}: {result['tokens']:,} tokens, {short(result['original'])} and"
+        f" {short(result['model'])} on the same inputs, layer by layer"
+    )
+    if text["calibrated_on"]:
+        out.print("It was calibrated on this; something else says more.")
+
+
+def _show_kept(out, corner: str, row: dict, explained: bool) -> None:
+    """One kind of attention. explained: as in `_show_kind`."""
     table = _narrow(
-        "layer",
+        corner,
         "diversity\nkept",
         "\ncentred",
         "similarity\nmean",
@@ -190,11 +226,13 @@ def show_fidelity(result: dict) -> None:
         "\nworst",
         "output\nerror",
     )
-    for row in result["layers"]:
-        s, e, kl = row["similarity"], row["logit_error"], row["attention_kl"]
-        kept = [_or_none(row["diversity"]["kept"][name], "{:.1%}") for name in ("plain", "centred")]
+    for layer in row["layers"]:
+        s, e, kl = layer["similarity"], layer["logit_error"], layer["attention_kl"]
+        kept = [
+            _or_none(layer["diversity"]["kept"][name], "{:.1%}") for name in ("plain", "centred")
+        ]
         table.add_row(
-            str(row["layer"]),
+            str(layer["layer"]),
             *kept,
             f"{sum(s) / len(s):.3f}",
             f"{min(s):.3f}",
@@ -202,27 +240,21 @@ def show_fidelity(result: dict) -> None:
             f"{max(e):.3f}",
             f"{sum(kl) / len(kl):.4f}",
             f"{max(kl):.4f}",
-            f"{row['output_error']:.3f}",
+            f"{layer['output_error']:.3f}",
         )
     out.print(table)
-    text, kept = result["text"], result["diversity"]["kept"]
+    kept = row["diversity"]["kept"]
     out.print(
-        f"mean over heads: similarity {result['similarity']:.3f}, logit error"
-        f" {result['logit_error']:.3f}, attention KL {result['attention_kl']:.4f} nats; over"
-        f" layers: output error {result['output_error']:.3f}"
+        f"mean over heads: similarity {row['similarity']:.3f}, logit error"
+        f" {row['logit_error']:.3f}, attention KL {row['attention_kl']:.4f} nats; over"
+        f" layers: output error {row['output_error']:.3f}"
     )
-    _show_diversity(out, result["diversity"]["original"])
+    _show_diversity(out, row["diversity"]["original"], explained)
+    meaning = " Above 100% heads differ more than they did, not better."
     out.print(
         f"Kept of it: {_or_none(kept['plain'], '{:.1%}')}, centred"
-        f" {_or_none(kept['centred'], '{:.1%}')}. Above 100% heads differ more than they did, not"
-        " better."
+        f" {_or_none(kept['centred'], '{:.1%}')}.{meaning if explained else ''}"
     )
-    out.print(
-        f"{text['name']}: {result['tokens']:,} tokens, {short(result['original'])} and"
-        f" {short(result['model'])} on the same inputs, layer by layer"
-    )
-    if text["calibrated_on"]:
-        out.print("This is a text it was calibrated on; --text FILE with another says more.")
 
 
 def show_files(files: list[Path]) -> None:

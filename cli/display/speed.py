@@ -78,9 +78,10 @@ def show_sweep(result: dict, files: list[Path]) -> None:
     table.add_row("cache of the first row", *(f"{first[r]['cache_ratio']:.0%}" for r in ranks))
     out.print(table)
     knee = f"; knee of the first row at {result['knee']:.0%}" if result["knee"] is not None else ""
+    windows = f", windows of {result['seq_len']}" if result["seq_len"] else ""
     out.print(
-        f"{result['text']['name']}: {result['tokens']:,} tokens predicted, windows of"
-        f" {result['seq_len']}, original perplexity {result['base_perplexity']:.3f}{knee}"
+        f"{result['text']['name']}: {result['tokens']:,} tokens predicted{windows}, original"
+        f" perplexity {result['base_perplexity']:.3f}{knee}"
     )
     say(
         "written: "

@@ -104,7 +104,8 @@ def gather(calibration: list[str] | None, tokens: int, family: Family) -> Materi
     if calibration is None and family.speech:
         raise LrkvError(
             "a speech model is calibrated on speech, and none was given",
-            "give --calibration FOLDER of .wav files, or --calibration none for the weights alone",
+            "give --calibration FOLDER of .wav files; lrkv convert takes none, too, for the weights"
+            " alone",
         )
     given = [BUILT_IN] if calibration is None else calibration
     if SELF in given:

@@ -3,8 +3,9 @@
 
 The unit is the KV head with all query heads of its group, for that is what a cache holds. It is
 removed by zeroing what it hands to the output projection. Every head is removed alone; then, for
-each predictor, the 1, 2, 4, 8, ... heads that it ranks least, and most. The loss is measured each
-time, and the divergence from the whole model, which is the steadier of the two on few tokens.
+each predictor, the 1, 2, 4, 8, ... heads that it ranks least, and most, of one kind of attention at
+a time. The loss is measured each time, over the positions that count, and the divergence from the
+whole model, which is the steadier of the two on few tokens.
 
     distinct        1 - mean |s_ij| with the other heads of the layer (diversity.py): what the
                     diversity metric would keep
@@ -19,7 +20,7 @@ Unlike the rest of `lrkv inspect` this holds the whole model in memory, in float
 from its first layer on only.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -27,13 +28,15 @@ import numpy
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from ..families import Geometry
+from ..examples.example import IGNORED, Example, tokens_of
+from ..families import Site, by_kind
 from ..source.skeleton import Skeleton, first_of
 from .diversity import diversity
 from .spectra import LayerLook
 
-Unit = tuple[int, int]  # (layer, KV head)
+Unit = tuple[int, int]  # (layer, KV head) of one kind of attention
 SHUFFLES = 2000  # permutations within layers, for the p-value there
 # the predictors by which several heads are removed
 ORDERS = ("distinct", "energy keys", "energy values")
@@ -41,15 +44,15 @@ ORDERS = ("distinct", "energy keys", "energy values")
 RANDOM, MEASURED = "random", "measured alone"
 
 
-def predictors(layers: list[LayerLook], groups: int) -> dict[str, dict[Unit, float]]:
-    """What each predictor says of every head; more is worth more. groups: query heads per KV
-    head.
+def predictors(looks: Mapping[int, LayerLook], groups: int) -> dict[str, dict[Unit, float]]:
+    """What each predictor says of every head of one kind of attention; more is worth more. looks:
+    by layer; groups: query heads per KV head.
     """
     found: dict[str, dict[Unit, float]] = {
         name: {}
         for name in ("distinct", "rank drop", "energy keys", "energy values", "own values", "depth")
     }
-    for i, layer in enumerate(layers):
+    for i, layer in looks.items():
         n, whole = len(layer.gram), diversity(layer.gram) * len(layer.gram)
         for h, energy_keys in enumerate(layer.keys.energies.tolist()):
             own = torch.zeros(n, dtype=torch.bool)
@@ -80,22 +83,28 @@ class Effect:
 
 class WholeModel:
     """The original with all weights in place, its hidden states before every layer kept; a
-    context.
+    context. sites: whose heads may be removed.
     """
 
-    def __init__(self, skeleton: Skeleton, geometry: Geometry, tokens: Tensor):
-        self.skeleton, self.geometry, self.tokens = skeleton, geometry, tokens
+    def __init__(self, skeleton: Skeleton, sites: Sequence[Site], examples: Sequence[Example]):
+        self.skeleton, self.examples = skeleton, examples
+        self.sites = {(site.kind, site.layer): site for site in sites}
+        self.targets = [
+            example.predicts[example.predicts != IGNORED].to(skeleton.device)
+            for example in examples
+        ]
 
     @torch.no_grad()
     def __enter__(self) -> "WholeModel":
         self.stack, skeleton = ExitStack(), self.skeleton
-        hidden, self.calls = skeleton.embed(self.tokens)
+        self.states = skeleton.encode(self.examples) or [None] * len(self.examples)
+        hidden, self.call = skeleton.embed(self.examples)
         self.layers = [
-            self.stack.enter_context(skeleton.layer(i)) for i in range(self.geometry.layers)
+            self.stack.enter_context(skeleton.layer(i)) for i in range(len(skeleton.layers))
         ]
         self.head = self.stack.enter_context(skeleton.head())
         self.entering = [hidden]
-        for i in range(self.geometry.layers):
+        for i in range(len(self.layers)):
             self.entering.append(self._layer(i, self.entering[-1]))
         self.logp = self._logp(self.entering[-1])
         self.loss = self._loss(self.logp)
@@ -104,125 +113,138 @@ class WholeModel:
     def __exit__(self, *exception) -> None:
         self.stack.close()
 
-    def _layer(self, i: int, hidden: Tensor) -> Tensor:
-        """hidden (N, T, D) before layer i -> after it. Window by window: ALiBi comes for one."""
-        call = self.calls[i]
-        return torch.cat(
-            [
-                first_of(self.layers[i](window.unsqueeze(0), *call.args, **call.kwargs))
-                for window in hidden
-            ]
-        )
+    def _layer(self, i: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Hidden states (1, T, D) of every example before layer i -> after it."""
+        found = []
+        for h, states in zip(hidden, self.states):
+            args, kwargs = self.call(i, h.shape[1], states)
+            found.append(first_of(self.layers[i](h, *args, **kwargs)))
+        return found
 
-    def _logp(self, hidden: Tensor) -> list[Tensor]:
-        """Log-probabilities of every window's tokens but the first, (T - 1, vocabulary) each."""
-        return [self.head(window.unsqueeze(0))[0, :-1].float().log_softmax(-1) for window in hidden]
+    def _logp(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Log-probabilities of every example at the positions that count, (n, vocabulary) each."""
+        return [
+            self.head(h, states)[0, (example.predicts != IGNORED).to(h.device)]
+            .float()
+            .log_softmax(-1)
+            for example, h, states in zip(self.examples, hidden, self.states)
+        ]
+
+    def _mean(self, values: Iterable[Tensor]) -> float:
+        """Over all positions that count, of values (n,) at those of every example."""
+        total = torch.stack([value.double().sum() for value in values]).sum().item()
+        return total / sum(map(len, self.targets))
 
     def _loss(self, logp: list[Tensor]) -> float:
         """Mean negative log-likelihood, nats per predicted token."""
-        return (
-            -torch.stack(
-                [
-                    p.gather(1, row[1:, None].to(p.device)).double().mean()
-                    for p, row in zip(logp, self.tokens)
-                ]
-            )
-            .mean()
-            .item()
+        return -self._mean(
+            p.gather(1, target.unsqueeze(1)) for p, target in zip(logp, self.targets)
         )
 
     @torch.no_grad()
-    def without(self, removed: Iterable[Unit]) -> Effect:
-        """What happens without these KV heads."""
+    def without(self, kind: str, removed: Iterable[Unit]) -> Effect:
+        """What happens without these KV heads of one kind of attention."""
         gone: dict[int, list[int]] = {}
         for layer, head in removed:
             gone.setdefault(layer, []).append(head)
         hidden = self.entering[min(gone)]
-        for i in range(min(gone), self.geometry.layers):
-            hook = (
-                self._projection(i).register_forward_pre_hook(self._silence(gone[i]))
-                if i in gone
-                else None
-            )
+        for i in range(min(gone), len(self.layers)):
+            hook = self._silence(self.sites[kind, i], gone[i]) if i in gone else None
             hidden = self._layer(i, hidden)
             if hook:
                 hook.remove()
         logp = self._logp(hidden)
-        kl = (
-            torch.stack(
-                [(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(self.logp, logp)]
-            )
-            .mean()
-            .item()
-        )
+        kl = self._mean((p.exp() * (p - q)).sum(-1) for p, q in zip(self.logp, logp))
         return Effect(self._loss(logp) - self.loss, kl)
 
-    def _projection(self, i: int) -> torch.nn.Module:
-        adapter = self.skeleton.adapter
-        return self.layers[i].get_submodule(adapter.attention).get_submodule(adapter.output)
-
-    def _silence(self, heads: list[int]) -> Callable:
+    def _silence(self, site: Site, heads: list[int]) -> RemovableHandle:
         """A hook that zeroes what these KV heads' groups hand to the output projection, (N, T, H G
         d).
         """
-        g = self.geometry
+        g, adapter = site.geometry, site.adapter
         kept = torch.ones(g.kv_heads, device=self.skeleton.device)
         kept[heads] = 0
-        return lambda module, args: (args[0] * kept.repeat_interleave(g.groups * g.head_dim),)
+        attention = self.layers[site.layer].get_submodule(adapter.attention)
+        return attention.get_submodule(adapter.output).register_forward_pre_hook(
+            lambda module, args: (args[0] * kept.repeat_interleave(g.groups * g.head_dim),)
+        )
 
 
 def ablate(
     skeleton: Skeleton,
-    geometry: Geometry,
-    layers: list[LayerLook],
-    tokens: Tensor,
+    sites: Sequence[Site],
+    looks: Sequence[LayerLook],
+    examples: Sequence[Example],
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> dict:
-    """Remove heads and measure, on windows of text (N, T). Returns the `ablation` part of the JSON
-    (README).
+) -> dict[str, dict]:
+    """Remove heads and measure on examples. looks: at each of the sites. Returns, by kind of
+    attention, the `ablation` part of the JSON (docs/inspect.md).
     """
-    said = predictors(layers, geometry.groups)
-    units, sizes = (
-        list(said["depth"]),
-        [2**k for k in range(16) if 2**k <= geometry.layers * geometry.kv_heads // 2],
-    )
-    # the first size is measured alone
-    total, done = len(units) + 2 * (len(ORDERS) + 2) * (len(sizes) - 1), 0
-    with WholeModel(skeleton, geometry, tokens) as model:
-        alone: dict[Unit, Effect] = {}
-        for unit in units:
-            alone[unit] = model.without([unit])
-            progress(done := done + 1, total)
-        orders = {name: said[name] for name in ORDERS} | {
-            MEASURED: {unit: effect.kl for unit, effect in alone.items()},
-            RANDOM: dict(
-                zip(
-                    units,
-                    torch.rand(len(units), generator=torch.Generator().manual_seed(0)).tolist(),
-                )
-            ),
+    kinds: dict[str, dict[int, LayerLook]] = {}
+    for site, seen in zip(sites, looks, strict=True):
+        kinds.setdefault(site.kind, {})[site.layer] = seen
+    geometries = {kind: found[0].geometry for kind, found in by_kind(sites).items()}
+    said = {kind: predictors(kinds[kind], g.groups) for kind, g in geometries.items()}
+    total, done = sum(_removals(values) for values in said.values()), 0
+
+    def counted() -> None:
+        nonlocal done
+        progress(done := done + 1, total)
+
+    with WholeModel(skeleton, sites, examples) as model:
+        return {
+            kind: {"tokens": tokens_of(examples), **_of_kind(model, kind, values, counted)}
+            for kind, values in said.items()
         }
-        removals = []
-        for name, values in orders.items():
-            ranked = sorted(units, key=values.__getitem__)
-            for order, ends in (("least", ranked), ("most", ranked[::-1])):
-                effects = [alone[ends[0]]]
-                for size in sizes[1:]:
-                    effects.append(model.without(ends[:size]))
-                    progress(done := done + 1, total)
-                removals.append(
-                    {
-                        "predictor": name,
-                        "order": order,
-                        "heads": sizes,
-                        "loss_increase": [e.increase for e in effects],
-                        "kl": [e.kl for e in effects],
-                    }
-                )
-        loss = model.loss
+
+
+def _sizes(units: int) -> list[int]:
+    """How many heads are removed together: 1, 2, 4, ... up to half of them."""
+    return [2**k for k in range(16) if 2**k <= units // 2]
+
+
+def _removals(said: dict[str, dict[Unit, float]]) -> int:
+    """How often one kind of attention is run without heads; the first size is measured alone."""
+    units = len(said["depth"])
+    return units + 2 * (len(ORDERS) + 2) * max(0, len(_sizes(units)) - 1)
+
+
+def _of_kind(
+    model: WholeModel,
+    kind: str,
+    said: dict[str, dict[Unit, float]],
+    counted: Callable[[], None],
+) -> dict:
+    """Loss, units, correlations and removals of one kind of attention. said: `predictors`."""
+    units = list(said["depth"])
+    sizes, alone = _sizes(len(units)), {}
+    for unit in units:
+        alone[unit] = model.without(kind, [unit])
+        counted()
+    drawn = torch.rand(len(units), generator=torch.Generator().manual_seed(0)).tolist()
+    orders = {name: said[name] for name in ORDERS} | {
+        MEASURED: {unit: effect.kl for unit, effect in alone.items()},
+        RANDOM: dict(zip(units, drawn)),
+    }
+    removals = []
+    for name, values in orders.items():
+        ranked = sorted(units, key=values.__getitem__)
+        for order, ends in (("least", ranked), ("most", ranked[::-1])):
+            effects = [alone[ends[0]]]
+            for size in sizes[1:]:
+                effects.append(model.without(kind, ends[:size]))
+                counted()
+            removals.append(
+                {
+                    "predictor": name,
+                    "order": order,
+                    "heads": sizes,
+                    "loss_increase": [e.increase for e in effects],
+                    "kl": [e.kl for e in effects],
+                }
+            )
     return {
-        "tokens": tokens.numel(),
-        "loss": loss,
+        "loss": model.loss,
         "units": [
             {
                 "layer": i,

@@ -1,4 +1,5 @@
-"""Before a conversion: what every rank would cost, streamed layer by layer as a conversion is.
+"""Before a conversion: what every rank would cost, streamed layer by layer as a conversion is, of
+each kind of attention.
 
 What a rank would cost is predicted as KL(original || converted) in nats per token: half the squared
 error of the fit in the Fisher metric, summed over layers, keys and values. Measured on other text
@@ -11,28 +12,29 @@ nats, diverged 0.36, lost 0.06).
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..conversion import gather_texts, observe, open_model, survey_layer
+from ..conversion import caps_of
 from ..device import pick_device
 from ..errors import LrkvError
-from ..examples.text import Text, check_ids, window_length, windows
-from ..families import Geometry
+from ..examples.example import tokens_of
+from ..examples.measured import MeasuredOn, described, examples_of
+from ..families import Geometry, Site
 from ..folder.store import Store
 from ..observe.calibrate import solvable
 from ..plan.allocate import Curve, allocate
-from ..plan.curves import KEY_WEIGHT, curve, second_order, width_caps
-from ..plan.shapes import LayerPlan, Plan
-from ..source.skeleton import Skeleton
+from ..plan.curves import KEY_WEIGHT, second_order
+from ..plan.options import Options
+from ..plan.shapes import uniform_plan
+from ..study import Progress, Study
 from .ablate import ablate
 from .diversity import mean_diversity
 from .spectra import LayerLook, Spectrum, look
-from .text import text_windows
 
-# a quarter of a conversion's: which rank costs what is settled long before the factors are
+# at most, and of speech half a conversion's: which rank costs what is settled long before the
+# factors are
 CALIBRATION_TOKENS = 8192
 ABLATION_TOKENS = 1024
 # nats per token: five per cent of perplexity on text that the model reads well
@@ -40,7 +42,34 @@ TARGET_KL = 0.05
 # cache ratios that are tried for the recommendation
 RATIOS = [n / 100 for n in range(10, 100, 5)]
 SHARES = (0.9, 0.99)  # of a head's energy: how many dimensions hold them
-Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One kind of attention before its conversion: its sites, in a stack of so many layers, the
+    look at each, their (keys, values) curves for the planner, and the ranks that are asked about.
+    """
+
+    sites: Sequence[Site]
+    layers: int
+    looks: Sequence[LayerLook]
+    curves: Sequence[tuple[Curve, Curve]]
+    ranks: Sequence[int]
+
+    def cache_ratio(self, rank: int) -> float:
+        """Of what `convert --rank` plans."""
+        return uniform_plan(self.sites, self.layers, 1, rank=rank, force=True).ratio
+
+    def saves(self, rank: int) -> bool:
+        return self.cache_ratio(rank) < 1
+
+    def predicted_kl(self, rank: int) -> float:
+        """Of what `convert --rank` plans, nats."""
+        return sum(seen.predicted_kl(rank) for seen in self.looks)
+
+    def planned_kl(self, ratio: float) -> float | None:
+        """Of what `convert --cache-ratio` plans, nats; None below its floor."""
+        return planned_kl(self.curves, self.sites, self.layers, ratio)
 
 
 @solvable()
@@ -50,82 +79,70 @@ def ahead(
     target_kl: float,
     calibration: list[str] | None,
     calibration_tokens: int | None,
-    text: Text | None,
+    ablation: MeasuredOn,
     max_tokens: int | None,
     device: str,
     progress: Progress,
 ) -> dict:
-    """What a conversion of `model` would cost; with a text, also what its heads are worth.
-    Arguments are those of `inspect`.
+    """What a conversion of `model` would cost; with something to measure on, also what its heads
+    are worth. Arguments are those of `inspect`.
     """
-    wanted = calibration_tokens or CALIBRATION_TOKENS
-    checkpoint, adapter = open_model(model)
-    geometry = adapter.geometry(checkpoint.config)
-    ranks = checked_ranks(ranks, geometry)
-    skeleton = Skeleton(checkpoint, adapter, pick_device(device))
-    read = text_windows(text, checkpoint, max_tokens or ABLATION_TOKENS) if text else None
-    texts = gather_texts(calibration, wanted, model, skeleton)
-    if not texts:
+    study = Study(model, progress=progress)
+    options = Options(calibration=calibration, calibration_tokens=calibration_tokens)
+    options.check(study.sites, study.config)
+    asked = {kind: checked_ranks(ranks, sites[0].geometry) for kind, sites in study.by_kind.items()}
+    removed = ablation and ablation.read(model, study.family, max_tokens or ABLATION_TOKENS)
+    skeleton = study.build(pick_device(device))
+    wanted = min(CALIBRATION_TOKENS, options.tokens_of(study.family) // 2)
+    material = study.gather(calibration, calibration_tokens or wanted)
+    if not material:
         raise LrkvError(
             "without calibration text there is no gradient to predict a loss from",
             "give --calibration, or leave it out",
         )
-    tokens = windows(texts, checkpoint.tokenizer(), window_length(checkpoint.config), wanted)
-    check_ids(tokens, checkpoint.config.vocab_size, model)
-    for done, total in checkpoint.finite(skeleton.expected()):
-        progress("checking", done, total)
+    study.check()
+    read = removed and examples_of(removed, study.checkpoint, study.whole)
+    examples = study.read() or []
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
-        observe(skeleton, geometry, tokens, "fisher", store, progress, for_refit=False)
-        layers, curves = look_at_layers(skeleton, geometry, ranks, store, progress)
-    planned = partial(planned_kl, curves, geometry)
+        study.observe({"fisher"}, store, for_refit=False)
+        outlooks = look_at(study, asked, store)
     result = {
         "model": model,
         "kind": "original",
-        "geometry": asdict(geometry),
+        "notices": study.checkpoint.notices,
         "metric": "fisher",
         "calibration": {
-            "texts": [{"name": t.name, "sha256": t.sha256} for t in texts],
-            "tokens": tokens.numel(),
+            "texts": [
+                {"name": t.name, "sha256": t.sha256} for t in (*material.texts, *material.corpora)
+            ],
+            "tokens": tokens_of(examples),
         },
-        "ranks": [rank_row(layers, geometry, rank, planned) for rank in ranks],
-        "recommended": recommended(layers, geometry, ranks, planned, target_kl),
-        "diversity": mean_diversity([layer.gram for layer in layers]),
-        "layers": [
-            layer_row(i, layer, ranks, target_kl / geometry.layers / 2, geometry)
-            for i, layer in enumerate(layers)
-        ],
+        "recommended": recommended(list(outlooks.values()), target_kl),
+        "attention": {kind: kind_row(outlook, target_kl) for kind, outlook in outlooks.items()},
     }
-    if read is not None:
-        result["ablation"] = {
-            "text": {"name": text.name, "sha256": text.sha256},
-            **ablate(
-                skeleton,
-                geometry,
-                layers,
-                read,
-                lambda done, total: progress("ablating", done, total),
-            ),
-        }
+    if removed and read:
+        sites = [site for outlook in outlooks.values() for site in outlook.sites]
+        looks = [seen for outlook in outlooks.values() for seen in outlook.looks]
+        found = ablate(
+            skeleton, sites, looks, read, lambda done, total: progress("ablating", done, total)
+        )
+        for kind, row in found.items():
+            result["attention"][kind]["ablation"] = {"text": described(removed), **row}
     return result
 
 
-def look_at_layers(
-    skeleton: Skeleton, geometry: Geometry, ranks: list[int], store: Store, progress: Progress
-) -> tuple[list[LayerLook], list[tuple[Curve, Curve]]]:
-    """The look at every layer, and its (keys, values) curves for the planner."""
-    layers, curves, (cap_keys, cap_values) = [], [], width_caps(geometry, None, None)
-    for i in range(geometry.layers):
-        weights, metrics = survey_layer(skeleton, geometry, "fisher", store, i)
-        layers.append(look(weights, metrics, ranks))
-        curves.append(
-            (
-                curve(weights.W_K, metrics.keys, geometry, cap_keys, KEY_WEIGHT),
-                curve(weights.W_V, metrics.values, geometry, cap_values, 1.0),
-            )
-        )
-        progress("looking", i + 1, geometry.layers)
-    return layers, curves
+def look_at(study: Study, ranks: dict[str, list[int]], store: Store) -> dict[str, Outlook]:
+    """The look at every site and its curves, by kind of attention. ranks: asked about, by kind."""
+    found, done = {}, 0
+    for kind, sites in study.by_kind.items():
+        looks = []
+        for site in sites:
+            looks.append(look(*study.look(store, "fisher", site), ranks[kind]))
+            study.progress("looking", done := done + 1, len(study.sites))
+        curves = study.curves(kind, "fisher", caps_of(Options()), "joint", store)
+        found[kind] = Outlook(sites, study.layers, looks, curves, ranks[kind])
+    return found
 
 
 def checked_ranks(ranks: list[int] | None, geometry: Geometry) -> list[int]:
@@ -143,96 +160,98 @@ def checked_ranks(ranks: list[int] | None, geometry: Geometry) -> list[int]:
     return sorted(set(ranks))
 
 
-def uniform(geometry: Geometry, rank: int) -> Plan:
-    """What `convert --rank` plans: every layer's keys and values alike, with a base as wide as a
-    head.
+def planned_kl(
+    curves: Sequence[tuple[Curve, Curve]], sites: Sequence[Site], layers: int, ratio: float
+) -> float | None:
+    """Predicted KL of what `convert --cache-ratio` plans of one kind of attention, in nats; None
+    below its floor.
     """
-    d = geometry.head_dim
-    return Plan(geometry, (LayerPlan(d, rank, d, rank),) * geometry.layers, 1)
-
-
-def planned_kl(curves: list[tuple[Curve, Curve]], geometry: Geometry, ratio: float) -> float | None:
-    """Predicted KL of what `convert --cache-ratio` plans, in nats; None below its floor."""
     try:
-        plan = allocate(curves, geometry, 1, ratio)
+        plan = allocate(curves, sites, layers, 1, ratio)
     except LrkvError:
         return None
-    loss = [{(p.width, p.rank): p.loss for p in side} for pair in curves for side in pair]
-    shapes = [
-        shape
-        for p in plan.layers
-        for shape in ((p.key_width, p.key_rank), (p.value_width, p.value_rank))
-    ]
-    return sum(
-        second_order(side[shape], KEY_WEIGHT if n % 2 == 0 else 1.0)
-        for n, (side, shape) in enumerate(zip(loss, shapes))
-    )
+    total = 0.0
+    for (keys, values), planned in zip(curves, plan.sites, strict=True):
+        for side, shape, weight in (
+            (keys, planned.keys, KEY_WEIGHT),
+            (values, planned.values, 1.0),
+        ):
+            loss = {(point.width, point.rank): point.loss for point in side}
+            total += second_order(loss[shape.width, shape.rank], weight)
+    return total
 
 
-def rank_row(
-    layers: list[LayerLook], geometry: Geometry, rank: int, planned: Callable[[float], float | None]
-) -> dict:
+def kind_row(outlook: Outlook, target_kl: float) -> dict:
+    """One kind of attention, as if it were converted alone."""
+    sites = outlook.sites
+    share = target_kl / len(sites) / 2
+    return {
+        "geometry": {"layers": outlook.layers, **asdict(sites[0].geometry)},
+        "ranks": [rank_row(outlook, rank) for rank in outlook.ranks],
+        "recommended": recommended([outlook], target_kl),
+        "diversity": mean_diversity([seen.gram for seen in outlook.looks]),
+        "layers": [
+            layer_row(site.layer, seen, outlook, share) for site, seen in zip(sites, outlook.looks)
+        ],
+    }
+
+
+def rank_row(outlook: Outlook, rank: int) -> dict:
     """One rank, uniform: cache, errors over layers, predicted KL, and that of a plan of the same
     bytes (None where nothing is saved).
     """
 
     def errors(side: str) -> dict:
-        found = [getattr(layer, side).error(rank) for layer in layers]
+        found = [getattr(seen, side).error(rank) for seen in outlook.looks]
         return {
             "mean": sum(found) / len(found),
             "worst": max(found),
-            "worst_layer": found.index(max(found)),
+            "worst_layer": outlook.sites[found.index(max(found))].layer,
         }
 
-    ratio = uniform(geometry, rank).ratio
+    ratio = outlook.cache_ratio(rank)
     return {
         "rank": rank,
         "cache_ratio": ratio,
         "keys": errors("keys"),
         "values": errors("values"),
-        "predicted_kl": sum(layer.predicted_kl(rank) for layer in layers),
-        "planned_kl": planned(ratio) if ratio < 1 else None,
+        "predicted_kl": outlook.predicted_kl(rank),
+        "planned_kl": outlook.planned_kl(ratio) if ratio < 1 else None,
     }
 
 
-def recommended(
-    layers: list[LayerLook],
-    geometry: Geometry,
-    ranks: list[int],
-    planned: Callable[[float], float | None],
-    target_kl: float,
-) -> dict:
+def recommended(outlooks: Sequence[Outlook], target_kl: float) -> dict:
     """The smallest of the ranks, and the smallest cache ratio, that save something and whose
-    predicted KL is at most target_kl. None: there is none.
+    predicted KL is at most target_kl, these kinds of attention converted together. None: there is
+    none.
     """
-    rank = next(
-        (
-            r
-            for r in ranks
-            if uniform(geometry, r).ratio < 1
-            and sum(layer.predicted_kl(r) for layer in layers) <= target_kl
-        ),
-        None,
+
+    def planned(ratio: float) -> float | None:
+        found = [outlook.planned_kl(ratio) for outlook in outlooks]
+        return None if None in found else sum(kl for kl in found if kl is not None)
+
+    asked = sorted(set.intersection(*(set(outlook.ranks) for outlook in outlooks)))
+    small = (
+        rank
+        for rank in asked
+        if all(outlook.saves(rank) for outlook in outlooks)
+        and sum(outlook.predicted_kl(rank) for outlook in outlooks) <= target_kl
     )
     ratio = next((r for r in RATIOS if (kl := planned(r)) is not None and kl <= target_kl), None)
     return {
         "target_kl": target_kl,
-        "rank": rank,
+        "rank": next(small, None),
         "cache_ratio": ratio,
         "cache_ratio_kl": None if ratio is None else planned(ratio),
     }
 
 
-def layer_row(
-    i: int, layer: LayerLook, ranks: list[int], target_kl: float, geometry: Geometry
-) -> dict:
+def layer_row(i: int, seen: LayerLook, outlook: Outlook, target_kl: float) -> dict:
     """One layer. target_kl: the share of one of its sides."""
 
     def side(spectrum: Spectrum) -> dict:
         small = (
-            r
-            for r in ranks
-            if uniform(geometry, r).ratio < 1 and spectrum.predicted_kl(r) <= target_kl
+            r for r in outlook.ranks if outlook.saves(r) and spectrum.predicted_kl(r) <= target_kl
         )
         return {
             "base_share": spectrum.base_share,
@@ -241,13 +260,13 @@ def layer_row(
             "dimensions": {f"{share:.0%}": spectrum.dimensions(share).tolist() for share in SHARES},
             "outside_base": spectrum.outside.tolist(),
             "singular_values": spectrum.singular.tolist(),
-            "errors": {str(r): spectrum.error(r) for r in ranks},
-            "predicted_kl": {str(r): spectrum.predicted_kl(r) for r in ranks},
+            "errors": {str(r): spectrum.error(r) for r in outlook.ranks},
+            "predicted_kl": {str(r): spectrum.predicted_kl(r) for r in outlook.ranks},
         }
 
     return {
         "layer": i,
-        "keys": side(layer.keys),
-        "values": side(layer.values),
-        "diversity": mean_diversity([layer.gram]),
+        "keys": side(seen.keys),
+        "values": side(seen.values),
+        "diversity": mean_diversity([seen.gram]),
     }

@@ -2,84 +2,86 @@
 converted model held in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..conversion import open_model
 from ..device import pick_device
 from ..errors import LrkvError
-from ..evaluate.load import load_model
-from ..examples.text import BUILT_IN, Text, read_texts
-from ..families import Adapter, Geometry
+from ..evaluate.load import load_model, read_config
+from ..examples.example import tokens_of
+from ..examples.measured import MeasuredOn, described, examples_of
+from ..families import CONVERTED, Family, Site
+from ..folder.companions import FIELDS
 from ..folder.provenance import calibrated_on
-from ..source.skeleton import Skeleton
+from ..modeling import auto_class
+from ..study import Progress, Study
 from .diversity import mean_diversity
 from .fidelity import LayerFidelity, fidelity
-from .text import text_windows
 
 TOKENS = 4096
-Progress = Callable[[str, int, int], None]
 
 
 def beside(
     model: str,
     original: str,
-    text: Text | None,
+    given: MeasuredOn,
     max_tokens: int | None,
     device: str,
     progress: Progress,
 ) -> dict:
-    """How far the converted folder `model` is from its original, head by head, on a text (default:
-    what ships here). Raises LrkvError.
+    """How far the converted folder `model` is from its original, head by head, on what is given
+    (default: what ships here). Raises LrkvError.
     """
-    checkpoint, adapter = open_model(original)
-    geometry = adapter.geometry(checkpoint.config)
-    skeleton = Skeleton(checkpoint, adapter, pick_device(device))
-    text = text or read_texts([BUILT_IN])[0]
-    tokens = text_windows(text, checkpoint, max_tokens or TOKENS)
-    converted = load_model(model, skeleton.device, torch.float32)
-    check_pair(model, converted.config, original, adapter, geometry)
-    layers = fidelity(
+    config = read_config(model)
+    study = Study(original, lambda family: converted_kinds(config, family), progress)
+    checkpoint, family = study.checkpoint, study.family
+    check_pair(model, config, study)
+    material = given.or_built_in(family).read(original, family, max_tokens or TOKENS)
+    skeleton = study.build(pick_device(device))
+    study.check()
+    examples = examples_of(material, checkpoint, study.whole)
+    converted = load_model(model, skeleton.device, torch.float32, auto_class(family.model_type))
+    found = fidelity(
         skeleton,
-        geometry,
+        study.sites,
         converted,
-        tokens,
+        examples,
         lambda done, total: progress("comparing", done, total),
     )
-    before, after = (
-        mean_diversity([layer.original for layer in layers]),
-        mean_diversity([layer.converted for layer in layers]),
-    )
+    text = described(material)
     return {
         "model": model,
         "kind": "converted",
         "original": Path(original).name,
-        "geometry": asdict(geometry),
-        "text": {
-            "name": text.name,
-            "sha256": text.sha256,
-            "calibrated_on": text.sha256 in calibrated_on(model),
+        "notices": checkpoint.notices,
+        "text": {**text, "calibrated_on": text["sha256"] in calibrated_on(model)},
+        "tokens": tokens_of(examples),
+        "attention": {
+            kind: kind_row(study.layers, sites, [found[site] for site in sites])
+            for kind, sites in study.by_kind.items()
         },
-        "tokens": tokens.numel(),
-        "diversity": {"original": before, "converted": after, "kept": kept(before, after)},
-        "similarity": mean_over(layers, "similarity"),
-        "logit_error": mean_over(layers, "logit_error"),
-        "attention_kl": mean_over(layers, "kl"),
-        "output_error": sum(layer.output_error for layer in layers) / len(layers),
-        "layers": [fidelity_row(i, layer) for i, layer in enumerate(layers)],
     }
 
 
-def check_pair(model: str, config, original: str, adapter: Adapter, geometry: Geometry) -> None:
+def converted_kinds(config, family: Family) -> list[str]:
+    """The kinds of attention that a converted model's config has shapes of."""
+    return [kind for kind in family.kinds if getattr(config, FIELDS[kind], None) is not None]
+
+
+def check_pair(model: str, config, study: Study) -> None:
     """Raise LrkvError for a converted model of other shapes than the original, and for a family
     whose scores cannot be seen.
     """
-    if config.model_type != f"lrkv_{adapter.model_type}" or adapter.geometry(config) != geometry:
+    adapter = study.family.any
+    if (
+        config.model_type != f"{CONVERTED}{adapter.model_type}"
+        or study.family.sites(config, study.kinds) != study.sites
+    ):
         raise LrkvError(
-            f"{model} was not converted from {original}: their family or shapes differ",
+            f"{model} was not converted from {study.model}: their family or shapes differ",
             "give its own --original",
         )
     if adapter.legacy:
@@ -88,6 +90,23 @@ def check_pair(model: str, config, original: str, adapter: Adapter, geometry: Ge
             " its attention interface",
             "lrkv compare gives perplexity and KL",
         )
+
+
+def kind_row(layers: int, sites: Sequence[Site], found: list[LayerFidelity]) -> dict:
+    """One kind of attention of a stack of so many layers: means, and every site."""
+    before, after = (
+        mean_diversity([row.original for row in found]),
+        mean_diversity([row.converted for row in found]),
+    )
+    return {
+        "geometry": {"layers": layers, **asdict(sites[0].geometry)},
+        "diversity": {"original": before, "converted": after, "kept": kept(before, after)},
+        "similarity": mean_over(found, "similarity"),
+        "logit_error": mean_over(found, "logit_error"),
+        "attention_kl": mean_over(found, "kl"),
+        "output_error": sum(row.output_error for row in found) / len(found),
+        "layers": [fidelity_row(site.layer, row) for site, row in zip(sites, found)],
+    }
 
 
 def kept(before: dict, after: dict) -> dict:

@@ -1,8 +1,8 @@
 """What a conversion did to each head: original and converted attention on the same inputs.
 
-The original is run on text, layer by layer as calibration does, and the converted attention module
-of each layer is fed what the original's own is fed, so that every error is the layer's own and none
-is inherited from the layers before. Per query head h, over all queries t:
+The original is run on examples, layer by layer as calibration does, and each converted attention
+module is fed what the original's own is fed, so that every error is its own and none is inherited
+from the layers before. Per query head h, over all queries t:
 
     logit error     |l - l'| / |l|, l the scores q k^T / sqrt(d) of a query, centred over the keys
                     it sees: softmax ignores a constant
@@ -11,19 +11,21 @@ is inherited from the layers before. Per query head h, over all queries t:
 
 and per layer the output error |o - o'| / |o| of the whole module, its output projection included.
 Scores are independent of the family because both models attend through `probe`, which is eager
-attention that gives its scores where others give their weights. Shapes: n query heads, T tokens.
+attention that gives its scores where others give their weights. In cross-attention the keys a query
+sees are the positions of the encoder. Shapes: n query heads, T tokens, S keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..families import AttentionWeights, Geometry
+from ..examples.example import Example
+from ..families import AttentionWeights, Site
 from ..source.skeleton import Skeleton, first_of
 from .diversity import gram, similarity
 
@@ -39,18 +41,23 @@ def probe(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """An attention function of transformers: query (N, n, T, d), key and value (N, H, S, d) after
     RoPE -> output (N, T, n, d) and, in the place of the weights, the float32 scores (N, n, T, S),
-    -inf where nothing is seen. attention_mask: as made for eager attention.
+    -inf where nothing is seen. attention_mask: as made for eager attention, numbers to add to the
+    scores, of which the smallest there are hide; position_bias: what T5 adds beside it. A converted
+    T5 adds the two up before.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias.float()
     if attention_mask is not None:
-        scores = scores.masked_fill(
+        scores = (scores + attention_mask.float()).masked_fill(
             attention_mask <= torch.finfo(attention_mask.dtype).min, -torch.inf
         )
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous(), scores
@@ -76,7 +83,7 @@ class LayerFidelity:
 
 
 class ErrorSums:
-    """Adds up the errors of one layer over windows. float64."""
+    """Adds up the errors of one layer over examples. float64."""
 
     def __init__(self, heads: int):
         self.missed, self.size, self.kl = (
@@ -86,10 +93,10 @@ class ErrorSums:
 
     def add(self, original: tuple[Tensor, Tensor], converted: tuple[Tensor, Tensor]) -> None:
         """original, converted: what the attention modules give, output (1, T, D) and scores (1, n,
-        T, T).
+        T, S).
         """
         (output, scores), (other_output, other_scores) = original, converted
-        # (n, T, T)
+        # (n, T, S)
         seen = scores[0].isfinite()
         centre = lambda s: torch.where(
             seen,
@@ -109,48 +116,65 @@ class ErrorSums:
 @torch.no_grad()
 def fidelity(
     skeleton: Skeleton,
-    geometry: Geometry,
+    sites: Sequence[Site],
     converted: PreTrainedModel,
-    tokens: Tensor,
+    examples: Sequence[Example],
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> list[LayerFidelity]:
-    """Compare every layer of a converted model (float32, in memory) with its original (streamed) on
-    windows of text (N, T).
+) -> dict[Site, LayerFidelity]:
+    """Compare every one of these attention modules of a converted model (float32, in memory) with
+    its original (streamed) on examples.
     """
-    adapter, checkpoint, found = skeleton.adapter, skeleton.checkpoint, []
-    skeleton.model.config._attn_implementation = converted.config._attn_implementation = PROBE
-    converted.config.lrkv_path = "rebuild"
-    hidden, calls = skeleton.embed(tokens)
-    for i, other_layer in enumerate(converted.get_submodule(adapter.layer_path)):
-        other, sums = (
-            other_layer.get_submodule(adapter.attention),
-            ErrorSums(geometry.kv_heads * geometry.groups),
-        )
-
-        def see(module, args, kwargs, output):
-            inputs = (kwargs.pop("hidden_states"),) if "hidden_states" in kwargs else args
-            sums.add(output, other(*inputs, **kwargs))
-
+    states, found = skeleton.encode(examples) or [None] * len(examples), {}
+    hidden, call = skeleton.embed(examples)
+    for config in (*_configs(skeleton.model), *_configs(converted)):
+        config._attn_implementation = PROBE
+    for config in _configs(converted):
+        config.lrkv_path = "rebuild"
+    for i in range(len(skeleton.layers)):
+        watches = [Watch(site, converted) for site in sites if site.layer == i]
         with skeleton.layer(i) as layer:
-            hook = layer.get_submodule(adapter.attention).register_forward_hook(
-                see, with_kwargs=True
-            )
-            for n in range(len(hidden)):
-                hidden[n : n + 1] = first_of(
-                    layer(hidden[n : n + 1], *calls[i].args, **calls[i].kwargs)
+            hooks = [
+                layer.get_submodule(watch.site.adapter.attention).register_forward_hook(
+                    watch.see, with_kwargs=True
                 )
-            hook.remove()
-        weights = adapter.split(checkpoint.tensor, i, checkpoint.config).to(skeleton.device)
-        found.append(
-            _summary(
-                sums,
-                weights,
-                adapter.queries(dict(other.named_parameters()), geometry),
-                other.keys.matrices(),
-            )
-        )
-        progress(i + 1, geometry.layers)
+                for watch in watches
+            ]
+            for n, h in enumerate(hidden):
+                args, kwargs = call(i, h.shape[1], states[n])
+                hidden[n] = first_of(layer(h, *args, **kwargs))
+            for hook in hooks:
+                hook.remove()
+        for watch in watches:
+            found[watch.site] = watch.summary(skeleton)
+        progress(i + 1, len(skeleton.layers))
     return found
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Those that the parts of a model read: stacks of an encoder-decoder may have one each."""
+    found = [getattr(part, "config", None) for part in model.modules()]
+    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+
+
+class Watch:
+    """One attention module of the original, and the converted one in its place, on the same
+    inputs.
+    """
+
+    def __init__(self, site: Site, converted: PreTrainedModel):
+        self.site, self.other = site, converted.get_submodule(site.path)
+        self.sums = ErrorSums(site.geometry.kv_heads * site.geometry.groups)
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        """A forward hook: output first, scores last."""
+        other = self.other(*args, **kwargs)
+        self.sums.add((output[0], output[-1]), (other[0], other[-1]))
+
+    def summary(self, skeleton: Skeleton) -> LayerFidelity:
+        site, config = self.site, skeleton.checkpoint.config
+        weights = site.adapter.split(skeleton.tensor, site.layer, config).to(skeleton.device)
+        W_Q = site.adapter.queries(dict(self.other.named_parameters()), site.geometry)
+        return _summary(self.sums, weights, W_Q, self.other.keys.matrices())
 
 
 def _summary(sums: ErrorSums, weights: AttentionWeights, W_Q: Tensor, W_K: Tensor) -> LayerFidelity:

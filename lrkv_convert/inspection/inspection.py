@@ -2,21 +2,22 @@
 
 original     checkpoint --calibrate--> metrics --spectra--> what a conversion would cost
              (--ablate: and what each head is worth)
-converted    its original, on text --fidelity--> what the conversion did to each head
+converted    its original, on the same inputs --fidelity--> what the conversion did to each head
+
+Everything is told by kind of attention: "self", and of an encoder-decoder "cross".
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LrkvError
+from ..examples.measured import MeasuredOn
 from ..examples.text import read_one
 from ..folder.places import writing
 from ..folder.writer import RECORD, write_json
 from ..source.configs import read_object
+from ..study import Progress
 from .ahead import TARGET_KL, ahead
 from .beside import beside
-
-Progress = Callable[[str, int, int], None]
 
 
 def inspect(
@@ -29,20 +30,23 @@ def inspect(
     calibration_tokens: int | None = None,
     ablate: bool = False,
     text: str | None = None,
+    pairs: str | None = None,
+    audio: str | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
     progress: Progress = lambda *_: None,
 ) -> dict:
-    """Look at `model` (folder, .gguf file or hub id). Returns the JSON the README describes. Raises
-    LrkvError.
+    """Look at `model` (folder, .gguf file or hub id). Returns the JSON that docs/inspect.md
+    describes. Raises LrkvError.
 
     An original: what it would cost to convert it, at `ranks` (default: up to eight, below
     break-even), with a recommendation for target_kl nats; ablate: also remove its heads one by one,
-    and several at once, and measure the loss on `text`. A converted folder: how far each of its
-    heads is from those of `original` (default: where its lrkv.json says), on `text` (default: what
-    ships here). max_tokens: of that text.
+    and several at once, and measure the loss. A converted folder: how far each of its heads is from
+    those of `original` (default: where its lrkv.json says). Measured on `text`, of an
+    encoder-decoder on `pairs` or `audio` (default of a converted folder: the text that ships here).
+    max_tokens: of that.
     """
-    content = None if text is None else read_one(text)
+    given = MeasuredOn(None if text is None else read_one(text), pairs, audio)
     if is_converted(model):
         if ablate or ranks or calibration or calibration_tokens:
             raise LrkvError(
@@ -50,16 +54,17 @@ def inspect(
                 " ablated",
                 "give the original to look ahead",
             )
-        return beside(model, original or source_of(model), content, max_tokens, device, progress)
+        return beside(model, original or source_of(model), given, max_tokens, device, progress)
     if original is not None:
         raise LrkvError(
             f"{model} is not converted, so that it has no original",
             "leave --original out, or give a folder with an lrkv.json",
         )
-    if ablate != (text is not None):
+    if ablate != bool(given):
         raise LrkvError(
-            "--ablate measures the loss on --text, and one was given without the other",
-            "give a text that was not calibrated on",
+            "--ablate measures the loss on --text, --pairs or --audio, and one was given without"
+            " the other",
+            "give something that was not calibrated on",
         )
     return ahead(
         model,
@@ -67,7 +72,7 @@ def inspect(
         target_kl,
         calibration,
         calibration_tokens,
-        content,
+        given,
         max_tokens,
         device,
         progress,
@@ -114,7 +119,7 @@ def save(result: dict, folder: Path) -> list[Path]:
     except ImportError:
         return files
     draw = {"heads.png": plots.spectra_map if result["kind"] == "original" else plots.fidelity_map}
-    if "ablation" in result:
+    if any("ablation" in row for row in result["attention"].values()):
         draw["ablation.png"] = plots.ablation_curves
     with writing(folder):
         for name, picture in draw.items():
