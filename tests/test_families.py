@@ -20,7 +20,7 @@ from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.families import FAMILIES as KNOWN
 from lrkv_convert.families import family_named
 from lrkv_convert.families.table import readme_rows
-from lrkv_convert.modeling import FAMILIES, attention_lrkv
+from lrkv_convert.modeling import FAMILIES, attention_class, attention_lrkv
 from lrkv_convert.modeling.attention_lrkv import choose_path
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.study import Study
@@ -307,7 +307,9 @@ def test_a_gpu_takes_the_path_the_table_says(family, converted, monkeypatch):
     adapter = family_named(model.config.model_type).any
     # ALiBi; what the table says of the norm
     without = family == "falcon" or adapter.key_norm(model.config) and "LayerNorm" in adapter.norms
-    assert set(taken) == {"kernel" if adapter.kernel and not without else "split"}
+    assert set(taken) == {
+        "kernel" if attention_class(adapter.model_type).kernel and not without else "split"
+    }
 
 
 def test_the_docs_list_the_families():

@@ -25,7 +25,7 @@ from ..device import give_back_memory, in_units, memory_of
 from ..errors import LrkvError, first_line
 from ..families import family_named
 from ..folder.companions import FIELDS
-from ..modeling import kernel_lrkv
+from ..modeling import attention_class, kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
 from ..modeling.contract_lrkv import CACHE
 from .caches import new_cache, static_cache
@@ -67,7 +67,7 @@ class Contender:
                 cached=True,
                 device=model.device,
                 dtype=model.dtype,
-                kernel=site.adapter.kernel,
+                kernel=site.kind in attention_class(site.adapter.model_type).kernel,
             )
             for site in family_named(config.model_type).sites(config, converted_kinds(config))
         }

@@ -75,11 +75,7 @@ class Adapter(ABC):
     # name of the output projection in the attention module, e.g. "o_proj"
     output: str
     key_projection: str  # name of the module whose output holds the keys, e.g. "k_proj"
-    # whether transformers' class attends on its own, past the attention interface, and its layers
-    # give tuples
-    legacy: bool
-    # whether the Triton kernel can do what the family does to keys and scores
-    kernel: bool
+    tuples: bool  # whether the original's layers give their hidden states in tuples
     models: str  # for the README: some that people know
     positions: str  # in words, for the README: "RoPE", "ALiBi", ...
     norms: str  # the same of what normalises keys and queries

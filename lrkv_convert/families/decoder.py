@@ -89,7 +89,7 @@ class DecoderAdapter(Adapter):
     does so in this layer; interleaved: whether as neighbours; key_norm: whether there is QK-norm;
     kv_heads: how many (default: as many as the config says); norm_weights: names of QK-norms with a
     weight per head and channel; stored, arguments: see `Adapter.stored` and `layer_arguments`;
-    refuses: what of the family cannot be exact; legacy, kernel, models, positions, norms: see
+    refuses: what of the family cannot be exact; tuples, models, positions, norms: see
     `Adapter`. The functions take the config.
     """
 
@@ -115,8 +115,7 @@ class DecoderAdapter(Adapter):
         refuses: tuple[Refusal, ...] = (),
         stored: Callable[[dict], dict] | None = None,
         arguments: Callable[[dict], dict] | None = None,
-        legacy: bool = False,
-        kernel: bool = True,
+        tuples: bool = False,
         models: str = "",
         positions: str = "RoPE",
         norms: str = "none",
@@ -137,13 +136,8 @@ class DecoderAdapter(Adapter):
             interleaved,
             key_norm,
         )
-        self.kv_heads, self.norm_weights, self.refuses, self.legacy, self.kernel = (
-            kv_heads,
-            norm_weights,
-            refuses,
-            legacy,
-            kernel,
-        )
+        self.kv_heads, self.norm_weights = kv_heads, norm_weights
+        self.refuses, self.tuples = refuses, tuples
         self.models, self.positions, self.norms = models, positions, norms
         self.rotates = rotates
         self.stored = stored or super().stored

@@ -51,13 +51,12 @@ def _bart(model_type: str, models: str, biases: str, positions: str, **more) -> 
 
 def _t5() -> Family:
     fields = ("num_decoder_layers", "d_model", "num_heads", "d_kv")
-    kind = lambda attention, kernel: DecoderAttention(
+    kind = lambda attention: DecoderAttention(
         "t5",
         fields,
         "",
         projections=("q", "k", "v"),
         attention=attention,
-        kernel=kernel,
         prefix="",
         layers="decoder.block",
         output="o",
@@ -66,8 +65,8 @@ def _t5() -> Family:
     )
     return Family(
         {
-            "self": kind("layer.0.SelfAttention", False),
-            "cross": kind("layer.1.EncDecAttention", True),
+            "self": kind("layer.0.SelfAttention"),
+            "cross": kind("layer.1.EncDecAttention"),
         },
         Encoder("encoder", "decoder", "block", relative=True, mask="mask"),
     )

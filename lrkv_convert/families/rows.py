@@ -2,6 +2,8 @@
 Llama.
 """
 
+from typing import Any
+
 from transformers import GPTJModel
 
 from .decoder import DecoderAdapter, Refusal, by_head, by_kind, in_quarters
@@ -58,22 +60,21 @@ NORMED_BIAS = Refusal(
     "attention_bias", biased, "its QK-norm scales all heads alike, which a bias would not follow"
 )
 
-ROPE = dict(rotary=whole, refuses=(PARTIAL,))
-WINDOW = dict(ROPE, positions="RoPE, sliding window")
-QK_NORM = dict(key_norm=always, norms="RMSNorm per head")
-TRANSFORMER = dict(prefix="transformer.", layers="transformer.h")
-NEIGHBOURS = dict(
+ROPE: dict[str, Any] = dict(rotary=whole, refuses=(PARTIAL,))
+WINDOW: dict[str, Any] = dict(ROPE, positions="RoPE, sliding window")
+QK_NORM: dict[str, Any] = dict(key_norm=always, norms="RMSNorm per head")
+TRANSFORMER: dict[str, Any] = dict(prefix="transformer.", layers="transformer.h")
+NEIGHBOURS: dict[str, Any] = dict(
     TRANSFORMER,
     attention="attn",
     output="out_proj",
     rotary=lambda c, d: c.rotary_dim,
     interleaved=True,
-    kernel=False,
     # until transformers 5.24
-    legacy=not getattr(GPTJModel, "_supports_attention_backend", False),
+    tuples=not getattr(GPTJModel, "_supports_attention_backend", False),
     positions="RoPE on neighbouring channels, of a part of each head",
 )
-ALIBI = dict(legacy=True, kernel=False, positions="ALiBi")
+ALIBI: dict[str, Any] = dict(tuples=True, positions="ALiBi")
 
 DECODERS = (
     DecoderAdapter(
@@ -114,7 +115,6 @@ DECODERS = (
         models="OLMo-2",
         rotary=whole,
         key_norm=always,
-        kernel=False,
         norms="RMSNorm over all heads",
         refuses=(PARTIAL, NORMED_BIAS),
     ),
@@ -126,7 +126,6 @@ DECODERS = (
         models="Gemma 2",
         biased=biased,
         rotary=whole,
-        kernel=False,
         positions="RoPE, sliding layers, soft cap",
         refuses=(PARTIAL, BOTH_WAYS),
     ),
@@ -221,8 +220,7 @@ DECODERS = (
         **TRANSFORMER,
         attention="attn.attention",
         output="out_proj",
-        legacy=True,
-        kernel=False,
+        tuples=True,
         positions="learned, local layers",
         refuses=(
             Refusal(
@@ -289,7 +287,7 @@ DECODERS = (
         biased=lambda c: c.bias,
         rotary=lambda c, d: 0 if c.alibi else d,
         arguments=without_second_alibi,
-        legacy=True,
+        tuples=True,
         positions="RoPE or ALiBi",
         kv_heads=lambda c: (
             1 if c.multi_query and not c.new_decoder_architecture else c.num_kv_heads

@@ -5,10 +5,11 @@ lrkv_convert.families.table README.md
 import sys
 from pathlib import Path
 
-from .base import Family
+from ..modeling import attention_class
+from .base import KINDS, Family
 from .decoder import DecoderAdapter
 from .encoder_decoder import ENCODER_DECODERS
-from .rows import DECODERS, PARTIAL
+from .rows import DECODERS
 
 HEAD = [
     "| family | such as | positions | norm of keys | refused | keys are read | on a GPU |",
@@ -32,7 +33,7 @@ def _decoder(adapter: DecoderAdapter) -> str:
     with_norm = "kernel, split with the norm" if "LayerNorm" in adapter.norms else "kernel"
     path = (
         "split"
-        if not adapter.kernel
+        if not attention_class(adapter.model_type).kernel
         else "kernel under RoPE"
         if "RoPE or" in adapter.positions
         else with_norm
@@ -40,21 +41,17 @@ def _decoder(adapter: DecoderAdapter) -> str:
     return _row(
         adapter,
         adapter.norms,
-        [refusal.what for refusal in adapter.refuses if refusal is not PARTIAL],
+        [refusal.what for refusal in adapter.refuses],
         keys,
         path,
     )
 
 
 def _encoder_decoder(family: Family) -> str:
-    paths = [
-        f"{'kernel' if adapter.kernel else 'split'} in {kind}-attention"
-        for kind, adapter in family.kinds.items()
-    ]
-    same = len({adapter.kernel for adapter in family.kinds.values()}) == 1
-    return _row(
-        family.any, "none", ["a decoder alone"], "in place", "kernel" if same else ", ".join(paths)
-    )
+    kernel = attention_class(family.model_type).kernel
+    paths = [f"{'kernel' if kind in kernel else 'split'} in {kind}-attention" for kind in KINDS]
+    path = "kernel" if len(kernel) == len(KINDS) else ", ".join(paths)
+    return _row(family.any, "none", ["a decoder alone"], "in place", path)
 
 
 def _row(adapter: DecoderAdapter, norms: str, refused: list[str], keys: str, path: str) -> str:

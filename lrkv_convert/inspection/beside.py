@@ -16,7 +16,7 @@ from ..examples.measured import MeasuredOn, described, examples_of
 from ..families import CONVERTED, Family, Site
 from ..folder.companions import FIELDS
 from ..folder.provenance import calibrated_on
-from ..modeling import auto_class
+from ..modeling import attention_class, auto_class
 from ..study import Progress, Study
 from .diversity import mean_diversity
 from .fidelity import LayerFidelity, fidelity
@@ -84,7 +84,7 @@ def check_pair(model: str, config, study: Study) -> None:
             f"{model} was not converted from {study.model}: their family or shapes differ",
             "give its own --original",
         )
-    if adapter.legacy:
+    if attention_class(adapter.model_type).attends_itself:
         raise LrkvError(
             f"the scores of {adapter.model_type} cannot be seen: transformers computes them past"
             " its attention interface",

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .attention_lrkv import LrkvAttention
+
 OWN = "modeling_lrkv_"  # before the family in the name of its file
 Classes = tuple[type, type, type]  # config, base model, model with its language head
 
@@ -44,6 +46,16 @@ ENCODER_DECODERS = {
     name: classes for name, classes in CLASSES.items() if classes[0]().is_encoder_decoder
 }
 FAMILIES = {name: classes for name, classes in CLASSES.items() if name not in ENCODER_DECODERS}
+
+
+def attention_class(model_type: str) -> type[LrkvAttention]:
+    """The attention of a family's decoder: what it says of itself is what runs."""
+    module = importlib.import_module(f".{OWN}{model_type}", __name__)
+    every = [value for value in vars(module).values() if isinstance(value, type)]
+    [found] = [
+        cls for cls in every if cls.__module__ == module.__name__ and issubclass(cls, LrkvAttention)
+    ]
+    return found
 
 
 def auto_class(model_type: str) -> type:

@@ -169,6 +169,11 @@ class LrkvAttention:
     # whether the family multiplies queries and keys in float32,
     # whatever its dtype: they may be large
     float32_scores = False
+    # kinds of attention in which the kernel can do what the family does to keys and scores
+    kernel: tuple[str, ...] = ("self", "cross")
+    kind = "self"  # of this module
+    # whether the original computes its scores on its own, past transformers' attention interface
+    attends_itself = False
     # whether the position embeddings that this module is handed have been looked at
     tables_checked = False
 
@@ -294,7 +299,7 @@ class LrkvAttention:
             outside_window=bool(window) and keys[0].shape[2] > window,
             differentiable=self.wants_gradients(query, *keys, *values),
             kernel=kwargs.get("softcap") is None
-            and not self.float32_scores
+            and self.kind in self.kernel
             and (norm is None or self.kernel_norm() is not None),
         )
         if path == "rebuild":
@@ -478,7 +483,8 @@ class LrkvRotaryAttention(LrkvAttention):
     and v_proj, keys cached before RoPE.
     """
 
-    interleaved = False  # whether the family's RoPE turns neighbouring channels
+    # whether the model's tables of angles come for neighbouring channels, each angle twice in a row
+    tables_interleaved = False
     rotates = True  # whether this module's keys are turned: some layers may go without RoPE
     projections: tuple[str, ...] = ("k_proj", "v_proj")  # those that are replaced
     output = "o_proj"
@@ -502,8 +508,8 @@ class LrkvRotaryAttention(LrkvAttention):
         if found is not None:
             return found
         # keys that lie rotated in the cache keep the positions they were given
-        tables = self.looked_at(given, hidden_states.shape[1], self.interleaved)
-        return (as_halves(tables, self.interleaved),) * 2
+        tables = self.looked_at(given, hidden_states.shape[1], self.tables_interleaved)
+        return (as_halves(tables, self.tables_interleaved),) * 2
 
     def forward(
         self,
@@ -541,7 +547,11 @@ class LrkvNeighbourAttention(LrkvAttention):
     is handed on.
     """
 
-    float32_scores, interleaved = True, False  # `halves_of` gives its tables for halves
+    float32_scores, kernel, tables_interleaved = (
+        True,
+        (),
+        False,
+    )  # `halves_of` gives its tables for halves
     projections: tuple[str, ...]
 
     def __init__(self, config, layer_idx: int):

@@ -36,6 +36,10 @@ class LrkvDecoderAttention(LrkvAttention):
     handed `key_value_states`.
     """
 
+    @property
+    def kind(self) -> str:
+        return "self" if self.is_causal else "cross"
+
     num_layers: int  # of the decoder; a config's num_hidden_layers may be the encoder's
 
     def cached(self, hidden_states, key_value_states, given, mask) -> tuple[tuple, tuple]:

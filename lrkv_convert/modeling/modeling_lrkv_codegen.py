@@ -21,6 +21,8 @@ class LrkvCodeGenConfig(CodeGenConfig):
 
 
 class LrkvCodeGenAttention(LrkvNeighbourAttention, CodeGenAttention):
+    # until transformers 5.24
+    attends_itself = not getattr(CodeGenModel, "_supports_attention_backend", False)
     projections = ("qkv_proj",)
 
 

@@ -21,7 +21,7 @@ class LrkvCohereConfig(CohereConfig):
 
 
 class LrkvCohereAttention(LrkvRotaryAttention, CohereAttention):
-    interleaved = True
+    tables_interleaved = True
 
     # Norms here have a weight per head, and take heads before channels.
 

@@ -24,7 +24,7 @@ class LrkvFalconConfig(FalconConfig):
 class LrkvFalconAttention(LrkvAttention, FalconAttention):
     """With ALiBi, what transformers hands on as mask has it in it."""
 
-    interleaved = False
+    tables_interleaved, attends_itself = False, True
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)

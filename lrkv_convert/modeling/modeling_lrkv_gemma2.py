@@ -21,6 +21,8 @@ class LrkvGemma2Config(Gemma2Config):
 
 
 class LrkvGemma2Attention(LrkvRotaryAttention, Gemma2Attention):
+    kernel = ()  # scores have a soft cap
+
     def extra_arguments(self) -> dict:
         return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
 

@@ -25,7 +25,7 @@ class LrkvGPTNeoConfig(GPTNeoConfig):
 class LrkvGPTNeoAttention(LrkvAttention, GPTNeoSelfAttention):
     """Scores are not scaled; in "local" layers a query sees the last `window_size` tokens only."""
 
-    float32_scores, scaling = True, 1.0
+    float32_scores, kernel, attends_itself, scaling = True, (), True, 1.0
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, config.attention_layers[layer_idx], layer_idx)

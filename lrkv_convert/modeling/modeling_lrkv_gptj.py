@@ -21,6 +21,8 @@ class LrkvGPTJConfig(GPTJConfig):
 
 
 class LrkvGPTJAttention(LrkvNeighbourAttention, GPTJAttention):
+    # until transformers 5.24
+    attends_itself = not getattr(GPTJModel, "_supports_attention_backend", False)
     projections = ("k_proj", "v_proj")
 
 

@@ -23,6 +23,8 @@ class LrkvMptConfig(MptConfig):
 class LrkvMptAttention(LrkvAttention, MptAttention):
     """ALiBi is added to the scores with the mask."""
 
+    kernel, attends_itself = (), True  # the mask has ALiBi in it, head by head
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.config, self.scaling = config, self.softmax_scale

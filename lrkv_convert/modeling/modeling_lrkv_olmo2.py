@@ -23,6 +23,7 @@ class LrkvOlmo2Config(Olmo2Config):
 
 
 class LrkvOlmo2Attention(LrkvRotaryAttention, Olmo2Attention):
+    kernel = ()  # the norm goes over all heads
     # The norm of keys goes over all heads at once. A token's scale is therefore one number, which
     # what is cached takes on; the weights come later.
 

@@ -30,6 +30,8 @@ class LrkvT5DecoderAttention(LrkvDecoderAttention, T5Attention):
     hands it on. Cross-attention has none, where T5 adds zeros.
     """
 
+    kernel = ("cross",)  # self-attention adds the position bias, head by head
+
     def __init__(self, config, layer_idx: int, kind: str):
         super().__init__(
             config,

@@ -153,7 +153,8 @@ class LrkvRotaryModel(LrkvModel):
             (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0)
         )
         rotation = lambda kind, start, length: as_halves(
-            self.rotation(x, positions(start, length), kind), self.attention_class.interleaved
+            self.rotation(x, positions(start, length), kind),
+            self.attention_class.tables_interleaved,
         )
         return {
             "lrkv_rotations": {

@@ -189,8 +189,8 @@ class DecoderSkeleton(Skeleton):
 
     @torch.no_grad()
     def embed(self, examples):
-        legacy, recorded, hidden = self.family.any.legacy, {}, []
-        recorders = nn.ModuleList(Recorder(layer, legacy) for layer in self.layers)
+        tuples, recorded, hidden = self.family.any.tuples, {}, []
+        recorders = nn.ModuleList(Recorder(layer, tuples) for layer in self.layers)
         with self._around_layers(recorders) as base:
             for example in examples:
                 base(input_ids=example.ids.to(self.device), use_cache=False)
@@ -218,7 +218,7 @@ class DecoderSkeleton(Skeleton):
 
     @contextmanager
     def head(self):
-        injected = Injected(self.family.any.legacy)
+        injected = Injected(self.family.any.tuples)
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         # lm_head, or embed_out
         name = next(name for name, module in self.model.named_modules() if module is head)
