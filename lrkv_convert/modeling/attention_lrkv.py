@@ -547,11 +547,8 @@ class LrkvNeighbourAttention(LrkvAttention):
     is handed on.
     """
 
-    float32_scores, kernel, tables_interleaved = (
-        True,
-        (),
-        False,
-    )  # `halves_of` gives its tables for halves
+    float32_scores, kernel = True, ()
+    tables_interleaved = False  # `halves_of` gives them for halves
     projections: tuple[str, ...]
 
     def __init__(self, config, layer_idx: int):
