@@ -11,7 +11,7 @@ there are tokens of a text. The encoder runs once per input and is not timed.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..device import give_back_memory, in_units, memory_of
 from ..errors import LrkvError, first_line
-from ..families import family_named
+from ..families import Site, family_named
 from ..folder.companions import FIELDS
 from ..modeling import attention_class, kernel_lrkv
 from ..modeling.attention_lrkv import choose_path
@@ -69,7 +69,7 @@ class Contender:
                 dtype=model.dtype,
                 kernel=site.kind in attention_class(site.adapter.model_type).kernel,
             )
-            for site in family_named(config.model_type).sites(config, converted_kinds(config))
+            for site in sites_of(config, converted_kinds(config))
         }
         return f"auto: {', '.join(sorted(found))}"
 
@@ -84,6 +84,12 @@ class Contender:
 def converted_kinds(config) -> list[str]:
     """The kinds of attention that are converted; [] of an original."""
     return [kind for kind, name in FIELDS.items() if getattr(config, name, None) is not None]
+
+
+def sites_of(config, kinds: Collection[str]) -> list[Site]:
+    """Attention of these kinds; [] in a family that this package does not know."""
+    family = family_named(config.model_type)
+    return [] if family is None else family.sites(config, kinds)
 
 
 def step_inputs(model: PreTrainedModel, batch: int, tokens: int) -> dict:
@@ -156,7 +162,7 @@ def read_bytes(model: PreTrainedModel) -> int:
 def cross_writers(model: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters that make what cross-attention caches."""
     found = []
-    for site in family_named(model.config.model_type).sites(model.config, {"cross"}):
+    for site in sites_of(model.config, ["cross"]):
         attention = model.get_submodule(site.path)
         if "cross" in converted_kinds(model.config):
             sides = (attention.keys, attention.values)
@@ -203,7 +209,7 @@ def _status(field: str) -> int:
 
 
 def contenders(
-    paths: list[str], routes: list[str], device: torch.device, dtype: torch.dtype | str
+    paths: list[str], routes: Sequence[str], device: torch.device, dtype: torch.dtype | str
 ) -> list[Contender]:
     """Models loaded, each converted one once per route. Raises LrkvError."""
     found = []

@@ -3,7 +3,7 @@ first, what it caches, and whatever else their kind can be asked.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from .sources import Sources
 from .statistics import by_context, joined, summary
 from .windows import Windows
 
-READINGS: dict[type, type[Reading]] = {Text: Windows, Corpus: Sources}
+READINGS: dict[type, Callable[..., Reading]] = {Text: Windows, Corpus: Sources}
 
 
 def compare(

@@ -45,7 +45,6 @@ class EncoderStates:
         return self.known[id(example)][1]
 
 
-@dataclass(frozen=True)
 class Candidate:
     """A model, and what it reads from.
 
@@ -53,13 +52,14 @@ class Candidate:
     that another model with the same encoder has worked out, or works out first.
     """
 
-    model: PreTrainedModel
-    cache: str | None = None
-    encoder: EncoderStates = field(default=None, repr=False)
-
-    def __post_init__(self):
-        if self.encoder is None:
-            object.__setattr__(self, "encoder", EncoderStates(self.model))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: str | None = None,
+        encoder: EncoderStates | None = None,
+    ):
+        self.model, self.cache = model, cache
+        self.encoder = encoder or EncoderStates(model)
 
     @property
     def ids_name(self) -> str:

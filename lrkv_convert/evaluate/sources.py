@@ -24,6 +24,7 @@ class Sources(Reading):
     writes. Raises LrkvError for what does not go with them.
     """
 
+    reader: Reader
     named = {
         kind: (f"{kind}_bytes", f"{kind}_bytes_allocated", f"{kind}_ratio")
         for kind in ("self", "cross")
@@ -35,7 +36,6 @@ class Sources(Reading):
         self.family, *_ = [family_with_encoder(path) for path in paths]
         self.kind = "speech" if self.family.speech else "text"
         self.paths, self.texts, self.asked = paths, texts, asked
-        self.reader: Reader | None = None
         self.parts: list[Tensors] = []  # of every corpus
         self.every: list[Example] = []
 
