@@ -107,13 +107,13 @@ def sweep(
     study, ranks = Study(model, progress=progress), sorted(set(ranks))
     chosen = [parse(m) for m in methods]
     check_methods(study, chosen)
-    check_ranks(ranks, study.sites)
     given = MeasuredOn(text, pairs, audio)
     material = given.read(model, study.family, max_tokens or sys.maxsize)
     if study.family.encoder is None:
         seq_len = seq_len or SEQ_LEN
     elif seq_len is not None:
         raise LrkvError("--seq-len does not go with --audio and --pairs", "leave it out")
+    check_ranks(ranks, study.sites)
     examples = windows_to_read(text, study, seq_len, max_tokens) if text and seq_len else []
     study.build(device)
     # as many as a conversion reads

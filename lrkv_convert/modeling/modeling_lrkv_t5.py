@@ -79,7 +79,8 @@ def with_bias(mask, position_bias, query):
     what is hidden stays finite in its dtype.
     """
     added = added_mask(mask, query.shape[2], position_bias.shape[-1], query.device)
-    bias = position_bias.float() if added is None else position_bias.float() + added
+    bias = position_bias.to(torch.promote_types(query.dtype, torch.float32))
+    bias = bias if added is None else bias + added
     return bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
 
 
