@@ -62,6 +62,7 @@ def check_sharding(accelerator: Accelerator, options: Options) -> None:
                 "give --optimizer adamw, or use FSDP",
             )
         plugin = accelerator.state.deepspeed_plugin
+        assert plugin is not None, "that is what DeepSpeed is launched with"
         if plugin.zero_stage == 3:
             raise LrkvError(
                 "ZeRO stage 3 gathers weights module by module, and the factors of a head are read"

@@ -80,9 +80,9 @@ def mismatch(student: list[Tensor], teacher: list[Tensor], read: Tensor | None =
     """Mean over modules of |o_student - o_teacher|^2 / |o_teacher|^2, of attention outputs [(N, T,
     D) each]. read (N, T): which positions hold a token (None: all).
     """
-    errors = []
+    errors: list[Tensor] = []
     for s, t in zip(student, teacher, strict=True):
         if read is not None:
             s, t = s[read], t[read]  # (n, D)
         errors.append((s.float() - t.float()).square().sum() / t.float().square().sum())
-    return sum(errors) / len(errors)
+    return sum(errors[1:], errors[0]) / len(errors)

@@ -12,7 +12,7 @@ what is no matrix.
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def groups(model: PreTrainedModel, optimizer: str) -> dict[str, dict[str, nn.Par
     return found
 
 
-def of_heads(heads: LowRankHeads) -> list[nn.Parameter]:
+def of_heads(heads: LowRankHeads) -> list[Tensor]:
     """What holds something of its own for every head: U, C, B and the biases (H, d), which are
     vectors though they look like a matrix.
     """

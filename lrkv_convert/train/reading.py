@@ -117,7 +117,7 @@ class Writer:
     def __call__(self) -> PreTrainedModel:
         if self.model is None:
             asked = self.reading
-            asked.stage("writing what is to be written")
+            asked.stage("writing what is missing")
             name, auto = asked.teacher or str(asked.model), auto_class(asked.family.model_type)
             self.model = load_model(name, self.device, torch.float32, auto)
         return self.model

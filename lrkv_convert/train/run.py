@@ -56,7 +56,7 @@ class Run:
             notice(f"there is no checkpoint in {self.folder} to resume from: beginning")
             resume = False
         if resume:
-            self.compare(before)
+            self.compare(before or {})
         else:
             self.check_free(overwrite)
         self.accelerator.wait_for_everyone()
@@ -108,7 +108,7 @@ class Run:
             self.lock.close()
         self.lock = claim(self.work)
 
-    def compare(self, before: dict | None) -> None:
+    def compare(self, before: dict) -> None:
         """Raise LrkvError where the run was begun with other arguments."""
         for name in self.asked.keys() | before.keys():
             if before.get(name) != self.asked.get(name):
@@ -182,6 +182,7 @@ class Run:
         cut back to it. Raises LrkvError.
         """
         latest = self.latest()
+        assert latest is not None, "there is a checkpoint where a run is resumed"
         try:
             self.accelerator.load_state(str(latest))
             # passes since the last step: another number of processes or passes per step may go on

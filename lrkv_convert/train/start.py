@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ..evaluate.load import load_model
@@ -68,7 +68,7 @@ def new_trainer(
 
 def new_student(
     model: Path, family: Family, options: Options, accelerator: Accelerator
-) -> tuple[PreTrainedModel, Optimizer, list[Site]]:
+) -> tuple[PreTrainedModel, AcceleratedOptimizer, list[Site]]:
     """The model that trains and its optimiser, as accelerate prepares them, and its converted
     attention.
     """
