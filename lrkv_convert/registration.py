@@ -1,5 +1,6 @@
 """The converted families made known to transformers, without importing it: `lrkv --help` imports
 this package, and transformers and torch take seconds.
+
 Where transformers is imported already, the model classes are registered at once. Otherwise they are
 as soon as it is, by a finder in front of Python's own, which adds that step to its import.
 """

@@ -55,7 +55,7 @@ class Options(Typed):
     # what is minimised
     loss: str = option(
         "auto",
-        "kl to the original, ce (cross-entropy), mix; auto: kl if there is one.",
+        "kl to the original, ce (cross-entropy), mix, or auto: kl, else ce.",
         choices=["auto", "kl", "ce", "mix"],
     )
     kl_weight: float = option(0.5, "Share of kl in mix.", limits=[between(0, 1)], advanced=True)
