@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
+from lrkv_convert.train.options import Options
+
 from .app import Command, app, quiet_libraries, speaks_for_all
+from .flags import flags_of
 
 
 @app.command(cls=Command)
+@flags_of(Options)
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
     data: Annotated[
@@ -23,6 +27,7 @@ def heal(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    given: dict,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -37,20 +42,6 @@ def heal(
         typer.Option(
             help="The original: folder, .gguf file or hub id. Default: the one lrkv.json names."
         ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. Default: 200000.")] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="kl to the original (default where it is still there), ce (cross-entropy), or mix."
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="muon (with AdamW for what is no hidden matrix; default) or adamw."),
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="attention (default: factors, W_Q, W_O) or all weights.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -79,28 +70,13 @@ def heal(
 ) -> None:
     """Train a converted model for a while, so that it gets back what the conversion cost."""
     quiet_libraries()
-    from dataclasses import fields
-
     from lrkv_convert.healing import heal as run
     from lrkv_convert.settings.recipe import load_recipe, read_fields
-    from lrkv_convert.train.options import Options
 
     from . import display
 
-    known = {field.name for field in fields(Options)}
-    recipe = recipe or "short"
-    options = load_recipe(recipe, "heal", known)
-    options |= read_fields(set_ or [], known)
-    options |= {
-        name: value
-        for name, value in {
-            "tokens": tokens,
-            "loss": loss,
-            "optimizer": optimizer,
-            "train": train,
-        }.items()
-        if value is not None
-    }
+    known, recipe = set(Options.given()), recipe or "short"
+    options = load_recipe(recipe, "heal", known) | read_fields(set_ or [], known) | given
     with display.healing(shown=speaks_for_all()) as (report, stage, notice):
         done = run(
             model,

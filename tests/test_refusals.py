@@ -246,7 +246,7 @@ def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(
         story,
-        "fit_site",
+        "write_layer",
         lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     refused(source, tmp_path / "new" / "deep" / "out", says="No space left")

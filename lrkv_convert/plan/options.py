@@ -1,82 +1,138 @@
 """What a user may ask of a conversion, and which wishes contradict one another. Checked before
 anything is read in full.
+
+The command line is made of these fields, and `--help` must not wait for torch: what imports it is
+imported where it is used.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import LrkvError
-from ..families import KINDS, Family, Site
-from ..fit.bases import BASES
-from ..fit.metric import METRICS
-from ..forms import form_named
-from ..settings.fields import Typed
-from .shapes import Plan, uniform_plan
+from ..settings.fields import Limit, Typed, option
+
+if TYPE_CHECKING:
+    from ..families import Family, Site
+    from .spend import Budget, Uniform
 
 # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
 TOKENS, BUILT_IN_TOKENS = 16384, 32768
 SPEECH_TOKENS = 4096  # of transcripts: about 20 minutes of speech
+
+SHARE = Limit(
+    lambda value: 0 < value < 1,
+    "it lies between 0 and 1",
+    "a cache ratio of {value} is out of range",
+)
+WIDE = Limit(
+    lambda value: value >= 1,
+    "see --max-width-k and --max-width-v",
+    "the widest base is at least 1 wide",
+)
+SOME = Limit(
+    lambda value: value >= 1,
+    "give --calibration none for the weights alone",
+    "{value} calibration tokens are none",
+)
+
+
+def forms() -> list[str]:
+    """Names of the forms of keys, a file each, without importing them (they import torch)."""
+    files = (Path(__file__).parent.parent / "forms").glob("*.py")
+    names = sorted(file.stem.replace("_", "-") for file in files)
+    return ["joint", *(name for name in names if name not in ("joint", "base", "--init--"))]
 
 
 @dataclass(frozen=True)
 class Options(Typed):
     """How to convert. The defaults halve the cache. Raises LrkvError for a value of the wrong type.
 
-    cache_ratio: byte budget, as a share of the original cache, spent over layers, keys and values
-    where the loss minds most (default: 0.5, with full keys 0.75); max_width_k, max_width_v: how
-    wide its bases may be (default: one head for keys under RoPE, four otherwise). rank, rank_k,
-    rank_v: the same residual rank in every layer instead; base_width, base_width_k, base_width_v:
-    width of the base then (default: one head). keys: the form in which keys are cached
-    (forms.FORMS). base: how the base is found (fit/bases.py). metric: in which norm
-    (fit/metric.py). refit: correct W_O in closed form afterwards; needs calibration text.
-    calibration: text files or folders, "self" for text sampled from the model, [] or "none" for
-    none, None for the text that ships with the package; for encoder-decoders what examples/pairs.py
-    reads. calibration_tokens: how much of it is read (default: BUILT_IN_TOKENS of that text, TOKENS
-    of any other). dtype: of the output, "auto" keeps the source's. force: allow a cache that does
-    not shrink. recipe: name to record. attention: "self", "cross" or "self,cross": which attention
-    of an encoder-decoder's decoder (default: both; each has a cache, a budget and a plan of its
-    own); decoder-only models have self-attention alone.
+    What None stands for is decided where it is used: `spend`, `kinds`, `tokens_of`.
     """
 
-    cache_ratio: float | None = None
-    rank: int | None = None
-    rank_k: int | None = None
-    rank_v: int | None = None
-    base_width: int | None = None
-    base_width_k: int | None = None
-    base_width_v: int | None = None
-    max_width_k: int | None = None
-    max_width_v: int | None = None
-    keys: str = "joint"
-    base: str = "joint"
-    metric: str = "fisher"
-    refit: bool = True
-    calibration: list[str] | None = None
-    calibration_tokens: int | None = None
-    dtype: str = "auto"
-    max_shard_size: int | str = "5GB"
-    force: bool = False
-    recipe: str | None = None
-    attention: str | None = None
+    cache_ratio: float | None = option(
+        None,
+        "Share of the original cache, in bytes, spent over layers, keys and values where the loss"
+        " rises least. Default: 0.5, with --keys full 0.75.",
+        limits=[SHARE],
+    )
+    rank: int | None = option(
+        None, "Instead: the same residual rank of keys and values in every layer."
+    )
+    rank_k: int | None = option(None, "Residual rank of keys.")
+    rank_v: int | None = option(None, "Residual rank of values.")
+    base_width: int | None = option(
+        None,
+        "With --rank: width of the shared base. Default: one head; 0: one latent per head.",
+    )
+    base_width_k: int | None = option(None, "Base width of keys.")
+    base_width_v: int | None = option(None, "Base width of values.")
+    max_width_k: int | None = option(
+        None,
+        "With --cache-ratio: widest base of keys. Default: one head under RoPE, else four.",
+        limits=[WIDE],
+    )
+    max_width_v: int | None = option(
+        None, "With --cache-ratio: widest base of values. Default: four heads.", limits=[WIDE]
+    )
+    keys: str = option(
+        "joint",
+        "How RoPE keys are cached: joint (best quality), per-head or rotary (less to rebuild when"
+        " read), full (as they are: only values are compressed).",
+        choices=forms(),
+        called="form of keys",
+    )
+    base: str = option(
+        "joint",
+        "How the base is found: joint, with the residuals; aligned (C = I after a gauge); mean,"
+        " pooled and grouped, to compare with.",
+        choices=["joint", "aligned", "mean", "pooled", "grouped"],
+    )
+    metric: str = option(
+        "fisher",
+        "Norm of the fit: fisher (by the gradient of the loss), attention, whitened or plain.",
+        choices=["fisher", "attention", "whitened", "plain"],
+    )
+    refit: bool = option(
+        True,
+        "Correct W_O in closed form after the fit, or not; needs calibration text.",
+        flag="--refit/--no-refit",
+    )
+    calibration: list[str] | None = option(
+        None,
+        "Text files or folders, several; self for text sampled from the model; none for the weights"
+        " alone. Default: a text that ships with the package. Encoder-decoders: .jsonl files of"
+        ' {"source": ..., "target": ...} (without a target, what the model writes itself), or'
+        " texts, whose paragraphs are sources; speech models: folders of .wav files, transcripts in"
+        " x.txt beside x.wav or in transcripts.tsv.",
+    )
+    calibration_tokens: int | None = option(
+        None,
+        f"Tokens of calibration text. Default: {BUILT_IN_TOKENS} of the text that ships here,"
+        f" {TOKENS} of yours; of an encoder-decoder's sources {TOKENS}, of what is said"
+        f" {SPEECH_TOKENS}.",
+        limits=[SOME],
+    )
+    dtype: str = option(
+        "auto", "Of the output: auto (the source's), float32, bfloat16, float16 or float64."
+    )
+    max_shard_size: int | str = option("5GB", "Largest safetensors file.")
+    force: bool = option(False, "Allow ranks that do not shrink the cache.", flag="--force")
+    recipe: str | None = option(None, "Name of the recipe, to record.", given=False)
+    attention: str | None = option(
+        None,
+        "Which attention of an encoder-decoder's decoder: self, cross, or self,cross (default"
+        " there); each has a cache and a budget of its own. Decoder-only models have self alone.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.calibration == ["none"]:
             object.__setattr__(self, "calibration", [])
 
-    @property
-    def uniform(self) -> dict:
-        """The options that give every layer the same shape, as `uniform_plan` takes them."""
-        return {
-            "rank": self.rank,
-            "rank_k": self.rank_k,
-            "rank_v": self.rank_v,
-            "width": self.base_width,
-            "width_k": self.base_width_k,
-            "width_v": self.base_width_v,
-        }
-
-    def tokens_of(self, family: Family) -> int:
+    def tokens_of(self, family: "Family") -> int:
         """Tokens of calibration to read."""
         if self.calibration_tokens is not None:
             return self.calibration_tokens
@@ -89,23 +145,32 @@ class Options(Typed):
         return self.calibration is not None and not len(self.calibration)
 
     @property
-    def budget(self) -> float | None:
-        """The byte budget as a share of the original cache; None for the same shape in every
-        layer.
-        """
-        planned = self.base == "joint" and self.metric == "fisher" and not self.without_text
-        if (
-            self.cache_ratio is not None
-            or not planned
-            or any(value is not None for value in self.uniform.values())
-        ):
-            return self.cache_ratio
-        return form_named(self.keys).budget
+    def spend(self) -> "Budget | Uniform":
+        """How much of the original cache to spend: a budget, or the same shape in every layer."""
+        from ..forms import form_named
+        from .spend import Budget, Uniform
 
-    def kinds(self, family: Family) -> tuple[str, ...]:
+        uniform = Uniform(
+            rank=self.rank,
+            rank_k=self.rank_k,
+            rank_v=self.rank_v,
+            width=self.base_width,
+            width_k=self.base_width_k,
+            width_v=self.base_width_v,
+        )
+        planned = self.base == "joint" and self.metric == "fisher" and not self.without_text
+        if self.cache_ratio is None and (uniform != Uniform() or not planned):
+            return uniform
+        usual = form_named(self.keys).budget
+        ratio = usual if self.cache_ratio is None else self.cache_ratio
+        return Budget(ratio, self.max_width_k, self.max_width_v)
+
+    def kinds(self, family: "Family") -> tuple[str, ...]:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that
         this model has not.
         """
+        from ..families import KINDS
+
         asked = (
             [kind.strip() for kind in self.attention.split(",")]
             if self.attention is not None
@@ -122,81 +187,61 @@ class Options(Typed):
             )
         return tuple(kind for kind in KINDS if kind in asked)
 
-    def check(self, sites: Sequence[Site], config) -> None:
-        """Raise LrkvError for values out of range and for options that contradict one another."""
-        for value, known, name in ((self.base, BASES, "base"), (self.metric, METRICS, "metric")):
-            if value not in known:
-                raise LrkvError(f"unknown {name} {value!r}", f"choose from {', '.join(known)}")
+    def check(self, sites: "Sequence[Site]", config) -> None:
+        """Raise LrkvError for values out of range, for options that contradict one another, and for
+        those that do not go with the model.
+        """
+        from ..forms import form_named
+
+        self.check_fields()
         geometries = list(dict.fromkeys(site.geometry for site in sites))
         form_named(self.keys).check(geometries, self.base, config)
-        if self.cache_ratio is not None:
-            self._check_budget()
+        self.check_spend()
         if self.metric == "whitened" and self.without_text:
             raise LrkvError(
                 "the whitened metric is made of calibration text, and there is none",
                 "give --calibration, or another --metric",
-            )
-        if any(width is not None and width < 1 for width in (self.max_width_k, self.max_width_v)):
-            raise LrkvError(
-                "the widest base is at least 1 wide", "see --max-width-k and --max-width-v"
             )
         if self.metric == "attention" and any(g.key_norm for g in geometries):
             raise LrkvError(
                 "the attention metric knows nothing of QK-norm, which this model has",
                 "leave --metric out, or take whitened or plain",
             )
+
+    def check_spend(self) -> None:
+        """Raise LrkvError for a budget beside ranks, or beside what it cannot plan; and for limits
+        of a budget where there is none.
+        """
+        from ..forms import form_named
+
+        ranks = (self.rank, self.rank_k, self.rank_v)
+        widths = (self.base_width, self.base_width_k, self.base_width_v)
+        if self.cache_ratio is not None:
+            if any(value is not None for value in (*ranks, *widths)):
+                raise LrkvError(
+                    "a cache ratio and ranks or base widths exclude each other",
+                    "give --cache-ratio, or --rank with --base-width",
+                )
+            if self.base != "joint":
+                raise LrkvError(
+                    f"a cache ratio plans the joint base only, not {self.base}",
+                    "give --rank with the other bases",
+                )
+            if self.metric != "fisher" or self.without_text:
+                raise LrkvError(
+                    "a cache ratio compares layers by the gradient of the loss, on calibration"
+                    " text",
+                    "give --rank without text or with other metrics",
+                )
         if self.max_width_k is not None and not form_named(self.keys).sized:
             raise LrkvError(
                 f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out"
             )
-        if self.calibration_tokens is not None and self.calibration_tokens < 1:
-            raise LrkvError(
-                f"{self.calibration_tokens} calibration tokens are none",
-                "give --calibration none for the weights alone",
-            )
-        if self.budget is None and (self.max_width_k or self.max_width_v):
+        if self.spend.ratio is None and (self.max_width_k or self.max_width_v):
             raise LrkvError(
                 "the widest base is a limit of --cache-ratio, and there is none here",
                 "with --rank, give --base-width",
             )
-
-    def _check_budget(self) -> None:
-        if any(value is not None for value in self.uniform.values()):
-            raise LrkvError(
-                "a cache ratio and ranks or base widths exclude each other",
-                "give --cache-ratio, or --rank with --base-width",
-            )
-        if not 0 < self.cache_ratio < 1:
-            raise LrkvError(
-                f"a cache ratio of {self.cache_ratio} is out of range", "it lies between 0 and 1"
-            )
-        if self.base != "joint":
-            raise LrkvError(
-                f"a cache ratio plans the joint base only, not {self.base}",
-                "give --rank with the other bases",
-            )
-        if self.metric != "fisher" or self.without_text:
-            raise LrkvError(
-                "a cache ratio compares layers by the gradient of the loss, on calibration text",
-                "give --rank without text or with other metrics",
-            )
-
-    def uniform_plan(self, sites: Sequence[Site], layers: int, element_size: int) -> Plan | None:
-        """The plan of one kind of attention, where it is the same in every layer; None where it
-        waits for calibration. Raises LrkvError for shapes that cannot be.
-        """
-        if self.budget is not None:
-            return None
-        plan = uniform_plan(
-            sites, layers, element_size, **self.uniform, keys=self.keys, force=self.force
-        )
-        site = plan.sites[0]
-        try:
-            for form, shape, geometry in reversed(site.sides):
-                form.check_shape(shape, geometry, self.base)
-        except ValueError as error:
-            raise LrkvError(str(error), "see --base-width and --rank") from error
-        return plan
 
     def record(self) -> dict:
         """What lrkv.json keeps: everything that decides the result. Where shards end does not."""
@@ -205,4 +250,4 @@ class Options(Typed):
             for name, value in asdict(self).items()
             if name not in ("max_shard_size", "recipe") and (name, value) != ("attention", None)
         }
-        return {**kept, "cache_ratio": self.budget, "name": self.recipe}
+        return {**kept, "cache_ratio": self.spend.ratio, "name": self.recipe}
