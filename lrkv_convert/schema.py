@@ -185,15 +185,14 @@ def _table(cls: type[Part]) -> str:
     return "\n".join([*head, *rows])
 
 
-def _named(kind: Any) -> str:
+def _named(kind: Any, many: bool = False) -> str:
     """An annotation in words."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(_named(each) for each in inside)
-    if origin is tuple:
-        return f"list of {_named(inside[0])}"
-    if origin is dict:
-        return "object" if inside[1] is Any else f"object of {_named(inside[1])}"
     if is_dataclass(kind):
         return kind.__name__  # type: ignore[union-attr]
-    return WORDS[kind].removeprefix("a ")
+    if kind is Any:
+        return "anything"
+    name = WORDS[origin or kind].removeprefix("an ").removeprefix("a ") + "s" * many
+    return f"{name} of {_named(inside[-1 if origin is dict else 0], many=True)}" if inside else name

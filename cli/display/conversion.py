@@ -43,7 +43,7 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         sides = (f"{s.width} + {g.kv_heads}·{s.rank}" for s in (site.keys, site.values))
         table.add_row(str(site.layer), *sides, str(site.numbers), str(site.numbers_before))
     out.print(table)
-    _show_cost(out, Cost(**plan.cache()), unit)
+    _show_cost(out, Cost.from_json(plan.cache()), unit)
 
 
 def _show_cost(out: Console, cache: Cost, unit: str = "token") -> None:

@@ -79,7 +79,7 @@ def healing(shown: bool = True):
 def show_healing(entry: Healed, model: str, folder: Path) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
     out, nll, text = console_for(), entry.validation.nll, entry.validation.text
-    between = isinstance(text, str)  # the windows trained on
+    between = isinstance(text, str)  # what was trained on
     name = "held-out text" if between else ", ".join(text)
     table = table_of(name, "loss", "perplexity", "ratio")
     for each, loss in nll.known.items():
@@ -94,7 +94,7 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
         out.print("Healing did not help on this text: try more tokens, or smaller learning rates.")
     elif nll.base < nll.converted:
         remark = (
-            " (held out between the windows trained on: a text apart, as in --set validation=FILE,"
+            " (held out between what was trained on: a text apart, as in --set validation=FILE,"
             " says less)"
             if between
             else ""
@@ -102,7 +102,7 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
         back = (nll.converted - nll.healed) / (nll.converted - nll.base)
         out.print(f"{back:.0%} of the lost log-perplexity is back{remark}")
     speed = entry.tokens / entry.seconds if entry.seconds else 0
-    rounds = f", each window {entry.rounds:.1f} times" if entry.rounds > 1 else ""
+    rounds = f", each {entry.rounds:.1f} times" if entry.rounds > 1 else ""
     out.print(
         f"{entry.tokens:,} tokens{rounds} in {entry.seconds:,.0f} s of training, {speed:,.0f}"
         f" tokens/s, {in_units(entry.peak_memory_bytes)} of memory;"

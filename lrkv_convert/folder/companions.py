@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -145,9 +145,9 @@ def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str, co
         return Layer(layer=site.layer, path=paths[site.layer], rotary_dim=turned, **sides)
 
     return Attention(
-        cache=Cost(**plan.cache()),
+        cache=Cost.from_json(plan.cache()),
         keys=plan.keys,
-        geometry=Geometry(layers=plan.layers, **vars(plan.geometry)),
+        geometry=Geometry.from_json({"layers": plan.layers, **asdict(plan.geometry)}),
         rope_layout=HALF_SPLIT if any(site.geometry.rotary for site in plan.sites) else None,
         layers=tuple(map(layer, plan.sites)),
     )
