@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrkv_convert.device import in_units
+
 from ..app import visible
 
 WIDTH = 100  # when the output is no terminal, and at most
@@ -47,6 +49,11 @@ def console_for(stderr: bool = False) -> Console:
 def say(line: str) -> None:
     """One line on stdout that is not folded, so that it can be copied."""
     print(visible(line))
+
+
+def of_memory(count: int | None) -> str:
+    """A clause on the most memory that was held; none where the system does not say."""
+    return "" if count is None else f", {in_units(count)} of memory"
 
 
 def show_notices(notices: list[str]) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lrkv_convert.device import in_units
 from lrkv_convert.folder.markup import quoted
 from lrkv_convert.format import Healed
 
 from ..app import visible
-from .parts import console_for, say, table_of
+from .parts import console_for, of_memory, say, table_of
 
 
 @contextmanager
@@ -105,7 +104,7 @@ def show_healing(entry: Healed, model: str, folder: Path) -> None:
     rounds = f", each {entry.rounds:.1f} times" if entry.rounds > 1 else ""
     out.print(
         f"{entry.tokens:,} tokens{rounds} in {entry.seconds:,.0f} s of training, {speed:,.0f}"
-        f" tokens/s, {in_units(entry.peak_memory_bytes)} of memory;"
+        f" tokens/s{of_memory(entry.peak_memory_bytes)};"
         f" {entry.validation.tokens:,} tokens held out"
     )
     if not entry.picture:
