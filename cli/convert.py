@@ -58,7 +58,7 @@ def convert(
     if as_json:
         planned = {kind: plan.as_dict() for kind, plan in done.plans.items()}
         print(json.dumps(done.record.to_json() if done.record else planned, indent=2))
-    elif dry_run:
+    elif done.record is None:
         display.show_plan(done.plans, model)
     else:
         display.show_conversion(done.record, model, out)

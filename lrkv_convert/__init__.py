@@ -11,8 +11,8 @@ for. transformers finds the converted families from then on: their folders load 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import registering
 from .errors import LrkvError
+from .registration import register
 
 if TYPE_CHECKING:  # what an editor and a type checker see; __getattr__ gives the same
     from .conversion import Conversion, convert
@@ -74,4 +74,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-registering.begin()
+register()

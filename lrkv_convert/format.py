@@ -237,7 +237,7 @@ class Validation(Part):
     """The text that was held out."""
 
     text: Annotated[
-        str | tuple[str, ...], "names of texts, or `held out` between the windows trained on"
+        str | tuple[str, ...], "names of texts, or `held out` between what was trained on"
     ] = "held out"
     tokens: Annotated[int, "how many are predicted"]
     nll: Annotated[Losses, "what the models think of it"]
@@ -251,12 +251,12 @@ class Healed(Part):
     date: Annotated[str, "when"]
     recipe: Annotated[dict[str, Any], "its options, and the `name` of the recipe"]
     data: Annotated[tuple[str, ...], "names of files and datasets"]
-    windows_sha256: Annotated[str | None, "of the packed windows, or of the examples"] = None
-    examples: Annotated[int | None, "how many an encoder-decoder was trained on", ABSENT] = None
+    windows_sha256: Annotated[str | None, "of the packed windows", ABSENT] = None
+    examples: Annotated[int | None, "pairs trained on, of encoder-decoders", ABSENT] = None
     targets_by_the_model: Annotated[
-        int | None, "how many of their targets the teacher wrote, or the model itself", ABSENT
+        int | None, "targets of them that a model wrote, the original or this one", ABSENT
     ] = None
-    rounds: Annotated[float, "how often each window was read"] = 1.0
+    rounds: Annotated[float, "how often each window, or pair, was read"] = 1.0
     teacher: Annotated[str | None, "where the original lay; null: trained without it"]
     loss: Annotated[str, "`kl`, `ce` or `mix`"]
     steps: Annotated[int, "steps"]

@@ -7,7 +7,7 @@ documentation is made of them. Needs the standard library alone.
 """
 
 import json
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
@@ -111,15 +111,15 @@ def _decoded(kind: Any, value: Any, at: str) -> Any:
         return _decoded(_fitting(inside, value), value, at)
     if kind is Any:
         return value
-    if is_dataclass(kind):
+    if isinstance(kind, type) and issubclass(kind, Part):
         return _part(kind, as_object(value, at or "it"), at)
     wanted = origin or kind
     taken = {float: (int, float), tuple: (list, tuple)}.get(wanted, (wanted,))
     if not isinstance(value, taken) or isinstance(value, bool) and wanted is not bool:
         raise Unlike(f"{at} holds {kind_of(value)} where {WORDS[wanted]} belongs")
-    if wanted is tuple:
+    if isinstance(value, list | tuple):
         return tuple(_decoded(inside[0], each, f"{at}[{i}]") for i, each in enumerate(value))
-    if wanted is dict:
+    if isinstance(value, dict):
         return {name: _decoded(inside[1], each, f"{at}.{name}") for name, each in value.items()}
     return value
 
@@ -170,8 +170,8 @@ def tables(cls: type[Part]) -> str:
 
 def _parts(kind: Any) -> list[type[Part]]:
     """The classes that an annotation speaks of."""
-    if is_dataclass(kind):
-        return [kind]  # type: ignore[list-item]
+    if isinstance(kind, type) and issubclass(kind, Part):
+        return [kind]
     return [part for inside in get_args(kind) for part in _parts(inside)]
 
 
@@ -185,15 +185,14 @@ def _table(cls: type[Part]) -> str:
     return "\n".join([*head, *rows])
 
 
-def _named(kind: Any) -> str:
+def _named(kind: Any, many: bool = False) -> str:
     """An annotation in words."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(_named(each) for each in inside)
-    if origin is tuple:
-        return f"list of {_named(inside[0])}"
-    if origin is dict:
-        return "object" if inside[1] is Any else f"object of {_named(inside[1])}"
-    if is_dataclass(kind):
-        return kind.__name__  # type: ignore[union-attr]
-    return WORDS[kind].removeprefix("a ")
+    if isinstance(kind, type) and issubclass(kind, Part):
+        return kind.__name__
+    if kind is Any:
+        return "anything"
+    name = WORDS[origin or kind].removeprefix("an ").removeprefix("a ") + "s" * many
+    return f"{name} of {_named(inside[-1 if origin is dict else 0], many=True)}" if inside else name

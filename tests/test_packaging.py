@@ -26,9 +26,9 @@ def test_the_wheel_holds_code_text_and_recipes_and_no_stray_package(tmp_path):
     assert {
         "lrkv_convert/" + str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml")
     } <= names
-    assert "lrkv_convert/data/calibration.txt" in names and any(
-        n.endswith("LICENSE") for n in names
-    )
+    data = {str(p.relative_to(ROOT)) for p in (ROOT / "lrkv_convert" / "data").iterdir()}
+    assert data | {"lrkv_convert/py.typed"} <= names
+    assert any(n.endswith(".jinja") for n in data) and any(n.endswith("LICENSE") for n in names)
     assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {
         "lrkv_convert",
         "lrkv_cli",

@@ -10,7 +10,7 @@ from lrkv_convert.families import family_named
 from lrkv_convert.folder.markup import quoted
 from lrkv_convert.format import Cost, Fit, Record
 
-from .parts import console_for, measured_on, say, table_of
+from .parts import console_for, measured_on, of_memory, say, table_of
 
 
 def _ranks(side: Fit) -> str:
@@ -32,7 +32,7 @@ def show_plan(plans: Mapping, model: str) -> None:
 
 
 def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
-    g, (name, unit) = plan.geometry, KINDS.get(kind, ("", "token"))
+    g, (name, unit) = plan.geometry, KINDS.get(kind or "", ("", "token"))
     out.print(
         f"{model}: {f'{name}, ' if name else ''}{plan.layers} layers, {g.kv_heads} KV heads of"
         f" width {g.head_dim}, {g.groups} query head(s) each,"
@@ -43,7 +43,7 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         sides = (f"{s.width} + {g.kv_heads}·{s.rank}" for s in (site.keys, site.values))
         table.add_row(str(site.layer), *sides, str(site.numbers), str(site.numbers_before))
     out.print(table)
-    _show_cost(out, Cost(**plan.cache()), unit)
+    _show_cost(out, Cost.from_json(plan.cache()), unit)
 
 
 def _show_cost(out: Console, cache: Cost, unit: str = "token") -> None:
@@ -60,6 +60,7 @@ def _show_cost(out: Console, cache: Cost, unit: str = "token") -> None:
 def show_conversion(record: Record, model: str, folder: Path, layers: bool = True) -> None:
     """Per layer ranks and errors, the cache, time and memory, and the next command."""
     out, family = console_for(), family_named(record.source.model_type)
+    assert family is not None  # which was converted
     for kind, fitted in record.attention.items():
         name, unit = KINDS[kind] if family.encoder else ("layer", "token")
         if layers:
@@ -81,7 +82,7 @@ def show_conversion(record: Record, model: str, folder: Path, layers: bool = Tru
             f"calibrated on {tokens:,} target tokens, fewer than the model is wide ({width:,}): the"
             " errors say little, give more"
         )
-    out.print(f"{record.seconds:.0f} s, {in_units(record.peak_memory_bytes)} of memory")
+    out.print(f"{record.seconds:.0f} s{of_memory(record.peak_memory_bytes)}")
     if layers:
         say(f"next: lrkv compare {quoted([model, str(folder)])} {measured_on(family)}")
 

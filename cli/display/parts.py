@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrkv_convert.device import in_units
 from lrkv_convert.families import Family
 
 from ..app import visible
@@ -55,6 +56,11 @@ def measured_on(family: Family) -> str:
     """What `lrkv compare` measures such a model on, as it is typed."""
     pairs = "--audio FOLDER" if family.speech else "--pairs FILE"
     return "--text FILE" if family.encoder is None else pairs
+
+
+def of_memory(count: int | None) -> str:
+    """A clause on the most memory that was held; none where the system does not say."""
+    return "" if count is None else f", {in_units(count)} of memory"
 
 
 def show_notices(notices: list[str]) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lrkv_convert.device import in_units
 from lrkv_convert.families import Family
 from lrkv_convert.folder.markup import quoted
 from lrkv_convert.format import Healed
 
 from ..app import visible
-from .parts import console_for, measured_on, say, table_of
+from .parts import console_for, measured_on, of_memory, say, table_of
 
 
 @contextmanager
@@ -80,7 +79,7 @@ def healing(shown: bool = True):
 def show_healing(entry: Healed, model: str, folder: Path, family: Family) -> None:
     """Before conversion, converted, healed, on the held-out text; time; the next command."""
     out, nll, text = console_for(), entry.validation.nll, entry.validation.text
-    between = isinstance(text, str)  # the windows trained on
+    between = isinstance(text, str)  # what was trained on
     name = "held-out text" if between else ", ".join(text)
     table = table_of(name, "loss", "perplexity", "ratio")
     for each, loss in nll.known.items():
@@ -106,7 +105,7 @@ def show_healing(entry: Healed, model: str, folder: Path, family: Family) -> Non
     rounds = f", each {entry.rounds:.1f} times" if entry.rounds > 1 else ""
     out.print(
         f"{entry.tokens:,} tokens{rounds} in {entry.seconds:,.0f} s of training, {speed:,.0f}"
-        f" tokens/s, {in_units(entry.peak_memory_bytes)} of memory;"
+        f" tokens/s{of_memory(entry.peak_memory_bytes)};"
         f" {entry.validation.tokens:,} tokens held out"
     )
     if not entry.picture:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from ..errors import LrkvError
-from ..families import Family, family_named
+from ..families import Family, family_of
 from ..format import (
     FIELDS,
     HALF_SPLIT,
@@ -133,21 +133,23 @@ def conversion_record(
 
 
 def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str, config) -> Attention:
-    family = family_named(config.model_type)
-    paths = {site.layer: site.path for site in family.sites(config, [kind])}
+    paths = {site.layer: site.path for site in family_of(config).sites(config, [kind])}
 
     def layer(site: SitePlan) -> Layer:
-        sides = {
-            side: Fit(base_width=shape.width, rank=shape.rank, error=errors[site.layer][kind][side])
-            for side, shape in (("keys", site.keys), ("values", site.values))
-        }
-        turned = site.geometry.rotary_dim
-        return Layer(layer=site.layer, path=paths[site.layer], rotary_dim=turned, **sides)
+        error = errors[site.layer][kind]
+        fit = lambda shape, side: Fit(base_width=shape.width, rank=shape.rank, error=error[side])
+        return Layer(
+            layer=site.layer,
+            path=paths[site.layer],
+            rotary_dim=site.geometry.rotary_dim,
+            keys=fit(site.keys, "keys"),
+            values=fit(site.values, "values"),
+        )
 
     return Attention(
-        cache=Cost(**plan.cache()),
+        cache=Cost.from_json(plan.cache()),
         keys=plan.keys,
-        geometry=Geometry(layers=plan.layers, **vars(plan.geometry)),
+        geometry=Geometry.from_json({"layers": plan.layers, **asdict(plan.geometry)}),
         rope_layout=HALF_SPLIT if any(site.geometry.rotary for site in plan.sites) else None,
         layers=tuple(map(layer, plan.sites)),
     )

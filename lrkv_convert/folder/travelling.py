@@ -7,6 +7,7 @@ in their place. Weights and config are left alone.
 import importlib
 import json
 import os
+from inspect import getfile
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -21,7 +22,7 @@ def travelling_files(model_type: str) -> list[Path]:
     """The files that a family's models need, its own first. model_type: the original's, e.g.
     "llama".
     """
-    own = importlib.import_module(f"lrkv_convert.modeling.modeling_lrkv_{model_type}").__file__
+    own = getfile(importlib.import_module(f"lrkv_convert.modeling.modeling_lrkv_{model_type}"))
     return [Path(own), *map(Path, get_relative_import_files(own))]
 
 

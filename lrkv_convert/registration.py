@@ -16,7 +16,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 WAYS = ("from_pretrained", "for_model")  # class methods of AutoConfig
 
 
-def begin() -> None:
+def register() -> None:
     """Wrap them, or have them wrapped later. Called once, when the package is imported."""
     if AUTO in sys.modules:
         wrap(sys.modules[AUTO])
