@@ -343,14 +343,14 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "command",
-        [("inspect",), ("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")],
+        [("bench",), ("compare", "--text"), ("heal", "--data"), ("sweep", "--text")],
     )
     def test_commands_for_decoders(self, command, tiny, converted, tmp_path):
         (tmp_path / "text.txt").write_text("some words " * 400)
         name, *option = command
         folder = converted("bart") if name == "heal" else tiny("bart")
         models = [folder, converted("bart")] if name in ("compare", "bench") else [folder]
-        more = ["--out", tmp_path / "out"] if name in ("heal", "sweep", "inspect") else []
+        more = ["--out", tmp_path / "out"] if name in ("heal", "sweep") else []
         error = run(
             name, *models, *((option[0], tmp_path / "text.txt") if option else ()), *more, code=1
         ).stderr.strip()
