@@ -91,7 +91,8 @@ def ahead(
     options = Options(calibration=calibration, calibration_tokens=calibration_tokens)
     options.check(study.sites, study.config)
     asked = {kind: checked_ranks(ranks, sites[0].geometry) for kind, sites in study.by_kind.items()}
-    removed = ablation and ablation.read(model, study.family, max_tokens or ABLATION_TOKENS)
+    wanted = max_tokens or ABLATION_TOKENS
+    removed = ablation.read(model, study.family, wanted) if ablation else None
     skeleton = study.build(pick_device(device))
     wanted = min(CALIBRATION_TOKENS, options.tokens_of(study.family) // 2)
     material = study.gather(calibration, calibration_tokens or wanted)
@@ -101,7 +102,7 @@ def ahead(
             "give --calibration, or leave it out",
         )
     study.check()
-    read = removed and examples_of(removed, study.checkpoint, study.whole)
+    read = examples_of(removed, study.checkpoint, study.whole) if removed else None
     examples = study.read() or []
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..examples.example import Example
 from ..families import AttentionWeights, Site
+from ..modeling.factors_lrkv import LowRankHeads
 from ..source.skeleton import Skeleton, first_of
 from .diversity import gram, similarity
 
@@ -177,7 +178,7 @@ class Watch:
         return _summary(self.sums, weights, W_Q, key_heads(self.other.keys))
 
 
-def key_heads(keys: nn.Module) -> Tensor:
+def key_heads(keys: LowRankHeads) -> Tensor:
     """W_K (H, D, d) that the keys' module of a converted layer stands for, W_shared C_h + U_h
     B_h^T, whatever it caches; float64.
     """
