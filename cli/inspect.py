@@ -115,7 +115,7 @@ def inspect(
         wanted = [int(r) for group in ranks for r in group.split(",")] if ranks else None
     except ValueError as error:
         raise LrkvError(
-            f"ranks {' '.join(ranks)!r} are not numbers", "give some, as in --ranks 8 16 32"
+            f"ranks {' '.join(ranks or [])!r} are not numbers", "give some, as in --ranks 8 16 32"
         ) from error
     if out:
         check_folder(out := expanded(out))

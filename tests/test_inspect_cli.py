@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
@@ -171,3 +172,28 @@ def test_a_converted_folder_without_its_original_says_so(tiny, converted, tmp_pa
     assert "already an LRKV model" in refusal(folder, "--original", converted())
     assert "compared with its original" in refusal(folder, "--original", tiny(), "--ranks", "5")
     assert run("inspect", folder, "--original", tiny(), "--max-tokens", 32).exit_code == 0
+
+
+def test_weights_that_are_not_finite_are_not_looked_at(source, converted, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[3] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for arguments in ([source], [converted(), "--original", source]):
+        assert "up_proj.weight contains NaN or Inf" in refusal(*arguments)
+
+
+def test_what_a_decoder_does_not_read_is_refused(tiny, converted, tmp_path):
+    for option in ("--pairs", "--audio"):
+        assert "has no encoder" in refusal(tiny(), "--ablate", option, tmp_path)
+        assert "has no encoder" in refusal(converted(), option, tmp_path)
+
+
+def test_what_was_found_in_the_source_is_said(source, converted):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for arguments in (
+        [source, "--calibration-tokens", 512, "--ranks", 5],
+        [converted(), "--original", source, "--max-tokens", 32],
+    ):
+        done = run("inspect", *arguments)
+        assert "note: lm_head.weight differs" in done.stderr and "note: " not in done.stdout

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from conftest import run
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
@@ -122,3 +124,40 @@ def test_sweep_refuses_in_one_line(tiny, tmp_path, options, says):
         ],
     )
     assert done.exit_code == 1 and says in done.stderr and not (tmp_path / "out").exists()
+
+
+def refusal(model, tmp_path, *options) -> str:
+    (tmp_path / "text.txt").write_text(TEXT.content)
+    places = ["--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--ranks", "5"]
+    [line] = run("sweep", model, *places, *options, code=1).stderr.strip().splitlines()
+    assert not (tmp_path / "out").exists()
+    return line
+
+
+def test_weights_that_are_not_finite_are_not_swept(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert "up_proj.weight contains NaN or Inf" in refusal(source, tmp_path)
+
+
+def test_a_metric_that_says_nothing_of_the_model_is_refused_as_in_a_conversion(tiny, tmp_path):
+    assert "knows nothing of QK-norm" in refusal(
+        tiny("qwen3"), tmp_path, "--methods", "budget,latent:attention"
+    )
+
+
+def test_what_a_decoder_does_not_read_is_refused(tiny, tmp_path):
+    for option in ("--pairs", "--audio"):
+        assert "has no encoder" in refusal(tiny(), tmp_path, option, tmp_path)
+
+
+def test_what_was_found_in_the_source_is_said(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (tmp_path / "text.txt").write_text(TEXT.content)
+    done = run(
+        *("sweep", source, "--text", tmp_path / "text.txt", "--out", tmp_path / "out"),
+        *("--ranks", 5, "--methods", "lrkv", "--calibration-tokens", 512, "--seq-len", 64),
+    )
+    assert "note: " in done.stderr and "lm_head" in done.stderr

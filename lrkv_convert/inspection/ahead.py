@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..conversion import caps_of
 from ..device import pick_device
 from ..errors import LrkvError
 from ..examples.example import tokens_of
@@ -28,6 +27,7 @@ from ..plan.allocate import Curve, allocate
 from ..plan.curves import KEY_WEIGHT, second_order
 from ..plan.options import Options
 from ..plan.shapes import uniform_plan
+from ..plan.spend import Budget
 from ..study import Progress, Study
 from .ablate import ablate
 from .diversity import mean_diversity
@@ -91,7 +91,8 @@ def ahead(
     options = Options(calibration=calibration, calibration_tokens=calibration_tokens)
     options.check(study.sites, study.config)
     asked = {kind: checked_ranks(ranks, sites[0].geometry) for kind, sites in study.by_kind.items()}
-    removed = ablation and ablation.read(model, study.family, max_tokens or ABLATION_TOKENS)
+    wanted = max_tokens or ABLATION_TOKENS
+    removed = ablation.read(model, study.family, wanted) if ablation else None
     skeleton = study.build(pick_device(device))
     wanted = min(CALIBRATION_TOKENS, options.tokens_of(study.family) // 2)
     material = study.gather(calibration, calibration_tokens or wanted)
@@ -101,7 +102,7 @@ def ahead(
             "give --calibration, or leave it out",
         )
     study.check()
-    read = removed and examples_of(removed, study.checkpoint, study.whole)
+    read = examples_of(removed, study.checkpoint, study.whole) if removed else None
     examples = study.read() or []
     with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
         store = Store(Path(folder), {})
@@ -140,7 +141,7 @@ def look_at(study: Study, ranks: dict[str, list[int]], store: Store) -> dict[str
         for site in sites:
             looks.append(look(*study.look(store, "fisher", site), ranks[kind]))
             study.progress("looking", done := done + 1, len(study.sites))
-        curves = study.curves(kind, "fisher", caps_of(Options()), "joint", store)
+        curves = study.curves(kind, "fisher", Budget(1.0).caps("joint"), "joint", store)
         found[kind] = Outlook(sites, study.layers, looks, curves, ranks[kind])
     return found
 
