@@ -438,14 +438,14 @@ def test_healing_turns_every_dropout_off(family, tmp_path):
             setattr(config, name, 0.3)
     model = AutoModelForCausalLM.from_config(config).train()
     assert not torch.equal(model(prompt()).logits, model(prompt()).logits)
-    choose_trained(model, family_named(family).any, "all")
+    choose_trained(model, family_named(family).sites(config), "all")
     assert torch.equal(model(prompt()).logits, model(prompt()).logits)
 
 
 def test_frozen_experts_are_held_small_in_healing(converted):
-    model, adapter = load(converted("mixtral")), family_named("mixtral").any
-    choose_trained(model, adapter, "attention")
-    set_precision(model, adapter, torch.bfloat16)
+    model, mixtral = load(converted("mixtral")), family_named("mixtral")
+    choose_trained(model, mixtral.sites(model.config), "attention")
+    set_precision(model, mixtral, torch.bfloat16)
     assert (
         model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
         and model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
