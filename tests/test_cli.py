@@ -268,28 +268,31 @@ QUICK = {
     "sweep": ["--calibration-tokens", "1024", "--max-tokens", "256"],
     "bench": ["--steps", "2"],
 }
-# for heads 20 wide and 256 positions
+# for heads 20 wide
 SMALLER = {
     "--rank": "5",
     "--rank-k": "5",
     "--rank-v": "5",
     "--ranks": "5",
     "--tokens": "64,128",
-    "--long-context": "128",
+}
+RUN = {
+    page: lines
+    for page in PAGES
+    if (lines := [words for words in typed(page, "bash") if words[0] not in TYPED_ONLY])
 }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if typed(p, "bash")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, tiny, converted, tmp_path, text, monkeypatch):
     """Every `lrkv` line of its bash blocks, one after the other, with MODEL, DIR, DIR2 and FILE
     filled in, on a tiny model and little text.
     """
     monkeypatch.chdir(tmp_path)
-    lines = [words for words in typed(page, "bash") if words[0] not in TYPED_ONLY]
-    if lines and lines[0][0] != "convert":
+    if RUN[page][0][0] != "convert":
         shutil.copytree(converted(), tmp_path / "out")
     places = {"MODEL": tiny(), "DIR": tmp_path / "out", "DIR2": tmp_path / "healed", "FILE": text}
-    for command, *words in lines:
+    for command, *words in RUN[page]:
         filled = [
             SMALLER.get(before, places.get(word, word)) for before, word in zip(["", *words], words)
         ]

@@ -1,17 +1,23 @@
 """Options, wherever they come from, are read one way: a value is of the type its field says, or one
 line names the field, the value and what is expected."""
 
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields
 
 import pytest
 from conftest import refused, run
+from lrkv_cli.docs import commands
 
 from lrkv_convert import LrkvError, convert
+from lrkv_convert.fit.bases import BASES
+from lrkv_convert.fit.metric import METRICS
 from lrkv_convert.folder.provenance import _setting
 from lrkv_convert.plan import options as conversion
-from lrkv_convert.settings.fields import LARGEST
+from lrkv_convert.plan.shapes import KEYS
+from lrkv_convert.plan.spend import Budget, Uniform
+from lrkv_convert.settings.fields import LARGEST, said
 from lrkv_convert.settings.plain_yaml import parse
-from lrkv_convert.settings.recipe import load_recipe, read_fields
+from lrkv_convert.settings.recipe import load_recipe, read_fields, shipped
 from lrkv_convert.train import options as healing
 
 EXPECTED = {
@@ -76,6 +82,78 @@ def test_the_library_refuses_in_the_same_words(options, says, tiny, tmp_path):
     with pytest.raises(LrkvError, match=says):
         convert(str(tiny()), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- what fields say
+
+
+def test_choices_are_what_the_fit_knows():
+    """They are written out in the options, which are read without torch."""
+    known = {"base": BASES, "metric": METRICS, "keys": KEYS}
+    for name, choices in known.items():
+        assert said(conversion.Options.given()[name]).choices == tuple(choices)
+
+
+@pytest.mark.parametrize(
+    "command, options", [("convert", conversion.Options), ("heal", healing.Options)]
+)
+def test_every_field_has_help_and_is_a_flag_unless_advanced(command, options):
+    parameters = {p.name: p for p in commands()[command].params}
+    for field in fields(options):
+        about = said(field)
+        assert about.help[-1] == "." and "\n" not in about.help
+        if not about.given or about.advanced:
+            assert field.name == "recipe" or field.name not in parameters
+        else:
+            flag = parameters[field.name]
+            assert flag.default is None and flag.help.startswith(about.help), field.name
+            assert flag.multiple == (list[str] in kinds(field))
+
+
+@pytest.mark.parametrize("options", [conversion.Options, healing.Options])
+def test_every_field_refuses_what_is_beyond_its_choices_and_limits(options):
+    for name, field in options.given().items():
+        about = said(field)
+        bad = ["taste"] * bool(about.choices) + [v for v in (-1, 2**40) if about.limits]
+        refusals = []
+        for value in bad:
+            try:
+                options(**{name: value}).check_fields()
+            except LrkvError as refusal:
+                refusals.append(refusal)
+        assert bool(refusals) == bool(bad), name
+        for refusal in refusals:
+            assert refusal.hint and "{" not in refusal.message
+
+
+@pytest.mark.parametrize("name", shipped("heal"))
+def test_recipes_for_healing_say_every_field_as_its_help_does(name):
+    text = shipped("heal")[name]
+    comments = dict(re.findall(r"^(\w+): .*?  +# (.*)$", text, re.M))
+    comments |= dict(re.findall(r"^(\w+): \S+ # (.*)$", text, re.M))
+    assert comments == {name: said(field).help for name, field in healing.Options.given().items()}
+    healing.Options(**load_recipe(name, "heal", set(comments))).check()
+
+
+def test_the_recipe_short_is_the_default():
+    assert load_recipe("short", "heal", set(healing.Options.given())) == asdict(healing.Options())
+
+
+@pytest.mark.parametrize(
+    "asked, spend",
+    [
+        ({}, Budget(0.5)),
+        ({"keys": "full"}, Budget(0.75)),
+        ({"cache_ratio": 0.4, "max_width_v": 64}, Budget(0.4, None, 64)),
+        ({"rank": 7, "base_width_k": 20}, Uniform(rank=7, width_k=20)),
+        ({"base": "mean"}, Uniform()),
+        ({"metric": "plain"}, Uniform()),
+        ({"calibration": "none"}, Uniform()),
+    ],
+)
+def test_a_conversion_spends_a_budget_or_the_same_everywhere(asked, spend):
+    options = conversion.Options(**asked)
+    assert options.spend == spend and options.record()["cache_ratio"] == spend.ratio
 
 
 # ------------------------------------------------------------------------------------------ YAML
