@@ -94,6 +94,7 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
         "cache_lrkv.py",
         "contract_lrkv.py",
         "factors_lrkv.py",
+        "forms_lrkv.py",
         "kernel_lrkv.py",
         "models_lrkv.py",
         modeling,

@@ -44,6 +44,9 @@ class LowRankHeads(nn.Module):
     """
 
     form = "joint"
+    # arguments of the constructor that a fit finds: of what the config says of a layer, beside its
+    # sizes
+    found: tuple[str, ...] = ()
     has_maps = True  # whether there may be maps C
     # of keys under RoPE: whether any is rotated when it is read (by its index in the cache), and
     # whether any lies rotated in the cache

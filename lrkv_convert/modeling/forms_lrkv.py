@@ -89,7 +89,7 @@ def low_rank_heads(
     H, head_dim d: as the config says, unless given.
 
     config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool,
-    "form": str}, "values": {...}}.
+    "form": str}, "values": {...}}, and lists of what a form has `found`.
     """
     field = getattr(config, name, None)
     if field is None:
@@ -104,7 +104,8 @@ def low_rank_heads(
         or getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads
     )
-    return FORMS[spec.get("form", "joint")](
+    form = FORMS[spec.get("form", "joint")]
+    return form(
         width,
         heads,
         head_dim,
@@ -112,4 +113,5 @@ def low_rank_heads(
         spec["rank"][layer_idx],
         spec["alignment"],
         bias,
+        **{name: spec[name][layer_idx] for name in form.found if name in spec},
     )
