@@ -91,6 +91,7 @@ def test_candidates_widen_the_base_first_and_keep_to_the_steps():
     assert max(m for m, _ in path("joint", SMOL, cap=256)) == 192
     assert path("rotary", SMOL, cap=16) == [(64, 0), *((64, r) for r in ranks)]
     assert path("per-head", SMOL, cap=16) == [(0, r) for r in range(4, 65, 4)]
+    assert path("commuting", SMOL, cap=50) == [(16, 0), (32, 0), (48, 0), (50, 0)]
     assert path("full", SMOL, cap=16) == [(0, 64)]
 
 

@@ -153,10 +153,19 @@ HIDDEN = {"between": [5], "behind": [18, 19], "before and between": [0, 11], "of
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("options", [{}, {"keys": "rotary", "rank": 20}, {"keys": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keys": "rotary", "rank": 20},
+        {"keys": "commuting", "base_width_k": 60, "rank_k": 0},
+        {"keys": "full"},
+    ],
+    ids=str,
+)
 def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted):
     """Keys are rotated by their index there: other tokens than the original's would come, so it
-    says so. Keys kept whole know their positions.
+    says so. Keys that lie there rotated know their positions.
     """
     model, ids, mask = (
         load(converted(**{**FULL, **options})),
@@ -169,7 +178,7 @@ def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted)
     )
     expected = load(tiny()).generate(ids, **greedy)
     assert torch.equal(model.generate(ids, use_cache=False, **greedy), expected)
-    if options.get("keys") == "full":
+    if options.get("keys") in ("commuting", "full"):
         assert torch.equal(model.generate(ids, **greedy), expected)
     else:
         with pytest.raises(ValueError, match="not consecutive"):

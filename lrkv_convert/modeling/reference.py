@@ -76,8 +76,23 @@ def _full_key(keys, held: list, h: int, turn) -> torch.Tensor:
     return held[1]
 
 
+def _commuting_key(keys, held: list, h: int, turn) -> torch.Tensor:
+    """Latent after latent, each a complex number that goes to the channel pair of its frequency."""
+    z, c = (torch.complex(*t.chunk(2, dim=-1)) for t in (held[0], _double(keys.C)[h]))
+    key = torch.zeros(len(z), keys.head_dim // 2, dtype=z.dtype, device=z.device)
+    places = [j for j, count in enumerate(keys.kept) for _ in range(count)]
+    for a, j in enumerate(places):
+        key[:, j] += c[a] * z[:, a]
+    return torch.cat((key.real, key.imag), dim=-1)
+
+
 # form -> the keys (S, d) of one head out of what is cached of it
-KEYS = {"joint": _joint_key, "rotary": _rotary_key, "full": _full_key}
+KEYS = {
+    "joint": _joint_key,
+    "rotary": _rotary_key,
+    "commuting": _commuting_key,
+    "full": _full_key,
+}
 
 
 def _head(side, held: list[torch.Tensor], h: int) -> torch.Tensor:
