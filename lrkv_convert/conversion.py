@@ -20,8 +20,15 @@ from transformers import PreTrainedModel
 
 from .device import give_back_memory, peak_memory, pick_device
 from .examples.example import digest
-from .fit.layer import fit_site
-from .folder.companions import conversion_record, converted_config, version, write_companions
+from .fit.layer import fit_site, found_in
+from .folder.companions import (
+    FIELDS,
+    add_found,
+    conversion_record,
+    converted_config,
+    version,
+    write_companions,
+)
 from .folder.places import folder_to_make
 from .folder.store import Store
 from .folder.target import empty_target
@@ -37,7 +44,7 @@ from .study import Progress, Study
 
 # of what calibration leaves for the fit: one more when it changes, so that no half of an older one
 # is gone on with
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ def write_weights(
     clock: Clock,
 ) -> list[dict[str, dict[str, float]]]:
     """Fit layer after layer and write each as it is done; returns the fit errors of every layer, by
-    kind of attention.
+    kind of attention. What fits find beside tensors is put into the config.
     """
     # a model writes into its config what it runs with
     target, skeleton, errors = empty_target(deepcopy(config)), study.skeleton, []
@@ -218,7 +225,10 @@ def write_weights(
             for name in shapes:
                 if name.startswith(f"{stack}{i}."):
                     writer.done(name)
-        errors.append(store.load(f"fitted-{i}"))
+        fitted = store.load(f"fitted-{i}")
+        errors.append({kind: site["errors"] for kind, site in fitted.items()})
+        for kind, site in fitted.items():
+            add_found(getattr(config, FIELDS[kind]), i, study.layers, site["found"])
         study.progress("converting", i + 1, study.layers)
     writer.finish()
     return errors
@@ -238,13 +248,13 @@ def write_layer(
     """Fit the attention of layer i and write all tensors of the layer. target: the converted model,
     whose attention modules are filled for a while.
     """
-    errors, fitted = {}, {}
+    done, fitted = {}, {}
     with clock("fit"):
         for site in study.sites:
             if site.layer == i:
                 planned = next(p for p in plans[site.kind].sites if p.layer == i)
                 seen, attention = study.seen(store, site), target.get_submodule(site.path)
-                errors[site.kind], tensors = fit_site(
+                errors, tensors = fit_site(
                     seen,
                     seen.metrics(options.metric),
                     planned.keys,
@@ -253,6 +263,7 @@ def write_layer(
                     attention,
                     options.refit,
                 )
+                done[site.kind] = {"errors": errors, "found": found_in(attention)}
                 fitted |= {f"{site.path}.{name}": tensor for name, tensor in tensors.items()}
                 del seen
     with clock("write"):
@@ -262,7 +273,7 @@ def write_layer(
                 writer.add(name, check_finite(name, tensor, stored))
         if "shards" not in store:
             store.save("shards", writer.sizes)
-        store.save(f"fitted-{i}", errors)
+        store.save(f"fitted-{i}", done)
         store.remove(f"layer-{i}")
 
 

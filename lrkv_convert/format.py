@@ -27,7 +27,7 @@ CONFIG, RECORD = "config.json", "lrkv.json"
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}
 HALF_SPLIT = "half-split"
 # forms of keys -> which of what a layer caches was rotated before
-ROTATED = {"joint": (), "rotary": ("base",), "full": ("residual",)}
+ROTATED = {"joint": (), "rotary": ("base",), "commuting": ("base",), "full": ("residual",)}
 # the tensors of one side of an attention module: their shapes
 TENSORS = {
     "W_shared.weight": ("m", "D"),
@@ -36,6 +36,8 @@ TENSORS = {
     "B": ("H", "d", "r"),
     "bias": ("H", "d"),
 }
+# where a form has others
+OTHERWISE = {"commuting": {"C": ("H", "m")}}
 
 
 # --------------------------------------------------------------------------------- in config.json
@@ -56,8 +58,15 @@ class Side(Part):
     form: Annotated[
         str | None,
         "of keys: `joint`, base and residual before rotation, rebuilt and rotated when read (also"
-        " `--keys per-head`, which has no base); `rotary`, the base after rotation; `full`, whole"
+        " `--keys per-head`, which has no base); `rotary`, the base after rotation; `commuting`,"
+        " latents of one frequency each, after rotation; `full`, whole"
         " keys after rotation. Values have none",
+        ABSENT,
+    ] = None
+    kept: Annotated[
+        Any,
+        "of `commuting` keys: how many latents each RoPE frequency has, layer by layer; null where"
+        " a layer has no such attention",
         ABSENT,
     ] = None
     rotated_in_cache: Annotated[
@@ -404,7 +413,8 @@ class Folder:
                 "U.weight": r > 0,
                 "B": r > 0 and side.form != "full",
             }
-            for tensor, shape in TENSORS.items():
+            shapes = TENSORS | OTHERWISE.get(side.form or "joint", {})
+            for tensor, shape in shapes.items():
                 if there.get(tensor):
                     found[f"{name}.{tensor}"] = tuple(sizes[letter] for letter in shape)
         return found

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from lrkv_convert import LrkvError
-from lrkv_convert.families import Geometry
-from lrkv_convert.plan.allocate import Point, allocate, candidates, hull
+from lrkv_convert.families import FAMILIES, Geometry, Site
+from lrkv_convert.forms import FORMS
+from lrkv_convert.plan.allocate import Point, allocate, hull
 
-G = Geometry(layers=2, width=48, kv_heads=3, groups=2, head_dim=20, rotary_dim=20)
+G = Geometry(width=48, kv_heads=3, groups=2, head_dim=20, rotary_dim=20)
+LLAMA = FAMILIES["llama"].any
+SITES = [Site(i, "self", LLAMA.module(i).rstrip("."), LLAMA, G) for i in range(2)]
+SMOL = Geometry(width=576, kv_heads=3, groups=3, head_dim=64, rotary_dim=64)
 
 
 def curves(seed: int):
@@ -36,8 +40,8 @@ def total(plan, found):
         for p in curve
     }
     return sum(
-        loss[i, 0, layer.key_width] + loss[i, 1, layer.value_width]
-        for i, layer in enumerate(plan.layers)
+        loss[site.layer, 0, site.keys.width] + loss[site.layer, 1, site.values.width]
+        for site in plan.sites
     )
 
 
@@ -45,7 +49,7 @@ def total(plan, found):
 def test_no_plan_of_the_same_size_is_better(seed, ratio):
     """Against all 5^4 plans: convex curves with equal steps are spent optimally."""
     found = curves(seed)
-    plan = allocate(found, G, 4, ratio)
+    plan = allocate(found, SITES, 2, 4, ratio)
     assert plan.ratio <= ratio
     budget = int(ratio * 2 * 2 * 3 * 20)
     best = min(
@@ -67,18 +71,41 @@ def test_the_hull_skips_what_is_not_worth_a_stop():
     assert [p.numbers for p in hull(points)] == [1, 3, 5]
 
 
+def path(form: str, geometry: Geometry, cap: int) -> list[tuple[int, int]]:
+    """(m, r) along the path of a budget."""
+    shapes = FORMS[form].candidates(geometry, cap)
+    assert all(shape.form == form for shape in shapes)
+    return [(shape.width, shape.rank) for shape in shapes]
+
+
 def test_candidates_widen_the_base_first_and_keep_to_the_steps():
-    assert candidates(Geometry(1, 576, 3, 3, 64, True), cap=64) == [
+    ranks = list(range(4, 43, 4))
+    assert path("joint", SMOL, cap=64) == [
         (16, 0),
         (32, 0),
         (48, 0),
         (64, 0),
-        *((64, r) for r in range(4, 43, 4)),
+        *((64, r) for r in ranks),
     ]
     # never wider than all heads together
-    assert max(m for m, _ in candidates(Geometry(1, 576, 3, 3, 64, True), cap=256)) == 192
+    assert max(m for m, _ in path("joint", SMOL, cap=256)) == 192
+    assert path("rotary", SMOL, cap=16) == [(64, 0), *((64, r) for r in ranks)]
+    assert path("per-head", SMOL, cap=16) == [(0, r) for r in range(4, 65, 4)]
+    assert path("commuting", SMOL, cap=50) == [(16, 0), (32, 0), (48, 0), (50, 0)]
+    assert path("full", SMOL, cap=16) == [(0, 64)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_shape_of_a_form_caches_more_than_the_original(form):
+    for geometry in (G, SMOL):
+        for cap in (16, 1000):
+            shapes = FORMS[form].candidates(geometry, cap)
+            assert all(
+                0 < FORMS[form].numbers(shape, geometry) <= geometry.kv_heads * geometry.head_dim
+                for shape in shapes
+            )
 
 
 def test_a_budget_below_the_floor_is_refused():
     with pytest.raises(LrkvError, match="floor of this model is 0.200"):
-        allocate(curves(0), G, 4, 0.1)
+        allocate(curves(0), SITES, 2, 4, 0.1)

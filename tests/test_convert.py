@@ -342,7 +342,10 @@ KEY_FORMS = [
     dict(keys="per-head", rank=9),
     dict(keys="rotary", rank=7),
     dict(keys="rotary", rank=0),
+    dict(keys="commuting", base_width_k=30, rank_k=0, rank_v=7),
+    dict(keys="commuting", rank=7),
     dict(keys="full", rank_v=7),
+    dict(keys="commuting", cache_ratio=0.5),
     dict(keys="rotary", cache_ratio=0.6),
     dict(keys="full", cache_ratio=0.7),
     dict(keys="per-head", cache_ratio=0.5),
@@ -373,7 +376,15 @@ def test_every_form_of_keys_is_planned_cached_and_decoded(options, tiny, tmp_pat
     )
 
 
-@pytest.mark.parametrize("keys", ["rotary", "full"])
+# those of which nothing is lost
+WHOLE = {
+    "rotary": {"rank": 20},
+    "commuting": {"base_width_k": 60, "rank_k": 0, "rank_v": 20},
+    "full": {"rank_v": 20},
+}
+
+
+@pytest.mark.parametrize("keys", WHOLE)
 @pytest.mark.parametrize("family", ["llama-bias", "llama-mha-yarn", "mistral", "qwen2"])
 def test_rotated_cached_keys_are_exact(keys, family, tiny, tmp_path):
     """At full rank, with left padding and cached in two steps past the sliding window: the
@@ -385,7 +396,7 @@ def test_rotated_cached_keys_are_exact(keys, family, tiny, tmp_path):
         keys=keys,
         force=True,
         calibration=[],
-        **({"rank": 20} if keys == "rotary" else {"rank_v": 20}),
+        **WHOLE[keys],
     )
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", tiny(family))
@@ -408,20 +419,21 @@ def test_rotated_cached_keys_are_exact(keys, family, tiny, tmp_path):
 
 
 def test_reading_cost_orders_the_forms_of_keys(tiny, tmp_path):
-    """Flops to read a token back: full < rotary < per-head < joint at the same bytes of keys;
-    before: two products of H G d.
+    """Flops to read a token back: full < commuting < rotary < per-head < joint at the same bytes of
+    keys; before: two products of H G d.
     """
     plans = {
         keys: convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[], **options).plan
         for keys, options in {
             "joint": dict(rank=7),
             "rotary": dict(keys="rotary", rank=7),
+            "commuting": dict(keys="commuting", base_width_k=40, rank_k=0, rank_v=7),
             "per-head": dict(keys="per-head", rank_k=14, rank_v=7),
             "full": dict(keys="full", rank_v=7),
         }.items()
     }
     flops = {keys: plan.flops_after for keys, plan in plans.items()}
-    assert flops["full"] < flops["rotary"] < flops["per-head"] < flops["joint"]
+    assert flops["full"] < flops["commuting"] < flops["rotary"] < flops["per-head"] < flops["joint"]
     H, G, d, L = 3, 2, 20, 2
     assert plans["joint"].flops_before == 2 * L * 2 * H * G * d
     assert flops["joint"] == 2 * L * (H * (20 + 7) * d + H * G * d + H * G * (20 + 7))

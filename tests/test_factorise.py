@@ -7,8 +7,11 @@ import itertools
 import pytest
 import torch
 
+from lrkv_convert.families import Geometry
 from lrkv_convert.fit.bases import BASES, aligned, error_curve, grouped, joint, mean, pooled
 from lrkv_convert.fit.metric import Metric, square_root
+from lrkv_convert.forms import FORMS, Shape
+from lrkv_convert.modeling import forms_lrkv
 
 EXACT = 1e-9  # float64 eigendecompositions of well-conditioned matrices a few dozen wide
 H, D, d, r = 3, 48, 20, 7
@@ -205,3 +208,68 @@ def test_subspace_iteration_finds_what_the_eigendecomposition_finds(m, rank, mon
         error(W, found.heads(), metric) / norm(W, metric), rel=1e-12
     )
     assert (joint(W, metric, m, d).heads() - W).abs().max() < EXACT * W.abs().max()
+
+
+# ------------------------------------------------------------------------------------------ forms
+
+
+TURNING = Geometry(D, H, 2, d, rotary_dim=d)
+
+
+def fitted(width: int, bias=None, rotary: bool = True) -> tuple:
+    """Commuting keys of this width, as the module that a converted model has them in, and their
+    reported error.
+    """
+    W, metric = random_problem(rotary=rotary)
+    fit = FORMS["commuting"].fit(W, bias, metric, Shape(width, 0, "commuting"), TURNING, "joint")
+    heads = forms_lrkv.FORMS["commuting"](D, H, d, width, 0, True, bias is not None, **fit.found)
+    heads.double().load_state_dict(fit.tensors)
+    return heads, fit.error
+
+
+def turned(heads, angle: float) -> torch.Tensor:
+    """Keys (H, 1 + D, d) of nothing and of unit inputs, after RoPE at a position."""
+    x = torch.cat((torch.zeros(1, D), torch.eye(D))).double().unsqueeze(0)
+    angles = angle * 100.0 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+    angles = torch.cat((angles, angles)).expand(1, 1 + D, d)
+    rotation = angles.cos(), angles.sin()
+    return heads.rebuild(heads.encode(x, rotation), rotation)[0]
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_all_commuting_latents_are_the_keys_at_any_position(biased, rotary):
+    W, _ = random_problem(rotary=rotary)
+    b = torch.randn(H, d, generator=torch.Generator().manual_seed(3)).double()
+    heads, error = fitted(H * d, b if biased else None, rotary)
+    whole = forms_lrkv.FORMS["full"](D, H, d, 0, d, True, biased)
+    tensors = {"U.weight": W.transpose(1, 2).flatten(0, 1)}
+    whole.double().load_state_dict(tensors | ({"bias": b} if biased else {}))
+    with torch.no_grad():
+        for angle in (0.0, 0.7, 40.0):
+            expected = turned(whole, angle)
+            assert (turned(heads, angle) - expected).abs().max() < EXACT * W.abs().max()
+    assert error < 1e-6 and (heads.matrices() - W).abs().max() < EXACT * W.abs().max()
+
+
+def test_the_error_of_commuting_latents_is_the_eigenvalues_they_leave_out():
+    """In a metric that RoPE leaves alone; it falls with every latent."""
+    W, metric = random_problem(rotary=True)
+    widths = [2, 14, 30, 58]
+    shapes = [Shape(m, 0, "commuting") for m in widths]
+    curve, errors = FORMS["commuting"].curve(W, None, metric, shapes), []
+    for m, found in zip(widths, curve):
+        heads, reported = fitted(m)
+        errors.append(error(W, heads.matrices(), metric))
+        assert found == pytest.approx(errors[-1] ** 2, rel=1e-9)
+        assert reported == pytest.approx(errors[-1] / norm(W, metric), rel=1e-9)
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_one_latent_a_frequency_is_no_better_than_the_same_number_where_they_matter():
+    """One a frequency is what an aligned base without residuals is."""
+    W, metric = random_problem(rotary=True)
+    alike = aligned(W, metric, d, 0, rotary=True).error
+    chosen = fitted(d)[1]
+    assert chosen <= alike * (1 + EXACT)
+    assert len(set(fitted(d)[0].kept)) > 1

@@ -238,7 +238,7 @@ def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
         )
 
 
-@pytest.mark.parametrize("keys", ["full", "per-head", "rotary"])
+@pytest.mark.parametrize("keys", ["full", "per-head", "rotary", "commuting"])
 @pytest.mark.parametrize(
     "family",
     ["qwen3", "olmo2", "cohere-norm", "gptj", "gpt_neox", "gemma3_text", "cohere", "falcon-rope"],
@@ -247,17 +247,11 @@ def test_other_forms_of_keys(family, keys, tiny, tmp_path):
     """Exact where nothing is lost, the same with a cache; a base that is rotated in the cache needs
     RoPE on whole heads and no norm.
     """
-    g, options = (
-        geometry(tiny(family)),
-        dict(
-            calibration=[],
-            force=True,
-            keys=keys,
-            rank_v=20,
-            **({} if keys == "full" else {"rank_k": 20}),
-        ),
-    )
-    if keys == "rotary" and (g.key_norm or g.rotary_dim < g.head_dim):
+    g = geometry(tiny(family))
+    whole = {"base_width_k": g.kv_heads * g.head_dim, "rank_k": 0}
+    sizes = {"full": {}, "commuting": whole}.get(keys, {"rank_k": 20})
+    options = dict(calibration=[], force=True, keys=keys, rank_v=20, **sizes)
+    if keys in ("rotary", "commuting") and (g.key_norm or g.rotary_dim < g.head_dim):
         with pytest.raises(LrkvError, match="whole heads and keys without a norm"):
             convert(str(tiny(family)), tmp_path / "out", **options)
         return

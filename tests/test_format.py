@@ -195,7 +195,7 @@ def cached_keys(out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return found[0], found[-1]
 
 
-@pytest.mark.parametrize("form", ["joint", "rotary", "full"])
+@pytest.mark.parametrize("form", ["joint", "rotary", "commuting", "full"])
 def test_keys_lie_in_the_cache_rotated_as_the_config_says(form, converted):
     out = converted("llama", calibration=[], keys=form)
     said = read_folder(out).attention["self"].keys

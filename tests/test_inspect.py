@@ -339,6 +339,7 @@ def test_errors_are_those_of_both_models_run_whole(family, layer, tiny, converte
         {"base": "aligned"},
         {"keys": "rotary", "rank": 5},
         {"keys": "per-head", "rank": 9},
+        {"keys": "commuting", "rank": 5},
         {"keys": "full", "rank": None, "rank_v": 5},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "joint",

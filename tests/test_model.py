@@ -153,10 +153,19 @@ HIDDEN = {"between": [5], "behind": [18, 19], "before and between": [0, 11], "of
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("options", [{}, {"keys": "rotary", "rank": 20}, {"keys": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keys": "rotary", "rank": 20},
+        {"keys": "commuting", "base_width_k": 60, "rank_k": 0},
+        {"keys": "full"},
+    ],
+    ids=str,
+)
 def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted):
     """Keys are rotated by their index there: other tokens than the original's would come, so it
-    says so. Keys kept whole know their positions.
+    says so. Keys that lie there rotated know their positions.
     """
     model, ids, mask = (
         load(converted(**{**FULL, **options})),
@@ -169,7 +178,7 @@ def test_a_cache_with_gaps_is_not_gone_on_with(hidden, options, tiny, converted)
     )
     expected = load(tiny()).generate(ids, **greedy)
     assert torch.equal(model.generate(ids, use_cache=False, **greedy), expected)
-    if options.get("keys") == "full":
+    if options.get("keys") in ("commuting", "full"):
         assert torch.equal(model.generate(ids, **greedy), expected)
     else:
         with pytest.raises(ValueError, match="not consecutive"):
@@ -287,28 +296,34 @@ def test_a_gauge_leaves_logits_unchanged(tiny, tmp_path):
     """aligned folds a gauge into W_Q and W_O; without truncation nothing may change, keys under
     RoPE and biases included (float64 algebra).
     """
-    from lrkv_convert.conversion import open_model
-    from lrkv_convert.fit.layer import convert_layer, empty_target
-    from lrkv_convert.fit.metric import LayerMetrics
+    from dataclasses import replace
+
+    from lrkv_convert.fit.layer import fit_site
     from lrkv_convert.folder.companions import converted_config
-    from lrkv_convert.observe.calibrate import CalibratedLayer
+    from lrkv_convert.folder.store import Store
+    from lrkv_convert.folder.target import empty_target
     from lrkv_convert.plan.shapes import uniform_plan
+    from lrkv_convert.study import Study
 
     for family in ("llama-bias", "qwen2", "gpt2"):
-        checkpoint, adapter = open_model(str(tiny(family)))
-        geometry = adapter.geometry(checkpoint.config)
-        plan = uniform_plan(geometry, 8, rank=20, force=True)
-        target = empty_target(converted_config(checkpoint, adapter, plan, torch.float64, "aligned"))
-        layer = CalibratedLayer(
-            0, adapter.split(checkpoint.tensor, 0, checkpoint.config).to(torch.float64)
+        study = Study(str(tiny(family)))
+        study.build(torch.device("cpu"))
+        site, adapter, geometry = study.sites[0], study.family.any, study.sites[0].geometry
+        plan = uniform_plan(study.sites, study.layers, 8, rank=20, force=True)
+        target = empty_target(
+            converted_config(
+                study.checkpoint, study.family, {"self": plan}, torch.float64, "aligned"
+            )
         )
-        _, tensors = convert_layer(
+        layer = study.seen(Store(tmp_path / f"store-{family}", {}), site)
+        layer = replace(layer, weights=layer.weights.to(torch.float64))
+        _, tensors = fit_site(
             layer,
-            LayerMetrics(layer.weights, geometry),
-            plan,
+            layer.metrics("attention"),
+            plan.sites[0].keys,
+            plan.sites[0].values,
             "aligned",
-            adapter,
-            target.get_submodule(adapter.module(0).rstrip(".")),
+            target.get_submodule(site.path),
             refit=False,
         )
         q_name = "q_attn.weight" if family == "gpt2" else "q_proj.weight"

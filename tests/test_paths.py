@@ -47,6 +47,8 @@ CASES = {
     "qk-norm": ((20, 7, True, "joint"), (24, 5), 1, False, 0, True),
     "rotary": ((20, 7, False, "rotary"), (24, 5), 1, True, 20, False),
     "rotary-groups": ((20, 7, False, "rotary"), (24, 5), 2, False, 20, False),
+    "commuting": ((32, 0, True, "commuting"), (24, 5), 1, True, 20, False),
+    "commuting-groups": ((60, 0, True, "commuting"), (0, 6), 4, False, 20, False),
     "full": ((0, 20, False, "full"), (24, 5), 1, True, 20, False),
     "full-groups": ((0, 20, False, "full"), (0, 6), 4, False, 20, False),
 }
@@ -214,6 +216,7 @@ CONVERSIONS = [
     {"base": "aligned"},
     {"keys": "per-head", "cache_ratio": 0.7},
     {"keys": "rotary", "cache_ratio": 0.8},
+    {"keys": "commuting", "cache_ratio": 0.7},
     {"keys": "full", "cache_ratio": 0.8},
 ]
 
@@ -231,10 +234,15 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
     return torch.cat(pieces, dim=1)
 
 
-# a model without RoPE has no rotary form of keys, and is refused one (test_refusals.py)
+# a model without RoPE is refused the forms of keys that need it (test_refusals.py)
 @pytest.mark.parametrize(
     "family, options",
-    [(f, o) for f in THOROUGH for o in CONVERSIONS if f != "gpt2" or o.get("keys") != "rotary"],
+    [
+        (f, o)
+        for f in THOROUGH
+        for o in CONVERSIONS
+        if f != "gpt2" or o.get("keys") not in ("rotary", "commuting")
+    ],
     ids=str,
 )
 def test_forced_paths_give_the_same_logits(family, options, converted):

@@ -137,7 +137,7 @@ def test_sums_in_float32_are_enough(spread):
         .contiguous()
     )
     weights = AttentionWeights(draw(H, 1, D, d), draw(H, D, d), W, draw(H, 1, d, D))
-    geometry = Geometry(1, D, H, 1, d, 0)
+    geometry = Geometry(D, H, 1, d)
     sums, exact = (
         MetricSums(weights, geometry, {"attention"}, torch.device("cpu")),
         torch.zeros(H, D, D, dtype=torch.float64),
@@ -175,12 +175,12 @@ def test_dead_heads_and_singular_metrics_stay_finite():
 
 
 def test_a_single_sigma_is_not_summed_twice():
-    assert run_count(Geometry(1, 64, 1, 8, 64)) == 0
+    assert run_count(Geometry(64, 1, 8, 64)) == 0
 
 
 def test_memory_decides_how_many_heads_share_a_sigma():
     counts = {
-        (H, d): run_count(Geometry(1, H * d, H, 1, d))
+        (H, d): run_count(Geometry(H * d, H, 1, d))
         for H, d in ((3, 64), (8, 128), (12, 64), (32, 80), (32, 128))
     }
     assert counts == {(3, 64): 3, (8, 128): 8, (12, 64): 8, (32, 80): 5, (32, 128): 0}

@@ -303,6 +303,10 @@ def test_compare_refuses_an_empty_text(tiny, tmp_path):
         (["--keys", "rotary", "--base", "aligned"], "joint base only"),
         (["--keys", "per-head", "--base-width-k", "20"], "how wide keys are"),
         (["--keys", "full", "--rank-k", "3"], "how wide keys are"),
+        (["--keys", "commuting", "--base", "aligned"], "joint base only"),
+        (["--keys", "commuting", "--rank-k", "3"], "has no residuals"),
+        (["--keys", "commuting", "--base-width-k", "21"], "21 is odd"),
+        (["--keys", "commuting", "--base-width-k", "62"], "out of range"),
         (["--keys", "full", "--cache-ratio", "0.4"], "below the smallest plan"),
         (["--keys", "rotary", "--cache-ratio", "0.5", "--max-width-k", "20"], "how wide keys are"),
         (["--max-shard-size", "5G"], "shard size"),
@@ -315,8 +319,9 @@ def test_forms_of_keys_that_do_not_fit(source, tmp_path, options, says):
 def test_rotary_keys_need_rope_that_stays(tiny, tmp_path):
     from lrkv_convert import LrkvError, convert
 
-    with pytest.raises(LrkvError, match="needs RoPE"):
-        convert(str(tiny("gpt2")), tmp_path / "out", keys="rotary", rank=7)
+    for keys in ("rotary", "commuting"):
+        with pytest.raises(LrkvError, match="needs RoPE"):
+            convert(str(tiny("gpt2")), tmp_path / "out", keys=keys, rank=7)
     copy = tmp_path / "model"
     shutil.copytree(tiny(), copy)
     config = json.loads((copy / "config.json").read_text())

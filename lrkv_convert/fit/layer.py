@@ -24,7 +24,8 @@ def fit_site(
     """Fit errors of keys and values of one attention module, and the tensors of the converted
     module by their names in it.
 
-    attention: that module; it is filled for the refit and emptied again.
+    attention: that module; it is filled for the refit and emptied again. What the fit found beside
+    tensors stands in it afterwards (`found_in`).
     """
     weights, adapter, geometry = seen.weights, seen.site.adapter, seen.site.geometry
     # norms, the output's bias
@@ -32,11 +33,13 @@ def fit_site(
     rest = {name: tensor for name, tensor in seen.rest.items() if name in own}
     fit = FORMS[keys.form].fit(weights.W_K, weights.b_K, metrics.keys, keys, geometry, base)
     errors, factored = {"keys": fit.error}, _named("keys", fit.tensors)
+    _tell(attention.keys, fit.found)
     weights = weights if fit.gauge is None else _queries_absorb(weights, fit.gauge)
     fit = FORMS[values.form].fit(
         weights.W_V, weights.b_V, metrics.values, values, of_values(geometry), base
     )
     errors, factored = errors | {"values": fit.error}, factored | _named("values", fit.tensors)
+    _tell(attention.values, fit.found)
     weights = weights if fit.gauge is None else _outputs_absorb(weights, fit.gauge)
     del fit
     give_back_memory()
@@ -49,6 +52,22 @@ def fit_site(
         weights = weights.replace(W_O=refit_output(seen, attention, adapter.output, weights.W_O))
         empty(attention)
     return errors, rest | adapter.join(weights) | factored
+
+
+def found_in(attention: nn.Module) -> dict[str, dict]:
+    """What the config must say of a converted attention module beside its shapes: of keys and of
+    values, by name.
+    """
+    sides = {"keys": attention.keys, "values": attention.values}
+    return {
+        side: {name: getattr(heads, name) for name in heads.found} for side, heads in sides.items()
+    }
+
+
+def _tell(heads: nn.Module, found: dict) -> None:
+    """Let a `LowRankHeads` know what its fit found."""
+    for name, value in found.items():
+        setattr(heads, name, value)
 
 
 def _named(side: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

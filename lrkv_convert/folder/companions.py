@@ -94,6 +94,15 @@ def cached(plan: Plan, base: str) -> Cached:
     )
 
 
+def add_found(spec: dict, layer: int, layers: int, found: dict[str, dict]) -> None:
+    """Put what the fit of a layer found of either side into a field of the config, lists with an
+    entry per layer.
+    """
+    for side, values in found.items():
+        for name, value in values.items():
+            spec[side].setdefault(name, [None] * layers)[layer] = value
+
+
 def conversion_record(
     checkpoint: Checkpoint,
     plans: dict[str, Plan],

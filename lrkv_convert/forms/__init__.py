@@ -2,12 +2,15 @@
 
 from ..errors import LrkvError
 from .base import Asked, Fitted, Form, Shape, of_values
+from .commuting import Commuting
 from .full import Full
 from .joint import Joint
 from .per_head import PerHead
 from .rotary import Rotary
 
-FORMS: dict[str, Form] = {form.name: form for form in (Joint(), PerHead(), Rotary(), Full())}
+FORMS: dict[str, Form] = {
+    form.name: form for form in (Joint(), PerHead(), Rotary(), Commuting(), Full())
+}
 
 
 def form_named(name: str) -> Form:

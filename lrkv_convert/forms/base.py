@@ -9,7 +9,7 @@ Shapes: H KV heads, G query heads per KV head, D width, d head width, m base wid
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -53,12 +53,14 @@ class Fitted:
 
     tensors: of its module in the converted model, by their names there; error: relative, in the
     metric of the fit; gauge (H, d, d) or None: the true head is What_h gauge_h, and the partner
-    (W_Q or W_O) is to absorb gauge_h.
+    (W_Q or W_O) is to absorb gauge_h; found: what the config of the converted model is to say of
+    this layer beside its shape, as JSON has it, by the names of attributes of the module.
     """
 
     tensors: dict[str, Tensor]
     error: float
     gauge: Tensor | None = None
+    found: dict = field(default_factory=dict)
 
 
 class Form(ABC):

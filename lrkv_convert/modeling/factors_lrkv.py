@@ -44,6 +44,9 @@ class LowRankHeads(nn.Module):
     """
 
     form = "joint"
+    # arguments of the constructor that a fit finds: of what the config says of a layer, beside its
+    # sizes
+    found: tuple[str, ...] = ()
     has_maps = True  # whether there may be maps C
     # of keys under RoPE: whether any is rotated when it is read (by its index in the cache), and
     # whether any lies rotated in the cache
@@ -141,7 +144,7 @@ class LowRankHeads(nn.Module):
         base, residual = cached
         shared = None
         if self.W_shared is not None:
-            shared = base if self.C is None else self._aligned(base)  # (N, 1 or H, S, d)
+            shared = base if self.C is None else self._aligned(base, self.C)  # (N, 1 or H, S, d)
         return self._finished(shared, residual, rotation, norm).expand(-1, self.num_heads, -1, -1)
 
     def _finished(
@@ -335,10 +338,10 @@ class LowRankHeads(nn.Module):
         # bias alone has no tokens of its own
         return out.expand(-1, -1, -1, length)
 
-    def _aligned(self, base: torch.Tensor) -> torch.Tensor:
-        """s C_h for all heads in one product: (N, 1, T, m) -> (N, H, T, d)."""
+    def _aligned(self, base: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        """s C_h for all heads in one product: (N, 1, T, m) and (H, m, d) -> (N, H, T, d)."""
         N, _, T, m = base.shape
-        C = self.C.transpose(0, 1).reshape(m, self.num_heads * self.head_dim)  # (m, H d)
+        C = C.transpose(0, 1).reshape(m, self.num_heads * self.head_dim)  # (m, H d)
         return (base.reshape(N, T, m) @ C).view(N, T, self.num_heads, self.head_dim).transpose(1, 2)
 
     def reset_parameters(self) -> None:
