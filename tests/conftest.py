@@ -32,6 +32,18 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 THOROUGH = ("llama", "llama-bias", "llama-mha-yarn", "mistral", "qwen2", "gpt2")
 
 
+# families that `make test` tries, one of every kind; the others are left to `make test-all`
+QUICK = {"llama", "llama-bias", "qwen2", "qwen3", "smollm3", "gpt2", "falcon", "t5", "whisper"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        given = getattr(item, "callspec", None)
+        family = given.params.get("family") if given else None
+        if isinstance(family, str) and family not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
