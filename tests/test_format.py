@@ -28,7 +28,8 @@ FOLDERS = ("llama", "qwen3", "whisper")
 
 def weights(folder: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # noqa: SIM118
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def content(name: str, file: str = "lrkv.json") -> dict:

@@ -106,7 +106,7 @@ class Typed:
     """
 
     def __post_init__(self):
-        for each in fields(self):  # type: ignore[arg-type]  (its children are dataclasses)
+        for each in fields(self):  (its children are dataclasses)
             value = getattr(self, each.name)
             object.__setattr__(self, each.name, fitted(each.name, value, kinds(each)))
 
