@@ -28,7 +28,7 @@ FOLDERS = ("llama", "qwen3", "whisper")
 
 def weights(folder: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(folder / "model.safetensors", "pt") as file:
-        names = file.keys()  # noqa: SIM118
+        names = file.keys()
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 

@@ -106,7 +106,7 @@ class Typed:
     """
 
     def __post_init__(self):
-        for each in fields(self):  (its children are dataclasses)
+        for each in fields(self):  # a dataclass, below
             value = getattr(self, each.name)
             object.__setattr__(self, each.name, fitted(each.name, value, kinds(each)))
 
@@ -119,7 +119,7 @@ class Typed:
     @classmethod
     def given(cls) -> dict[str, Field]:
         """The fields that users may set, by name."""
-        return {each.name: each for each in fields(cls) if said(each).given}  # type: ignore[arg-type]
+        return {each.name: each for each in fields(cls) if said(each).given}
 
 
 def fitted(name: str, value, kinds: tuple):
