@@ -80,7 +80,7 @@ class Options(Typed):
     keys: str = option(
         "joint",
         "How RoPE keys are cached: joint (best quality), per-head or rotary (less to rebuild when"
-        " read), full (as they are: only values are compressed).",
+        " read), commuting (nothing to rebuild), full (as they are: only values are compressed).",
         choices=forms(),
         called="form of keys",
     )
