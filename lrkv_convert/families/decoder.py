@@ -140,8 +140,9 @@ class DecoderAdapter(Adapter):
         self.refuses, self.tuples = refuses, tuples
         self.models, self.positions, self.norms = models, positions, norms
         self.rotates = rotates
-        self.stored = stored or super().stored
-        self.layer_arguments = arguments or super().layer_arguments
+        # methods of this family's own, whose argument may have any name
+        self.stored = stored or super().stored  # pyright: ignore[reportAttributeAccessIssue]
+        self.layer_arguments = arguments or super().layer_arguments  # pyright: ignore[reportAttributeAccessIssue]
 
     def layers(self, config) -> int:
         return config.num_hidden_layers
@@ -205,8 +206,11 @@ class DecoderAdapter(Adapter):
             weight.append(W.reshape(len(W), *rows.shape).movedim(0, -2))
             bias.append(read(f"{name}.bias")[rows] if kind in biased else None)
         g, W_O = self.geometry(config), read(f"{at}{self.output}.weight")
+        W_Q, W_K, W_V = weight
         return AttentionWeights(
-            *weight,
+            W_Q,
+            W_K,
+            W_V,
             (W_O if self.transposed else W_O.T).reshape(g.kv_heads, g.groups, g.head_dim, -1),
             *bias,
         )
