@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -115,12 +115,12 @@ class Command(TyperCommand):
             else:
                 spread.append(arg)
         left = super().parse_args(ctx, spread)
-        for parameter in self.params:
+        parameters: list[Any] = self.params  # typer asks for a narrower type where it reports one
+        for parameter in parameters:
             given = ctx.params.get(parameter.name)
             for value in given if isinstance(given, list | tuple) else [given]:
                 if reason := no_use(value):
-                    # typer's own type for a parameter is narrower than its base class
-                    raise typer.BadParameter(reason, ctx=ctx, param=parameter)  # pyright: ignore[reportArgumentType]
+                    raise typer.BadParameter(reason, ctx=ctx, param=parameter)
         return left
 
 

@@ -7,7 +7,7 @@ i + rotary_dim / 2), which leaves every score as it was: the converted model kno
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,9 +140,9 @@ class DecoderAdapter(Adapter):
         self.refuses, self.tuples = refuses, tuples
         self.models, self.positions, self.norms = models, positions, norms
         self.rotates = rotates
-        # methods of this family's own, whose argument may have any name
-        self.stored = stored or super().stored  # pyright: ignore[reportAttributeAccessIssue]
-        self.layer_arguments = arguments or super().layer_arguments  # pyright: ignore[reportAttributeAccessIssue]
+        own: Any = self  # functions in the place of two methods
+        own.stored = stored or super().stored
+        own.layer_arguments = arguments or super().layer_arguments
 
     def layers(self, config) -> int:
         return config.num_hidden_layers
