@@ -6,12 +6,18 @@ import math
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 LARGEST = 10**15  # nothing here is counted as far
-[UsageError] = typer.BadParameter.__bases__  # of the click that this typer brings, or uses
+if TYPE_CHECKING:
+    from lrkv_convert.errors import LrkvError
+
+    UsageError = typer.BadParameter  # a type checker wants a name
+else:
+    [UsageError] = typer.BadParameter.__bases__  # of the click that this typer brings, or uses
 
 
 class Refusals(TyperGroup):
@@ -27,8 +33,8 @@ class Refusals(TyperGroup):
     def invoke(self, ctx: typer.Context):
         # a polite kill cleans up as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names may hold odd bytes
+        if reconfigure := getattr(sys.stdout, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # names may hold odd bytes
         try:
             found = super().invoke(ctx)
             sys.stdout.flush()
@@ -52,7 +58,9 @@ class Refusals(TyperGroup):
             # by name: importing the class would import torch
             if type(error).__name__ == "LrkvError":
                 if speaks_for_all():
-                    tell(f"error: {error.message}" + (f"; {error.hint}" if error.hint else ""))
+                    refusal = cast("LrkvError", error)
+                    hint = f"; {refusal.hint}" if refusal.hint else ""
+                    tell(f"error: {refusal.message}{hint}")
                 ctx.exit(1)
             if type(error).__name__ == "BrokenContract":
                 tell(f"error: {error}")
@@ -60,7 +68,7 @@ class Refusals(TyperGroup):
             raise
 
 
-def refuse_usage(ctx: typer.Context, error: UsageError) -> None:
+def refuse_usage(ctx: typer.Context, error: UsageError) -> NoReturn:
     """One line for arguments that make no sense, and exit code 2; without any, typer shows the
     help."""
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -107,7 +115,8 @@ class Command(TyperCommand):
             else:
                 spread.append(arg)
         left = super().parse_args(ctx, spread)
-        for parameter in self.params:
+        parameters: list[Any] = self.params  # typer asks for a narrower type where it reports one
+        for parameter in parameters:
             given = ctx.params.get(parameter.name)
             for value in given if isinstance(given, list | tuple) else [given]:
                 if reason := no_use(value):

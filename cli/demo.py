@@ -42,6 +42,7 @@ def demo(
             overwrite=True,
             progress=progress,
         )
+    assert done.record is not None  # nothing was only planned
     display.show_conversion(done.record, model, out, layers=False)
     manual = Text(
         "Python reference manual (pydoc_data.topics)",

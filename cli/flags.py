@@ -51,7 +51,8 @@ def flags_of(options: type[Typed]) -> Callable[[Callable], Callable]:
 
 def flag(field: Field) -> inspect.Parameter:
     """The parameter of a field, as typer reads it: None where it is not given."""
-    spellings = [said(field).flag] if said(field).flag else []
+    spelt = said(field).flag
+    spellings = [spelt] if spelt else []
     return inspect.Parameter(
         field.name,
         KEYWORD,

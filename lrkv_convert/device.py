@@ -69,11 +69,11 @@ def pick_dtype(name: str) -> torch.dtype | str:
 
 def in_units(count: float) -> str:
     """Bytes as people read them: "22.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
-    return None
+    return f"{count:,.1f} GiB"
 
 
 def give_back_memory() -> None:

@@ -287,7 +287,9 @@ def build(
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"never filled: {left[:3]}"
-    return model.to(original.device).requires_grad_(False)
+    # transformers wraps `to`, and loses `self` for the checker
+    model.to(original.device)  # pyright: ignore[reportArgumentType]
+    return model.requires_grad_(False)
 
 
 def knee(outcomes: list[Outcome]) -> float | None:

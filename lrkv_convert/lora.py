@@ -32,10 +32,9 @@ def lora_targets(
     model = model if isinstance(model, nn.Module) else _built(where)
     if not str(model.config.model_type).startswith("lrkv_"):
         raise LrkvError(f"{where} is no converted model", "there, PEFT takes names as they are")
-    adapters, linear = (
-        list(family_named(model.config.model_type).kinds.values()),
-        nn.Linear | Conv1D,
-    )
+    family, linear = family_named(model.config.model_type), nn.Linear | Conv1D
+    assert family is not None, "what was converted is of a family"
+    adapters = list(family.kinds.values())
     layers = [name for name, module in model.named_modules() if isinstance(module, linear)]
     found = []
     for name in [names] if isinstance(names, str) else map(str, names):
@@ -62,6 +61,7 @@ def _short(layer: str) -> str:
 def attention_targets(record: Record) -> list[str]:
     """The same for all of attention, as lrkv.json tells it."""
     family = family_named(record.source.model_type)
+    assert family is not None, "what was converted is of a family"
     adapters = list(family.kinds.values())
     factors = [
         f"{side}.{factor}"

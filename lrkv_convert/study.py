@@ -11,6 +11,7 @@ what it is observed on, and what was seen there.
 """
 
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -78,10 +79,13 @@ class Study:
     def stored_dtype(self, dtype: str) -> torch.dtype:
         """The output's dtype: as asked, or that of the source's first attention weight."""
         if dtype != "auto":
-            return pick_dtype(dtype)
+            return cast(torch.dtype, pick_dtype(dtype))
         at, tensors = self.family.any.module(self.sites[0].layer), self.checkpoint.tensors
         names = [n for n in tensors if n.startswith(at) and n.endswith("weight")]
-        return self.checkpoint.shape_dtype(names[0])[1] if names else torch.float32
+        if not names:
+            return torch.float32
+        # a type that torch does not have is refused with the other tensors
+        return cast(torch.dtype, self.checkpoint.shape_dtype(names[0])[1])
 
     def build(self, device: torch.device) -> Skeleton:
         """The model without weights. Raises LrkvError for tensors that are missing."""

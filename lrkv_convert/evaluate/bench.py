@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ class Contender:
         """The path that attends: what "auto" comes to."""
         if self.path != "auto":
             return self.path or "original"
-        config, model = self.model.config, self.model
+        config: Any = self.model.config
+        model = self.model
         found = {
             choose_path(
                 "auto",
@@ -117,7 +119,8 @@ def filled_cache(model: PreTrainedModel, kind: str, batch: int, tokens: int, roo
     )
     # writes one token, and all that cross-attention ever reads
     model(**step_inputs(model, batch, tokens), **{CACHE: cache}, use_cache=True)
-    for layer in by_attention(cache)["self"].layers:
+    layers: list[Any] = by_attention(cache)["self"].layers
+    for layer in layers:
         if layer.keys is None:  # nothing is kept there
             continue
         held = (
@@ -149,11 +152,12 @@ def read_bytes(model: PreTrainedModel) -> int:
     reads a row, and but what of an encoder-decoder runs once per input: the encoder, and what
     writes the cache of cross-attention.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    unread = {embedding.data_ptr()} - {head.data_ptr()}
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    unread = {embedding.weight.data_ptr()} - {head.weight.data_ptr()}
     parts: list[nn.Module] = [model]
     if model.config.is_encoder_decoder:
-        parts = [model.get_decoder(), model.get_output_embeddings()]
+        parts = [model.get_decoder(), head]
         unread |= {p.data_ptr() for p in cross_writers(model)}
     read = {p.data_ptr(): p.numel() * p.element_size() for part in parts for p in part.parameters()}
     return sum(size for at, size in read.items() if at not in unread)
@@ -163,7 +167,7 @@ def cross_writers(model: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters that make what cross-attention caches."""
     found = []
     for site in sites_of(model.config, ["cross"]):
-        attention = model.get_submodule(site.path)
+        attention: Any = model.get_submodule(site.path)
         if "cross" in converted_kinds(model.config):
             sides = (attention.keys, attention.values)
             writers = [part for side in sides for part in (side.W_shared, side.U) if part]
@@ -306,7 +310,7 @@ def bench(
                         raise
                 c.cache = filled[id(c.model)]
                 c.inputs = step_inputs(c.model, batch, length)
-            held = {id(c): bytes_by_kind(c.cache) for c in found}
+            held = {id(c): bytes_by_kind(filled[id(c.model)]) for c in found}
             taken = seconds({str(k): c.step for k, c in enumerate(found)}, device, steps)
             medians = [statistics.median(times) for times in taken.values()]
             for c, median in zip(found, medians):

@@ -9,6 +9,7 @@ window of that length does.
 
 import copy
 import math
+from typing import Any
 
 from transformers import (
     DynamicCache,
@@ -75,7 +76,8 @@ def new_cache(model: PreTrainedModel, kind: str | None = None) -> Cache:
             f"transformers has no {kind} cache for this model: {first_line(error)}",
             "leave it out of --cache",
         ) from error
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if hasattr(layer, "q_group_size"):
             layer.q_group_size = math.gcd(GROUP, head_width(model.config))
     return cache
@@ -87,9 +89,10 @@ def static_cache(model: PreTrainedModel, tokens: int, positions: int) -> Cache:
     """
     if not model.config.is_encoder_decoder:
         return StaticCache(config=model.config, max_cache_len=tokens)
-    config = copy.deepcopy(model.config)
+    config, family = copy.deepcopy(model.config), family_named(model.config.model_type)
+    assert family is not None, "no other encoder-decoder is loaded"
     # where a config knows one number of layers alone, it is the encoder's
-    config.num_hidden_layers = family_named(config.model_type).layers(config)
+    config.num_hidden_layers = family.layers(config)
     return EncoderDecoderCache(
         *(StaticCache(config=config, max_cache_len=length) for length in (tokens, positions))
     )

@@ -95,7 +95,8 @@ def load_model(
     )
     for name, parameter in loaded.named_parameters():
         check_finite(f"{model}: {name}", parameter.detach())
-    return plainly(loaded).eval().to(device)
+    # transformers wraps `to`, and loses `self` for the checker
+    return plainly(loaded).eval().to(device)  # pyright: ignore[reportArgumentType]
 
 
 def auto_of(config: PreTrainedConfig) -> type:

@@ -1,5 +1,7 @@
 """Bytes a model caches: by the formula, and counted on the tensors of a live cache."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -28,9 +30,10 @@ def bytes_by_kind(cache: Cache) -> dict[str, int]:
 
 
 def _layer_bytes(cache: Cache) -> int:
+    layers: list[Any] = cache.layers
     return sum(
         _bytes(getattr(layer, name, None))
-        for layer in cache.layers
+        for layer in layers
         if layer.is_initialized
         for name in HELD
     )
@@ -38,8 +41,8 @@ def _layer_bytes(cache: Cache) -> int:
 
 def _bytes(held) -> int:
     """Of a tensor, of the tensors inside a quantised one, or of those in a tuple, list or dict."""
-    if isinstance(held, torch.Tensor) and hasattr(held, "__tensor_flatten__"):
-        return sum(_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+    if isinstance(held, torch.Tensor) and (inside := getattr(held, "__tensor_flatten__", None)):
+        return sum(_bytes(getattr(held, name)) for name in inside()[0])
     if isinstance(held, torch.Tensor):
         return held.numel() * held.element_size()
     if isinstance(held, (tuple, list, dict)):

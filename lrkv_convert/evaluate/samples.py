@@ -1,5 +1,7 @@
 """What models write, side by side."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +20,8 @@ def continuation(
     max_new_tokens: int = WRITTEN,
 ) -> str:
     """Greedy continuation of a prompt, without the prompt."""
-    model, written = candidate.model, tokenizer(prompt)["input_ids"]
+    model: Any = candidate.model
+    written = tokenizer(prompt)["input_ids"]
     inputs = torch.tensor(
         [written[:-1] if len(written) > 1 and written[-1] == tokenizer.eos_token_id else written],
         device=model.device,
@@ -31,12 +34,13 @@ def continuation(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **({CACHE: candidate.empty(0)} if candidate.cache else {}),
     )
-    return tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True)
+    return cast(str, tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
 def passages(ids: Tensor, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Beginnings for models to go on from: `count` places of a text (n,), spread evenly."""
     starts = torch.linspace(0, max(0, len(ids) - PROMPT), count + 2)[1:-1].long().tolist()
     return [
-        tokenizer.decode(ids[start : start + PROMPT], skip_special_tokens=True) for start in starts
+        cast(str, tokenizer.decode(ids[start : start + PROMPT], skip_special_tokens=True))
+        for start in starts
     ]

@@ -125,7 +125,8 @@ class Layer(LrkvAttention):
                 self.values.rebuild(self.cached[1]),
             )
             return full_attention(self.query, key, value).transpose(1, 2)
-        return self.read_in_place(path, self.query, *self.cached, None, self.rotation)[0]
+        keys, values = self.cached
+        return self.read_in_place(path, self.query, keys, values, None, self.rotation)[0]
 
 
 def random(

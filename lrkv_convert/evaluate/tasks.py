@@ -5,6 +5,7 @@ takes a converted model as it is.
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,12 +53,14 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    run: Any = simple_evaluate  # decorators hide the arguments of both
+    backend: Any = HFLM
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        found = run(
+            backend(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=names,
             limit=limit,
             task_manager=manager,

@@ -3,6 +3,7 @@ caches, to find what lies far back, tasks, and to go on from a beginning.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | 
 
 def rows_of(model: PreTrainedModel) -> int:
     """How many tokens a model knows."""
-    return model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
 
 
 def limits_of(models: list[PreTrainedModel]) -> list[int]:

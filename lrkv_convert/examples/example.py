@@ -26,7 +26,8 @@ class Example:
     @property
     def ids(self) -> Tensor:
         """What the decoder reads, (1, T)."""
-        return self.inputs.get("decoder_input_ids", self.inputs.get("input_ids"))
+        name = "decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"
+        return self.inputs[name]
 
     @property
     def source(self) -> dict[str, Tensor]:

@@ -78,11 +78,12 @@ def prepare(
         )
     writer = model() if missing or reader.multilingual else None
     prompts = reader.prompts(sources, writer)
-    sequences = [
+    told = [
         None if example.target is None else reader.target(example.target, prompt)
         for example, prompt in zip(examples, prompts)
     ]
     if missing:
+        assert writer is not None
         own = write(
             writer,
             reader,
@@ -91,7 +92,8 @@ def prepare(
             progress,
         )
         for n, sequence in zip(missing, own):
-            sequences[n] = sequence
+            told[n] = sequence
+    sequences = [sequence for sequence in told if sequence is not None]  # all of them by now
     for example, sequence in zip(examples, sequences):
         if len(sequence) - 1 > reader.longest_target:
             raise LrkvError(

@@ -3,6 +3,7 @@ tokenizer, and back to words.
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Reader:
     """folder: with tokenizer and, for speech, preprocessor_config.json; tokenizer, config,
     generation_config: the model's. Raises LrkvError without a feature extractor.
     """
+
+    generation_config: Any  # speech models give theirs more fields
+    extractor: Any  # None for text
 
     def __init__(
         self,
@@ -74,14 +78,15 @@ class Reader:
             return [self.start] * len(sources)
         first, *rest = self.start
         task = [self.generation_config.task_to_id["transcribe"]]
+        heard: Any = model
         languages = [
-            model.detect_language(input_features=source.to(model.device, model.dtype))[0].item()
+            heard.detect_language(input_features=source.to(heard.device, heard.dtype))[0].item()
             for source in sources
         ]
         return [[first, language, *task, *rest] for language in languages]
 
     def _special(self, token: str) -> int | None:
-        found = self.tokenizer.convert_tokens_to_ids(token)
+        found = cast(int | None, self.tokenizer.convert_tokens_to_ids(token))
         return None if found is None or found == self.tokenizer.unk_token_id else found
 
     @property
@@ -122,7 +127,7 @@ class Reader:
                     else "give texts, or .jsonl pairs"
                 ),
             )
-        if not self.family.speech:
+        if isinstance(example.source, str):
             ids = torch.tensor(
                 [self.tokenizer(example.source, verbose=False)["input_ids"]], dtype=torch.long
             )
@@ -158,7 +163,8 @@ class Reader:
 
     def words(self, target: Tensor) -> str:
         """What a sequence says."""
-        return " ".join(self.tokenizer.decode(target, skip_special_tokens=True).split())
+        said = cast(str, self.tokenizer.decode(target, skip_special_tokens=True))
+        return " ".join(said.split())
 
     def size(self, example: Pair) -> int:
         """About how many tokens an example counts for: of speech those of what is said, of text
@@ -170,7 +176,7 @@ class Reader:
                 if example.target
                 else int(TOKENS_PER_SECOND * len(example.source) / RATE)
             )
-        return len(self.tokenizer(example.source, verbose=False)["input_ids"])
+        return len(self.tokenizer(_text(example), verbose=False)["input_ids"])
 
     def fitting(self, example: Pair) -> list[Pair]:
         """The example, or as many parts of a text without a target as its length asks for."""
@@ -180,11 +186,18 @@ class Reader:
         )
         if self.family.speech or example.target is not None or self.size(example) <= limit:
             return [example]
-        ids = self.tokenizer(example.source, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(_text(example), add_special_tokens=False, verbose=False)["input_ids"]
         return [
-            Pair(f"{example.name}.{i}", self.tokenizer.decode(ids[start : start + limit]))
+            Pair(
+                f"{example.name}.{i}", cast(str, self.tokenizer.decode(ids[start : start + limit]))
+            )
             for i, start in enumerate(range(0, len(ids), limit), 1)
         ]
+
+
+def _text(example: Pair) -> str:
+    """The source of an example that is no speech."""
+    return cast(str, example.source)
 
 
 def _extractor(folder: Path):

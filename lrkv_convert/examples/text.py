@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,10 +110,13 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
         getattr(model.generation_config, "bos_token_id", None),
     )
     starts = tokenizer.eos_token_id if starts is None else starts
-    known = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
     check_ids(
-        torch.tensor(len(tokenizer) - 1 if starts is None else starts), known, model.name_or_path
+        torch.tensor(len(tokenizer) - 1 if starts is None else starts),
+        embedding.weight.shape[0],
+        model.name_or_path,
     )
+    generate: Any = model.generate
     # decoding and tokenising again may lose a few tokens
     rows, documents = [], tokens // length + 2
     model.generation_config = GenerationConfig()  # its own may bend the distribution
@@ -126,7 +130,7 @@ def sample_text(model: PreTrainedModel, tokenizer, tokens: int, seed: int = 0) -
                 else torch.full((count, 1), starts)
             )
             rows.extend(
-                model.generate(
+                generate(
                     first.to(model.device),
                     attention_mask=torch.ones_like(first).to(model.device),
                     do_sample=True,
@@ -151,7 +155,7 @@ def window_length(config) -> int:
     )
 
 
-def check_ids(ids: Tensor, rows: int, model: str) -> None:
+def check_ids(ids: Tensor, rows: int, model: str | None) -> None:
     """Raise LrkvError for token ids that an embedding of so many rows does not have."""
     if ids.numel() and (largest := int(ids.max())) >= rows:
         raise LrkvError(

@@ -50,7 +50,8 @@ def write(
     for begin in range(0, len(order), AT_ONCE):
         rows = order[begin : begin + AT_ONCE]
         given = torch.tensor([prompts[n] for n in rows], device=model.device)
-        result = GenerationMixin.generate(
+        # its `self` is annotated as a whole model, which the class alone is not
+        result = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
             model,
             **heard([states[n] for n in rows]),
             decoder_input_ids=given,

@@ -8,6 +8,7 @@ row vectors: q = x W_Q + b_Q.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -55,9 +56,10 @@ class AttentionWeights:
     b_V: Tensor | None = None  # (H, d)
 
     def to(self, *args, **kwargs) -> "AttentionWeights":
-        return AttentionWeights(
-            **{k: v if v is None else v.to(*args, **kwargs) for k, v in vars(self).items()}
-        )
+        moved: dict[str, Any] = {
+            k: v if v is None else v.to(*args, **kwargs) for k, v in vars(self).items()
+        }
+        return AttentionWeights(**moved)
 
     def replace(self, **changes) -> "AttentionWeights":
         return replace(self, **changes)
@@ -74,6 +76,9 @@ class Adapter(ABC):
     attention: str  # name of the attention module in a layer, e.g. "self_attn"
     # name of the output projection in the attention module, e.g. "o_proj"
     output: str
+    # names of the projections in the attention module: queries, keys and values, or all in one
+    projections: tuple[str, ...]
+    query: str  # name of the query projection in the converted module, e.g. "q_proj"
     key_projection: str  # name of the module whose output holds the keys, e.g. "k_proj"
     tuples: bool  # whether the original's layers give their hidden states in tuples
     models: str  # for the README: some that people know

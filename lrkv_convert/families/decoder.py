@@ -7,7 +7,7 @@ i + rotary_dim / 2), which leaves every score as it was: the converted model kno
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,8 +140,9 @@ class DecoderAdapter(Adapter):
         self.refuses, self.tuples = refuses, tuples
         self.models, self.positions, self.norms = models, positions, norms
         self.rotates = rotates
-        self.stored = stored or super().stored
-        self.layer_arguments = arguments or super().layer_arguments
+        own: Any = self  # functions in the place of two methods
+        own.stored = stored or super().stored
+        own.layer_arguments = arguments or super().layer_arguments
 
     def layers(self, config) -> int:
         return config.num_hidden_layers
@@ -205,8 +206,11 @@ class DecoderAdapter(Adapter):
             weight.append(W.reshape(len(W), *rows.shape).movedim(0, -2))
             bias.append(read(f"{name}.bias")[rows] if kind in biased else None)
         g, W_O = self.geometry(config), read(f"{at}{self.output}.weight")
+        W_Q, W_K, W_V = weight
         return AttentionWeights(
-            *weight,
+            W_Q,
+            W_K,
+            W_V,
             (W_O if self.transposed else W_O.T).reshape(g.kv_heads, g.groups, g.head_dim, -1),
             *bias,
         )

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..modeling import attention_class
-from .base import KINDS, Family
+from .base import KINDS, Adapter, Family
 from .decoder import DecoderAdapter
 from .encoder_decoder import ENCODER_DECODERS
 from .rows import DECODERS
@@ -54,7 +54,7 @@ def _encoder_decoder(family: Family) -> str:
     return _row(family.any, "none", ["a decoder alone"], "in place", path)
 
 
-def _row(adapter: DecoderAdapter, norms: str, refused: list[str], keys: str, path: str) -> str:
+def _row(adapter: Adapter, norms: str, refused: list[str], keys: str, path: str) -> str:
     return (
         f"| `{adapter.model_type}` | {adapter.models} | {adapter.positions} | {norms} |"
         f" {', '.join(refused) or 'nothing'} | {keys} | {path} |"

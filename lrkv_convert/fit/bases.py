@@ -31,6 +31,7 @@ rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ def joint(
 
 def _refined(W: Tensor, metric: Metric, W_shared: Tensor, r: int) -> Factors:
     """The joint fit with a Sigma per head, from the base of that with one."""
+    assert metric.grams is not None
     Q, W = head_basis(W), W.double()
     y, C, rest, V, history = refine(metric.grams, Q.T @ W @ metric.M.root, Q.T @ W_shared, r)
     return Factors(
@@ -466,7 +468,7 @@ def _finish(W, metric, W_shared, C, U, B, gauge, total=None, history=()) -> Fact
     def squared(head):
         # (D, d) each
         parts = (head(h) @ metric.M.root[h] for h in range(len(W)))
-        return sum((E * (metric.sigma @ E)).sum() for E in parts).clamp_min(0)
+        return cast(Tensor, sum((E * (metric.sigma @ E)).sum() for E in parts)).clamp_min(0)
 
     factors = Factors(W_shared, C, U, B, gauge, 0.0, history)
     total = squared(lambda h: W[h].double()) if total is None else total

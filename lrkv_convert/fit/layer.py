@@ -1,5 +1,7 @@
 """From a calibrated layer to the tensors of its converted attention module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,13 @@ def found_in(attention: nn.Module) -> dict[str, dict]:
     """What the config must say of a converted attention module beside its shapes: of keys and of
     values, by name.
     """
-    sides = {"keys": attention.keys, "values": attention.values}
+    sides: dict[str, Any] = {"keys": attention.keys, "values": attention.values}
     return {
         side: {name: getattr(heads, name) for name in heads.found} for side, heads in sides.items()
     }
 
 
-def _tell(heads: nn.Module, found: dict) -> None:
+def _tell(heads: Any, found: dict) -> None:
     """Let a `LowRankHeads` know what its fit found."""
     for name, value in found.items():
         setattr(heads, name, value)

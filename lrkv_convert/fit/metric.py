@@ -149,6 +149,7 @@ class LayerMetrics:
     def keys(self) -> Metric:
         M = None
         if self.name == "fisher":
+            assert self.moments is not None
             M = self.moments.keys
         elif self.name == "attention":
             W_Q = self.weights.W_Q.double()
@@ -164,6 +165,7 @@ class LayerMetrics:
     def values(self) -> Metric:
         M = None
         if self.name == "fisher":
+            assert self.moments is not None
             M = self.moments.values
         elif self.name == "attention":
             W_O = self.weights.W_O.double()

@@ -17,6 +17,8 @@ Neither step can raise the error, and the second is prolonged. Starts from the f
 for all heads (fit/bases.py). float64, of sums in float32.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,12 @@ def refine(
     """
     H, _, d = own.shape
     members = runs(H, len(grams))
-    total = sum(
+    sizes_of = (
         (part * (G @ part)).sum() for G, heads in zip(grams, members) for part in own[heads]
-    ).clamp_min(torch.finfo(own.dtype).tiny)
-    best, inverse, history = None, None, []
+    )
+    total = cast(Tensor, sum(sizes_of)).clamp_min(torch.finfo(own.dtype).tiny)
+    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    inverse, history = None, []
     while True:
         # the scale is free
         y = y @ inverse_root(y.T @ (grams.mean(0) @ y))
@@ -54,7 +58,7 @@ def refine(
         # (H, d, r)
         V = V[..., d - r :].flip(-1)
         error = (sizes[:, : d - r].clamp_min(0).sum() / total).sqrt().item()
-        if history and error > history[-1]:
+        if best is not None and error > history[-1]:
             return *best, tuple(history)  # rounding has the last word
         history.append(error)
         best = y, C, rest @ V, V

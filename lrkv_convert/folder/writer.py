@@ -287,7 +287,7 @@ class ShardWriter:
         with open(file, "r+b") as stream:
             stream.seek(offset)
             stream.write(
-                memoryview(tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+                tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
             )
 
     def done(self, name: str) -> None:

@@ -18,6 +18,7 @@ Shapes: H heads, D width, d head width, n latents, m = 2 n numbers.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def kept_of(sizes: Tensor, n: int) -> list[int]:
 def squared(E: Tensor, metric: Metric) -> Tensor:
     """sum_h || Sigma^(1/2) E_h M_h^(1/2) ||_F^2 of E (H, D, d)."""
     E = E @ metric.M.root
-    return sum((part * (metric.sigma @ part)).sum() for part in E).clamp_min(0)
+    return cast(Tensor, sum((part * (metric.sigma @ part)).sum() for part in E)).clamp_min(0)
 
 
 def as_complex(t: Tensor) -> Tensor:

@@ -315,4 +315,4 @@ def within_layers(
         for where in members:
             shuffled[where] = b[draw.permutation(where)]
         extreme += abs(a @ shuffled) / size >= abs(rho) - 1e-12
-    return rho, (extreme + 1) / (SHUFFLES + 1)
+    return rho, float((extreme + 1) / (SHUFFLES + 1))

@@ -17,6 +17,7 @@ sees are the positions of the encoder. Shapes: n query heads, T tokens, S keys.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,8 @@ class Watch:
     """
 
     def __init__(self, site: Site, converted: PreTrainedModel):
-        self.site, self.other = site, converted.get_submodule(site.path)
+        self.site = site
+        self.other: Any = converted.get_submodule(site.path)
         self.sums = ErrorSums(site.geometry.kv_heads * site.geometry.groups)
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:

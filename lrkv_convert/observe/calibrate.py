@@ -32,7 +32,7 @@ def solvable() -> Iterator[None]:
     """
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (public)
         raise LrkvError(
             f"the fit has no solution: {first_line(error)}",
             "are weights too large to be squared in float32? --calibration none fits them alone",

@@ -14,6 +14,7 @@ Shapes: H KV heads, G queries per KV head, D width, d head width, T tokens.
 """
 
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class MetricSums:
         self.basis = head_basis(weights.W_V.to(device)).float() if self.runs else None
         self.heads = (
             torch.zeros(len(self.runs), *self.basis.shape[1:] * 2, device=device)
-            if self.runs
+            if self.basis is not None
             else None
         )
         self.queries, self.tokens = zeros(H, d, d) if "attention" in wanted else None, 0
@@ -75,7 +76,7 @@ class MetricSums:
         if self.inputs is not None:
             share = x.shape[0] / len(seen)  # 1, but in cross-attention: per decoder token
             self.inputs += seen.T @ seen * share  # (D, D)
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             self.keys += seen.T @ (attention.sum((0, 1)).unsqueeze(1) * seen)  # (D, D)
             # (D, D): sum_h Z_h^T Z_h, Z_h = A_h X
             self.values += seen.T @ (self.add_heads(seen, attention, gram) @ seen)
@@ -87,18 +88,18 @@ class MetricSums:
         """states (S, D): what is attended to; attention (H G, T, S); gram: sum_h A_h^T A_h (S, S)
         of some heads. Returns that of all.
         """
-        if not self.runs:
+        if self.basis is None or self.heads is None:
             return gram(attention)
         states, total = states @ self.basis, 0  # (S, k)
         for i, heads in enumerate(self.runs):
             part = gram(attention[heads])
             self.heads[i] += states.T @ (part @ states)
             total = total + part
-        return total
+        return cast(Tensor, total)
 
     def add_queries(self, x: Tensor) -> None:
         """x (T, D): input of the attention module."""
-        if self.queries is not None:
+        if self.queries is not None and self.weights is not None:
             # (H, G, T, d)
             q = torch.einsum("td,hgde->hgte", x, self.weights.W_Q)
             if self.weights.b_Q is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import transformers
 from transformers import PreTrainedConfig
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from ..errors import LrkvError
 from .checkpoint import INDEX
@@ -96,6 +96,7 @@ def _resolved(path: Path, config: PreTrainedConfig) -> list[str]:
         is_remote_code=False,
         transformers_explicit_filename=getattr(config, "transformers_weights", None),
     )
+    assert files is not None, "a path was given"
     return files
 
 

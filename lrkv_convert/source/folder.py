@@ -1,6 +1,7 @@
 """Open a pretrained checkpoint: a folder, a .gguf file or a hub id."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -77,7 +78,7 @@ def open_folder(path: Path, source: str, config=None) -> Checkpoint:
             f"{source}: its index names safetensors and other files at once",
             "save the model again in one form",
         )
-    tensors = read_pickles(files, source) if pickled else _headers(files, source)
+    tensors: dict[str, Any] = read_pickles(files, source) if pickled else _headers(files, source)
     opened = Checkpoint(
         path, config, tensors, files, source=source, notices=adapter_beside(path, source)
     )

@@ -3,6 +3,7 @@ transformers leaves out is put back."""
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -43,8 +44,9 @@ def open_gguf(file: Path) -> Checkpoint:
         if hasattr(config, left_over):
             delattr(config, left_over)
     check_sizes(config, header)
+    auto: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             file.parent,
             gguf_file=file.name,
             config=copy.deepcopy(config),
@@ -79,10 +81,11 @@ def check_sizes(config: PreTrainedConfig, header: Header) -> None:
     weights = {
         name: tensor.numel for name, tensor in header.tensors.items() if not name.endswith(TABLES)
     }
+    tensors: dict[str, Any] = {name: header.tensors[name] for name in weights}
     outline = Checkpoint(
         header.file.parent,
         config,
-        {name: header.tensors[name] for name in weights},
+        tensors,
         [],
         source=str(header.file),
     )

@@ -107,7 +107,7 @@ class _Reader:
         if count > len(self.data) - self.at:
             raise Cut("it ends before its header does")
         self.at += count
-        return memoryview(self.data[self.at - count : self.at])
+        return self.data[self.at - count : self.at].data
 
     def number(self, form: str):
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]

@@ -11,7 +11,7 @@ starts such a model at random; here it is refused, saying what it is.
 import copy
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -264,7 +264,7 @@ def unplaced(
     ]
 
 
-def _inside(name: str, modules: dict[str, nn.Module], base: str, outer: bool = True) -> bool:
+def _inside(name: str, modules: Mapping[str, nn.Module], base: str, outer: bool = True) -> bool:
     """Whether a tensor of this name would belong to a module the model has: not to another head,
     nor to one more layer of a list. outer: whether the base model itself counts as such a
     module."""

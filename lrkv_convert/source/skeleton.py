@@ -5,6 +5,7 @@ is around the layers.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from ..device import give_back_memory
 from ..errors import LrkvError, first_line
 from ..examples.example import Example
-from ..families import Family
+from ..families import Encoder, Family
 from ..modeling import auto_class
 from .checkpoint import Checkpoint
 
@@ -56,7 +57,7 @@ class Skeleton:
             for name, source in self.model.all_tied_weights_keys.items()
             if self._same(name, source)
         }
-        self.layers = self.model.get_submodule(family.any.layer_path)
+        self.layers = cast(nn.ModuleList, self.model.get_submodule(family.any.layer_path))
         for name, buffer in self.model.named_buffers():
             if name.endswith("inv_freq") and not torch.isfinite(buffer).all():
                 raise LrkvError(
@@ -104,7 +105,7 @@ class Skeleton:
             self._owner(name), "create_weight"
         )
 
-    def _owner(self, name: str) -> nn.Module:
+    def _owner(self, name: str) -> Any:
         return self.model.get_submodule(name.rpartition(".")[0])
 
     def names(self, model: PreTrainedModel) -> list[str]:
@@ -190,7 +191,7 @@ class DecoderSkeleton(Skeleton):
     @torch.no_grad()
     def embed(self, examples):
         tuples, recorded, hidden = self.family.any.tuples, {}, []
-        recorders = nn.ModuleList(Recorder(layer, tuples) for layer in self.layers)
+        recorders: Any = nn.ModuleList(Recorder(layer, tuples) for layer in self.layers)
         with self._around_layers(recorders) as base:
             for example in examples:
                 base(input_ids=example.ids.to(self.device), use_cache=False)
@@ -219,7 +220,8 @@ class DecoderSkeleton(Skeleton):
     @contextmanager
     def head(self):
         injected = Injected(self.family.any.tuples)
-        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        embeddings: Any = self.model.get_input_embeddings()
         # lm_head, or embed_out
         name = next(name for name, module in self.model.named_modules() if module is head)
         own = f"{name}.weight" in self.checkpoint.tensors
@@ -241,9 +243,15 @@ class DecoderSkeleton(Skeleton):
 class EncoderDecoderSkeleton(Skeleton):
     """Of an encoder-decoder: one layer of either stack is in memory, and what is around them."""
 
+    @property
+    def encoder(self) -> Encoder:
+        """Where its stacks lie."""
+        assert self.family.encoder is not None
+        return self.family.encoder
+
     @contextmanager
     def _encoder_layer(self, i: int) -> Iterator[nn.Module]:
-        path = f"{self.family.encoder.path}.{self.family.encoder.layers}.{i}"
+        path = f"{self.encoder.path}.{self.encoder.layers}.{i}"
         layer = self.model.get_submodule(path)
         with filled(self.fill, {path: layer}):
             yield layer
@@ -255,7 +263,7 @@ class EncoderDecoderSkeleton(Skeleton):
         """A stack with everything but its layers in place, `stand_in` where they were, and without
         its embeddings if so asked.
         """
-        module, layers = self.model.get_submodule(stack), self.family.encoder.layers
+        module, layers = self.model.get_submodule(stack), self.encoder.layers
         left_out = (layers, *([] if embeddings else ["embed_tokens"]))
         with replaced(module, layers, nn.ModuleList([stand_in])):
             parts = {
@@ -270,10 +278,10 @@ class EncoderDecoderSkeleton(Skeleton):
         """What the layers of a stack are handed beside hidden states and mask, by length: the
         relative position bias, which the first one makes.
         """
-        if not self.family.encoder.relative:
+        if not self.encoder.relative:
             return lambda length: {}
-        path = f"{stack}.{self.family.encoder.layers}.0.layer.0.SelfAttention"
-        attention = self.model.get_submodule(path)
+        path = f"{stack}.{self.encoder.layers}.0.layer.0.SelfAttention"
+        attention: Any = self.model.get_submodule(path)
         with filled(
             self.fill, {f"{path}.relative_attention_bias": attention.relative_attention_bias}
         ):  # (1, H, longest, longest): of differences of positions
@@ -287,7 +295,7 @@ class EncoderDecoderSkeleton(Skeleton):
 
     @torch.no_grad()
     def encode(self, examples):
-        stack, noted = self.family.encoder.path, Noted(self.family.encoder.relative)
+        stack, noted = self.encoder.path, Noted(self.encoder.relative)
         sources = [
             {name: tensor.to(self.device) for name, tensor in example.source.items()}
             for example in examples
@@ -297,7 +305,7 @@ class EncoderDecoderSkeleton(Skeleton):
         more = self._hands_on(stack, max(h.shape[1] for h in hidden))
         encoder = self.model.get_submodule(stack)
         with _attending(encoder.config, "sdpa"):  # nobody looks at its weights
-            for i in range(len(getattr(encoder, self.family.encoder.layers))):
+            for i in range(len(getattr(encoder, self.encoder.layers))):
                 with self._encoder_layer(i) as layer:
                     hidden = [
                         first_of(layer(h, attention_mask=None, **more(h.shape[1]))) for h in hidden
@@ -310,7 +318,7 @@ class EncoderDecoderSkeleton(Skeleton):
 
     @torch.no_grad()
     def embed(self, examples):
-        stack, noted = self.family.encoder.decoder, Noted(self.family.encoder.relative)
+        stack, noted = self.encoder.decoder, Noted(self.encoder.relative)
         with self._around(stack, noted) as decoder:
             hidden = [
                 noted.of(decoder, input_ids=example.ids.to(self.device), use_cache=False)
@@ -330,12 +338,13 @@ class EncoderDecoderSkeleton(Skeleton):
     def attention_arguments(self, kind, longest):
         if kind == "cross":
             return lambda length, states: {"key_value_states": states}
-        more, mask = self._hands_on(self.family.encoder.decoder, longest), self.family.encoder.mask
+        more, mask = self._hands_on(self.encoder.decoder, longest), self.encoder.mask
         return lambda length, states: {mask: self._causal_mask(length), **more(length)}
 
     @contextmanager
     def head(self):
-        noted, head = Noted(self.family.encoder.relative), self.model.get_output_embeddings()
+        noted = Noted(self.encoder.relative)
+        head: Any = self.model.get_output_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is head)
         bias = "final_logits_bias" if "final_logits_bias" in self.checkpoint.tensors else None
 
@@ -346,7 +355,7 @@ class EncoderDecoderSkeleton(Skeleton):
             ).logits
 
         with (
-            self._around(self.family.encoder.decoder, noted, embeddings=False),
+            self._around(self.encoder.decoder, noted, embeddings=False),
             filled(self.fill, {name: head}),
         ):
             if bias:
@@ -465,6 +474,9 @@ class Noted(nn.Module):
     threefold: layers of this family give hidden states and two position biases.
     """
 
+    hidden: Tensor | None
+    instead: Tensor | None
+
     def __init__(self, threefold: bool):
         super().__init__()
         self.threefold, self.hidden, self.instead = threefold, None, None
@@ -473,6 +485,7 @@ class Noted(nn.Module):
         """The hidden states that would enter the first layer."""
         self.instead = None
         stack(**arguments)
+        assert self.hidden is not None, "the stack called no layer"
         return self.hidden
 
     def forward(self, hidden_states, *args, **kwargs):

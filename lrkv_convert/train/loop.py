@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -98,7 +99,8 @@ class Trainer:
                 " gradient_checkpointing=true, also with --resume",
             ) from error
         sums[4] = bool(stop.asked)
-        loss, kl, ce, match, stopping = self.accelerator.reduce(sums, "mean").tolist()
+        mean = cast(Tensor, self.accelerator.reduce(sums, "mean"))
+        loss, kl, ce, match, stopping = mean.tolist()
         norm = self.clipped()
         for what, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):

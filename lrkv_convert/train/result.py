@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -88,7 +89,7 @@ def finish(
     model: the folder that was healed; record: lrkv.json of the result.
     """
     accelerator = run.accelerator
-    state = accelerator.get_state_dict(trainer.student)  # of a sharded model, too
+    state: Any = accelerator.get_state_dict(trainer.student)  # of a sharded model, too
     if accelerator.is_main_process:
         try:
             write(run, trainer, state, model, record, max_shard_size)

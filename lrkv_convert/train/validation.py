@@ -1,5 +1,7 @@
 """How well a model predicts what is held out."""
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -28,5 +30,5 @@ def validation_loss(accelerator: Accelerator, model: PreTrainedModel, data: Data
             n = data.predicted_of(index)
             sums += torch.tensor([ce.double() * n, n], dtype=torch.float64, device=sums.device)
     model.train(training)
-    total, count = accelerator.reduce(sums, "sum").tolist()
+    total, count = cast(torch.Tensor, accelerator.reduce(sums, "sum")).tolist()
     return total / count
