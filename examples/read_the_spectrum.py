@@ -19,10 +19,11 @@ parser.add_argument(
 args = parser.parse_args()
 
 found = inspect(args.model or str(demo_model()), calibration_tokens=2048, target_kl=args.target_kl)
+looked, layers = found["attention"]["self"], found["attention"]["self"]["layers"]
 for side in ("keys", "values"):
-    share = sum(layer[side]["base_share"] for layer in found["layers"]) / len(found["layers"])
+    share = sum(layer[side]["base_share"] for layer in layers) / len(layers)
     print(f"one base as wide as a head explains {share:.1%} of the energy of all {side}")
-for row in found["ranks"]:
+for row in looked["ranks"]:
     if row["planned_kl"] is not None:
         print(
             f"rank {row['rank']:>3}: {row['cache_ratio']:.1%} of the cache, predicted KL"
