@@ -278,6 +278,7 @@ def test_room_in_a_static_cache_is_no_text(rope):
     )
 
 
+@pytest.mark.slow
 def test_a_static_cache_compiles_without_graph_breaks(family, tiny, converted):
     """`fullgraph` raises at a break; as many graphs as the original needs, and the logits of the
     uncached model.

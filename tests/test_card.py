@@ -89,6 +89,7 @@ def test_a_source_from_the_hub_is_the_base_model(converted):
     ].startswith("lrkv convert org/name --out x ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -176,6 +176,7 @@ def test_eval_is_one_row(tiny, text, tmp_path):
     assert len(json.loads((tmp_path / "e.json").read_text())["models"]) == 1
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_loses_no_figure(tiny, converted, text):
     env = dict(os.environ, COLUMNS="60", FORCE_COLOR="1", TERM="xterm-256color")
     done = subprocess.run(
@@ -283,6 +284,7 @@ RUN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, tiny, converted, tmp_path, text, monkeypatch):
     """Every `lrkv` line of its bash blocks, one after the other, with MODEL, DIR, DIR2 and FILE
@@ -304,6 +306,7 @@ def test_the_commands_of_a_page_run(page, tiny, converted, tmp_path, text, monke
 PYTHON = {code: page.name for page in reversed(PAGES) for code in blocks(page, "python")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON, ids=PYTHON.values())
 def test_the_python_of_a_page_runs(code, converted, tiny, tmp_path):
     code = code.replace('"DIR"', repr(str(converted()))).replace('"MODEL"', repr(str(tiny())))

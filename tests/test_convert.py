@@ -51,6 +51,7 @@ def fresh(folder, tmp_path, blocked, imported, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
 def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_path):
     done = fresh(converted(family), tmp_path, blocked=True, imported=False, trust_remote_code=True)
@@ -65,6 +66,7 @@ def test_loads_in_a_fresh_process_without_this_package(family, converted, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_loads_without_trust_where_this_package_is_imported(converted, tmp_path):
     done = fresh(converted(), tmp_path, blocked=False, imported=True)
     assert done.returncode == 0, done.stderr
@@ -226,6 +228,7 @@ def test_overwrite_replaces_an_earlier_conversion(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     """Each step of the method is closer to the original than the one before, on text it did not
     see.
@@ -297,6 +300,7 @@ def test_the_base_width_opens_the_family(width, rank, tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -352,6 +356,7 @@ KEY_FORMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", KEY_FORMS, ids=str)
 def test_every_form_of_keys_is_planned_cached_and_decoded(options, tiny, tmp_path):
     plan = convert(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import prompt, relative
 from encoder_decoders import PAIRS, load, logits, target
@@ -50,6 +51,7 @@ with pretended_gpu.Pretended():
     assert "aten.mm.default mixes devices" in says, says
 
 
+@pytest.mark.slow
 def test_a_conversion_on_a_device_is_that_on_the_cpu(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     jobs = []

@@ -67,6 +67,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     """Also one that was loaded and saved once more."""
     folders = {
@@ -542,6 +543,7 @@ def test_models_with_the_same_encoder_encode_once(tiny, converted, data, tmp_pat
     assert counts == [len(PAIRS)] * 2 and result["models"][2]["kl"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["self", "cross", "self,cross"])
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_bench_fills_both_caches(family, attention, tiny, converted, monkeypatch):

@@ -261,6 +261,7 @@ def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(family, tiny, data,
 # --------------------------------------------------------------------------------- from the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_inspect_from_the_command_line(family, tiny, data, converted, tmp_path):
     option = f"--{READS.get(family, 'pairs')}"

@@ -272,6 +272,7 @@ def accuracy(folder, documents) -> float:
     return right / len(documents)
 
 
+@pytest.mark.slow
 def test_tasks_give_the_accuracy_of_a_plain_loop(task, tiny, converted, text, tmp_path):
     shown = run(
         "compare",
@@ -298,6 +299,7 @@ def test_tasks_give_the_accuracy_of_a_plain_loop(task, tiny, converted, text, tm
     assert "boats, acc" in shown and f"{rows[1]['value']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_a_task_that_does_not_exist_is_refused_before_models_are_loaded(task, tmp_path, text):
     line = run(
         "compare",

@@ -46,6 +46,7 @@ def test_each_script_states_its_command():
         assert f"python examples/{script.name}" in script.read_text().split('"""')[1]
 
 
+@pytest.mark.slow
 def test_convert_and_load(tiny, tmp_path):
     shown = example("convert_and_load.py", tiny(), folder=tmp_path)
     before, after = (
@@ -60,6 +61,7 @@ def test_convert_and_load(tiny, tmp_path):
     assert (tmp_path / "example-half" / "lrkv.json").is_file()
 
 
+@pytest.mark.slow
 def test_read_the_spectrum(tiny, tmp_path):
     shown = example("read_the_spectrum.py", tiny(), "--target-kl", 100, folder=tmp_path)
     predicted = [float(kl) for kl in re.findall(r"predicted KL ([\d.]+)", shown)]
@@ -76,6 +78,7 @@ def test_read_the_spectrum(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_choose_a_rank(tiny, text, tmp_path):
     shown = example(
         "choose_a_rank.py", tiny(), "--text", text, "--allow", 9, "--ranks", "3,7", folder=tmp_path
@@ -91,6 +94,7 @@ def test_choose_a_rank(tiny, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_heal_and_compare(tiny, text, tmp_path):
     shown = example(
         "heal_and_compare.py",
@@ -111,6 +115,7 @@ def test_heal_and_compare(tiny, text, tmp_path):
     assert not list(tmp_path.glob("h*"))
 
 
+@pytest.mark.slow
 def test_serve_and_query(converted, tmp_path):
     pytest.importorskip("fastapi")
     with socket.socket() as s:

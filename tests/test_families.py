@@ -213,6 +213,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_all_load_in_a_fresh_process_without_this_package(converted, tmp_path):
     folders = {str(converted(family)): family for family in CONFIGS}
     environment = {

@@ -57,6 +57,7 @@ def test_any_folder_gives_the_same_logits_or_a_line(round_, tiny, tmp_path):
     assert outcome == "same" or not harmless, ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ways",
     [
@@ -71,6 +72,7 @@ def test_files_that_transformers_does_not_read_change_nothing(ways, tiny, tmp_pa
     assert judged(make(tiny("gpt2"), tmp_path / "in", "gpt2", **ways), tmp_path / "out") == "same"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("tie", TIES)
 def test_weights_are_tied_as_transformers_ties_them(family, tie, tiny, tmp_path):

@@ -250,6 +250,7 @@ def test_the_page_of_the_format_is_up_to_date():
 HEAVY = "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers'}))"
 
 
+@pytest.mark.slow
 def test_the_package_and_its_reader_import_neither_torch_nor_transformers():
     code = f"""
 import sys, lrkv_convert
@@ -262,6 +263,7 @@ lrkv_convert.convert
     assert python(code).splitlines() == ["[]", "[]", "['torch', 'transformers']"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
@@ -325,6 +327,7 @@ def test_it_is_typed():
     assert (Path(lrkv_convert.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_everything_is_imported_where_there_is_no_resource_and_no_fcntl():
     """As on Windows, whose own libraries do without, too."""
     code = """

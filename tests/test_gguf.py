@@ -70,6 +70,7 @@ def same(model, file, out) -> None:
             assert relative(found(ids).logits, wanted) < 1e-4, found.config.rope_parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize(
     "rope",

@@ -109,6 +109,7 @@ def scores(model, examples, teacher=None) -> tuple[float, float]:
 # --------------------------------------------------------------------------------- what it does
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_divergence_from_the_original_falls(family, tiny, converted, data, healed, tmp_path):
     folder = healed(family, **MORE)
@@ -264,7 +265,7 @@ def test_what_nobody_has_written_the_original_writes(tiny, converted, tmp_path, 
     text.write_text("\n\n".join(f"{i} sheep jumped over {i * 7 % 13} fences" for i in range(12)))
     stages = []
     done = heal(converted("t5"), tmp_path / "out", [str(text)], stage=stages.append, **FEW)
-    assert done.entry["targets_by_the_model"] == 12 and loaded == [str(tiny("t5"))]
+    assert done.entry.targets_by_the_model == 12 and loaded == [str(tiny("t5"))]
     assert any("writing" in stage for stage in stages)
     assert (
         "12 targets written by the source model itself"
@@ -283,7 +284,7 @@ def test_what_nobody_has_written_the_original_writes(tiny, converted, tmp_path, 
 def test_speech_without_transcripts_is_written_down_first(converted, tmp_path):
     speech(tmp_path / "said", 6, transcripts=False)
     done = heal(converted("whisper"), tmp_path / "out", [str(tmp_path / "said")], **FEW)
-    assert done.entry["targets_by_the_model"] == 6
+    assert done.entry.targets_by_the_model == 6
 
 
 def test_no_more_is_read_than_trained_on(converted, tmp_path):
@@ -322,8 +323,8 @@ def test_validation_of_its_own(converted, data, tmp_path):
         validation=[str(tmp_path / "own.jsonl")],
         **FEW,
     )
-    assert done.entry["examples"] == 12 and done.entry["validation"]["text"] == ["own.jsonl"]
-    assert done.entry["validation"]["tokens"] == len("bleats") + 1
+    assert done.entry.examples == 12 and tuple(done.entry.validation.text) == ("own.jsonl",)
+    assert done.entry.validation.tokens == len("bleats") + 1
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
@@ -364,6 +365,7 @@ def test_what_is_frozen_is_held_small_in_both_stacks(family, converted):
     assert not [n for n in small if "embed" in n or "conv" in n or "shared" in n]
 
 
+@pytest.mark.slow
 @BOTH
 def test_bf16_follows_fp32(family, healed):
     assert losses(healed(family, precision="bf16", loss="ce")) == pytest.approx(

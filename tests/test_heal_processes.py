@@ -64,6 +64,7 @@ def stopped(monkeypatch, after: int, *command) -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(converted, sheep, tmp_path):
     command = ["heal", str(converted()), "--data", str(sheep), "--set", *SETTINGS]
     run(*command, "--out", tmp_path / "one")
@@ -79,6 +80,7 @@ def test_two_processes_learn_what_one_does(converted, sheep, tmp_path):
     assert checks[0] == pytest.approx(checks[1], rel=1e-4) and len(checks[0]) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_of_an_encoder_decoder(tmp_path):
     """Examples of a step that predict different numbers of tokens weigh as many."""
     convert(str(build("t5", tmp_path / "t5")), tmp_path / "lrkv", rank=7, calibration=[])
@@ -95,6 +97,7 @@ def test_two_processes_learn_what_one_does_of_an_encoder_decoder(tmp_path):
         assert found[0] == pytest.approx(found[1], rel=1e-3) and len(found[0]) > 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(converted, sheep, tmp_path, monkeypatch):
     command = ["heal", converted(), "--data", sheep, "--set", *SETTINGS]
     run(*command, "--out", tmp_path / "one")
@@ -104,6 +107,7 @@ def test_a_run_goes_on_with_another_number_of_processes(converted, sheep, tmp_pa
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once_by_many(converted, sheep, tmp_path):
     done = launched(
         2,
@@ -178,6 +182,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_sharded_weights_learn_what_whole_ones_do_and_their_optimiser_is_restored(tmp_path):
     """FSDP2, as accelerate shards with fsdp.yaml; accelerate itself shards on GPUs only."""
     (tmp_path / "sharded.py").write_text(SHARDED)

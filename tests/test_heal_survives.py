@@ -86,6 +86,7 @@ def timeless(folder) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
@@ -129,6 +130,7 @@ def test_killed_at_any_moment_the_run_resumes_to_the_same_bytes(
     } == {"out"}
 
 
+@pytest.mark.slow
 def test_killed_at_the_very_end_the_result_is_whole(whole, converted, sheep, tmp_path):
     assert (
         child("after the result has its name", converted(), tmp_path / "out", sheep).returncode
@@ -139,6 +141,7 @@ def test_killed_at_the_very_end_the_result_is_whole(whole, converted, sheep, tmp
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_it_begins_anew(
     whole, converted, sheep, tmp_path
 ):
@@ -156,6 +159,7 @@ def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume_and_it_be
     ).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path):
     """Through the command line, with checkpoints far apart: the one it leaves is of the signal."""
@@ -362,6 +366,7 @@ def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(
     )
 
 
+@pytest.mark.slow
 def test_overwrite_begins_anew(converted, sheep, tmp_path, whole):
     assert child("in a step", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
     heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT)
@@ -401,6 +406,7 @@ def test_two_runs_do_not_write_one_folder(converted, sheep, tmp_path):
             heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
 
 
+@pytest.mark.slow
 def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, monkeypatch):
     assert (
         child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
@@ -429,6 +435,7 @@ def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path, mo
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
     assert child("in a step", converted(), tmp_path / "out", sheep).returncode == -signal.SIGKILL
     [checkpoint] = (tmp_path / "out.partial" / "work").glob("checkpoint-*")

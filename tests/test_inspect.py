@@ -114,6 +114,7 @@ def test_errors_of_keys_are_those_that_the_conversion_reports_and_of_values_no_l
     assert found["ranks"][0]["cache_ratio"] == pytest.approx(record["cache"]["kv_ratio"])
 
 
+@pytest.mark.slow
 def test_errors_of_values_are_those_of_a_conversion_with_one_sigma(
     family, tiny, tmp_path, monkeypatch
 ):
@@ -127,6 +128,7 @@ def test_errors_of_values_are_those_of_a_conversion_with_one_sigma(
         assert row["values"]["errors"]["7"] == pytest.approx(layer["values"]["error"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_errors_fall_with_rank_and_full_rank_has_none(tiny, family):
     found = self_attention(str(tiny(family)), ranks=[0, 4, 12, 20], calibration_tokens=512)
     for row in found["layers"]:
@@ -137,6 +139,7 @@ def test_errors_fall_with_rank_and_full_rank_has_none(tiny, family):
     assert found["ranks"][-1]["cache_ratio"] > 1 and found["ranks"][-1]["planned_kl"] is None
 
 
+@pytest.mark.slow
 def test_predicted_kl_is_that_of_the_conversion(tiny, converted):
     """The Fisher metric is the divergence to second order: where it is small, the prediction
     holds.
@@ -178,6 +181,7 @@ def test_the_plan_is_predicted_by_the_errors_of_its_shapes(tiny):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_recommended_that_saves_nothing(tiny):
     ranks = [0, 6, 13, 14, 20]  # break-even lies between 13 and 14
     generous = self_attention(str(tiny()), ranks=ranks, calibration_tokens=512, target_kl=1e9)[
@@ -274,6 +278,7 @@ def faithful(original: Path, folder: Path, tokens: torch.Tensor):
     return [found[site] for site in study.sites]
 
 
+@pytest.mark.slow
 def test_a_conversion_of_full_rank_keeps_everything(family, tiny, converted):
     found = self_attention(str(converted(family, rank=20, force=True)), max_tokens=64)
     assert found["similarity"] == pytest.approx(1, abs=1e-6) and found["logit_error"] < FLOAT32
@@ -332,6 +337,7 @@ def test_errors_are_those_of_both_models_run_whole(family, layer, tiny, converte
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -78,6 +78,7 @@ def test_a_converted_folder_beside_its_original_from_the_command_line(
     assert (tmp_path / "look" / "heads.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["original", "converted"])
 def test_a_narrow_terminal_loses_no_figure(which, tiny, converted, tmp_path):
     env = dict(os.environ, COLUMNS="60", FORCE_COLOR="1", TERM="xterm-256color")

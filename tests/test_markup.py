@@ -261,6 +261,7 @@ def test_a_source_card_with_odd_values_is_passed_over(card, tmp_path):
 NAMES = ["[red]x\x1b[31my", "$x$ $字🐑", "_x:sheep:\ny"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_shows_and_draws_names_as_they_are(name, tiny, sheep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ def logits(model, ids, **kwargs):
     return model(ids, **kwargs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["joint", "aligned", "mean"])
 def test_full_rank_is_exact(family, base, tiny, converted):
     ids = prompt()
@@ -39,6 +40,7 @@ def test_full_rank_is_exact(family, base, tiny, converted):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["joint", "aligned"])
 @pytest.mark.parametrize("family", ["llama-bias", "gpt2"])
 def test_full_rank_is_exact_in_float64(family, base, tmp_path, monkeypatch):
@@ -100,6 +102,7 @@ def step_by_step(model, ids, first: int, cache=None, **kwargs):
     return torch.cat(pieces, dim=1).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"rank_k": 0, "rank_v": 12}, {"rank_k": 12, "rank_v": 0}, {"base": "aligned"}],
@@ -247,6 +250,7 @@ def test_eager_equals_sdpa(family, converted):
     assert relative(eager, sdpa) < FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"rank_k": 3, "rank_v": 11}, {"rank_k": 0, "rank_v": 5}, {"rank_k": 4, "rank_v": 0}],

@@ -154,6 +154,7 @@ def test_split_and_rebuild_equal_the_reference(case, tokens):
         assert error(rebuild(**given), expected) < TOLERANCE[dtype], dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 63, 111])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_equals_the_reference(case, tokens):
@@ -235,6 +236,7 @@ def decoded(model, path: str, ids, mask=None, first: int = 30) -> torch.Tensor:
 
 
 # a model without RoPE is refused the forms of keys that need it (test_refusals.py)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, options",
     [
@@ -439,6 +441,7 @@ def test_without_triton_the_kernel_says_what_it_lacks(monkeypatch):
 # ------------------------------------------------------------------------------------ ahead of time
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_without_spilling():
     """Every launch of the table for sm_80 and sm_90; no GPU needed."""
     script = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"

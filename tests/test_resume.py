@@ -49,6 +49,7 @@ def test_a_disk_that_fills_in_mid_write(source, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_after_calibration_says_how_to_go_on(source, tmp_path, stop):
     """What took long is kept, and the same command takes it up; with other options it is begun
@@ -90,6 +91,7 @@ def test_interrupted_after_calibration_says_how_to_go_on(source, tmp_path, stop)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
     code = CHILD.format(limit=0, slow=True, source=str(source), out=str(tmp_path / "out"))
@@ -135,6 +137,7 @@ def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path,
     assert (tmp_path / "out" / "lrkv.json").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment, kept",
     [

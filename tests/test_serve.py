@@ -31,6 +31,7 @@ def post(url: str, content: dict) -> dict:
         return json.loads(answer.read())
 
 
+@pytest.mark.slow
 def test_a_chat_request_is_answered(tmp_path):
     pytest.importorskip("fastapi")
     build("llama", tmp_path / "source")
