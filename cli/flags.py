@@ -42,7 +42,7 @@ def flags_of(options: type[Typed]) -> Callable[[Callable], Callable]:
         for name, parameter in signature.parameters.items():
             own = parameter.replace(annotation=hints[name], kind=KEYWORD)
             parameters += flags.values() if name == GIVEN else [own]
-        called.__signature__ = signature.replace(parameters=parameters)
+        vars(called)["__signature__"] = signature.replace(parameters=parameters)
         called.__annotations__ = {p.name: p.annotation for p in parameters}
         return called
 

@@ -4,6 +4,7 @@ is a converted folder like any other.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from lrkv_convert.examples.material import gather
 from lrkv_convert.examples.pairs import Corpus, Pair
 from lrkv_convert.examples.reader import Reader
 from lrkv_convert.families import family_named
+from lrkv_convert.folder.record import read_record
 from lrkv_convert.healing import heal
 from lrkv_convert.modeling import auto_class
 from lrkv_convert.train.batch import together
@@ -271,11 +273,9 @@ def test_what_nobody_has_written_the_original_writes(tiny, converted, tmp_path, 
         "12 targets written by the source model itself"
         in (tmp_path / "out" / "README.md").read_text()
     )
-    record = json.loads((converted("t5") / "lrkv.json").read_text())
-    monkeypatch.setattr(
-        "lrkv_convert.healing.read_record",
-        lambda model: record | {"source": record["source"] | {"path": "/gone"}},
-    )
+    record = read_record(converted("t5"))
+    gone = replace(record, source=replace(record.source, path="/gone"))
+    monkeypatch.setattr("lrkv_convert.healing.read_record", lambda model: gone)
     heal(converted("t5"), tmp_path / "alone", [str(text)], **FEW)
     assert loaded[1:] == [str(converted("t5"))]
     assert "by the converted model itself" in (tmp_path / "alone" / "README.md").read_text()

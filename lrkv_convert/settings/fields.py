@@ -100,19 +100,20 @@ def kinds(of: Field) -> tuple[Any, ...]:
     return get_args(of.type) if isinstance(of.type, UnionType) else (of.type,)
 
 
+@dataclass(frozen=True)
 class Typed:
     """A frozen dataclass whose fields are what their annotations say, or LrkvError. One word is a
     list of words. Every field is an `option`.
     """
 
     def __post_init__(self):
-        for each in fields(self):  # a dataclass, below
+        for each in fields(self):
             value = getattr(self, each.name)
             object.__setattr__(self, each.name, fitted(each.name, value, kinds(each)))
 
     def check_fields(self) -> None:
         """Raise LrkvError for a field out of its choices or its limits, each by itself."""
-        for each in fields(self):  # type: ignore[arg-type]
+        for each in fields(self):
             if (value := getattr(self, each.name)) is not None:
                 said(each).check(each.name, value)
 
