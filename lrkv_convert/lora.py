@@ -60,8 +60,12 @@ def _short(layer: str) -> str:
 
 def attention_targets(record: Record) -> list[str]:
     """The same for all of attention, as lrkv.json tells it."""
-    family = family_named(record.source.model_type)
-    assert family is not None, "what was converted is of a family"
+    if (family := family_named(record.source.model_type)) is None:
+        raise LrkvError(
+            f"the family {record.source.model_type!r} is not known, so that this record is not as"
+            " lrkv convert wrote it",
+            "update lrkv-convert, or convert the model again",
+        )
     adapters = list(family.kinds.values())
     factors = [
         f"{side}.{factor}"
