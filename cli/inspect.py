@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import Command, app, quiet_libraries
+from .measured import Audio, Calibration, Pairs
 
 
 @app.command(cls=Command)
@@ -36,15 +37,7 @@ def inspect(
         float,
         typer.Option(min=0, help="Divergence, in nats per token, that the recommendation allows."),
     ] = 0.05,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Text files or folders, several. Default: the text that ships here. Of an"
-                " encoder-decoder what lrkv convert takes."
-            )
-        ),
-    ] = None,
+    calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of calibration. Default: 8192, of what is said 2048."),
@@ -67,24 +60,8 @@ def inspect(
             )
         ),
     ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "In its place, of an encoder-decoder that reads text: a .jsonl file of"
-                ' {"source": ..., "target": ...}, or texts.'
-            )
-        ),
-    ] = None,
-    audio: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "In its place, of a speech model: a folder of .wav files (x.txt beside x.wav, or"
-                " transcripts.tsv)."
-            )
-        ),
-    ] = None,
+    pairs: Pairs = None,
+    audio: Audio = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Read no more of it. Default: 4096, with --ablate 1024."),

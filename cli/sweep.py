@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import Command, app, quiet_libraries
+from .measured import Audio, Calibration, Pairs
 
 
 @app.command(cls=Command)
@@ -16,24 +17,8 @@ def sweep(
         str | None,
         typer.Option(help="Text file to measure on; not one of --calibration."),
     ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "In its place, of an encoder-decoder that reads text: a .jsonl file of"
-                ' {"source": ..., "target": ...}, or texts.'
-            )
-        ),
-    ] = None,
-    audio: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "In its place, of a speech model: a folder of .wav files (x.txt beside x.wav, or"
-                " transcripts.tsv)."
-            )
-        ),
-    ] = None,
+    pairs: Pairs = None,
+    audio: Audio = None,
     ranks: Annotated[
         str,
         typer.Option(
@@ -50,15 +35,7 @@ def sweep(
             )
         ),
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Text files or folders, several. Default: the text that ships here. Of an"
-                " encoder-decoder what lrkv convert takes."
-            )
-        ),
-    ] = None,
+    calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=512, help="Tokens of calibration. Default: as convert.")
     ] = None,

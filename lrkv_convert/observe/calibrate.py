@@ -206,14 +206,12 @@ def _arguments(skeleton: Skeleton, store: Store, site: Site, seen: dict) -> Call
     """By example, what the module is called with beside its input."""
     device, inputs = skeleton.device, seen["inputs"]
     there = lambda value: value.to(device) if isinstance(value, Tensor) else value
-    if skeleton.family.encoder is None:
-        given = {
-            name: tuple(map(there, value)) if isinstance(value, tuple) else there(value)
-            for name, value in seen["arguments"].items()
-        }
-        return lambda n: given
+    recorded = {
+        name: tuple(map(there, value)) if isinstance(value, tuple) else there(value)
+        for name, value in seen.get("arguments", {}).items()
+    }
     longest = max((x.shape[1] for x in inputs), default=1)
-    arguments = skeleton.attention_arguments(site.kind, longest)
+    arguments = skeleton.attention_arguments(site.kind, recorded, longest)
     states = store.load("encoder") if site.kind == "cross" else None
     return lambda n: arguments(
         inputs[n].shape[1], None if states is None else states[n].to(device, torch.float32)

@@ -3,6 +3,7 @@ is around the layers.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -26,7 +27,11 @@ Call = Callable[[int, int, Tensor | None], tuple[tuple, dict]]
 Head = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Skeleton:
+# (length, states of the encoder or None) -> what an attention module is called with
+Arguments = Callable[[int, Tensor | None], dict]
+
+
+class Skeleton(ABC):
     """The model without weights; buffers (RoPE frequencies) are real. Attention runs eagerly,
     because the metrics need its weights. What differs with and without an encoder is told by
     `DecoderSkeleton` and `EncoderDecoderSkeleton` (`skeleton_of`).
@@ -168,21 +173,21 @@ class Skeleton:
         """Last hidden states (1, S, D) of the encoder for every example; None without one."""
         return None
 
+    @abstractmethod
     def embed(self, examples: Sequence[Example]) -> tuple[list[Tensor], Call]:
         """Everything before the decoder's first layer: hidden states (1, T, D) of every example,
         and what else each layer is called with.
         """
-        raise NotImplementedError
 
-    def attention_arguments(self, kind: str, longest: int) -> Callable[[int, Tensor | None], dict]:
-        """By length and states, what a converted attention module of an encoder-decoder is called
-        with beside its input.
+    @abstractmethod
+    def attention_arguments(self, kind: str, recorded: dict, longest: int) -> Arguments:
+        """What a converted attention module is called with beside its input. recorded: what the
+        original's was, with the last example; longest: tokens of an example at most.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self) -> AbstractContextManager[Head]:
         """What follows the decoder's last layer."""
-        raise NotImplementedError
 
 
 class DecoderSkeleton(Skeleton):
@@ -201,6 +206,9 @@ class DecoderSkeleton(Skeleton):
                         (r.args, self.family.any.layer_arguments(r.kwargs)) for r in recorders
                     ]
         return hidden, lambda i, length, states=None: recorded[length][i]
+
+    def attention_arguments(self, kind, recorded, longest):
+        return lambda length, states: recorded
 
     @contextmanager
     def _around_layers(self, stand_in: nn.ModuleList, *left_out: nn.Module) -> Iterator[nn.Module]:
@@ -335,7 +343,7 @@ class EncoderDecoderSkeleton(Skeleton):
 
         return hidden, call
 
-    def attention_arguments(self, kind, longest):
+    def attention_arguments(self, kind, recorded, longest):
         if kind == "cross":
             return lambda length, states: {"key_value_states": states}
         more, mask = self._hands_on(self.encoder.decoder, longest), self.encoder.mask
