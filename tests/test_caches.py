@@ -64,7 +64,11 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("backend", QUANTISED)
+@pytest.mark.parametrize(
+    # quanto compiles itself where it has not been used before
+    "backend",
+    [pytest.param(b, marks=[pytest.mark.slow] if b == "quanto" else []) for b in QUANTISED],
+)
 def test_quantised_caches(backend, tiny):
     """As near the exact logits as the original's quantised cache comes to the original's, and as
     much smaller; uneven layers too.

@@ -269,7 +269,7 @@ def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
     assert kls == sorted(kls, reverse=True), kls
 
 
-@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.62])
+@pytest.mark.parametrize("ratio", [0.4, pytest.param(0.5, marks=pytest.mark.slow), 0.62])
 def test_a_cache_ratio_is_met_by_the_live_cache(ratio, tiny, tmp_path):
     plan = convert(str(tiny()), tmp_path / "out", cache_ratio=ratio, calibration_tokens=1024).plan
     assert ratio - 0.1 < plan.ratio <= ratio

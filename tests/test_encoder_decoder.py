@@ -377,7 +377,10 @@ def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
         hook.remove()
 
 
-@pytest.mark.parametrize("step", ["calibrate", "moments", "fit"])
+@pytest.mark.parametrize(
+    "step",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in ("calibrate", "moments")), "fit"],
+)
 def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_path, monkeypatch):
     """Stopped in its second layer, wherever that is, it ends with the same bytes; finished layers
     are not done again.
@@ -414,7 +417,9 @@ def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_pa
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("family", ["bart", "marian", "t5", "whisper"])
+@pytest.mark.parametrize(
+    "family", ["bart", "marian", "t5", pytest.param("whisper", marks=pytest.mark.slow)]
+)
 class TestCalibrated:
     def test_calibrated_and_planned(self, family, tiny, converted, data):
         """A plan within each budget, recorded for each kind, that is nearer to the original than

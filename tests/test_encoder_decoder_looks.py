@@ -55,7 +55,7 @@ def scores(model, examples: list[Example], base: list | None = None) -> tuple[fl
 # --------------------------------------------------------------------------------------- look ahead
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("whisper", marks=pytest.mark.slow)])
 def test_errors_of_keys_are_those_that_the_conversion_reports(family, tiny, data, converted):
     record = json.loads((converted(family, calibrated=True) / "lrkv.json").read_text())
     found = inspect(str(tiny(family)), ranks=[7], calibration=[data(family)])
@@ -91,7 +91,7 @@ def test_both_kinds_together_are_recommended_what_their_sum_allows(tiny, data):
 # ----------------------------------------------------------------------------------------- ablation
 
 
-@pytest.mark.parametrize("family", ["bart", "t5", "whisper"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 def test_removing_a_head_is_zeroing_its_columns_of_the_output_projection(family, tiny, data):
     """Of either kind of attention; the loss is that of the positions that count."""
     found = inspect(
@@ -177,7 +177,7 @@ def attended(model, path: str, examples: list[Example]) -> list[tuple]:
     return found
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("whisper", marks=pytest.mark.slow)])
 def test_errors_are_those_of_both_models_run_whole(family, tiny, data, tmp_path):
     """With the original's attention everywhere before, both whole models see the same in each
     attention module; T5 with its position bias.
@@ -300,6 +300,7 @@ def test_texts_are_read_where_nothing_is_named(tiny, converted):
     assert "built-in" in run("inspect", converted("t5"), "--max-tokens", 60).stdout
 
 
+@pytest.mark.slow
 def test_sweep_from_the_command_line(tiny, data, tmp_path):
     shown = run(
         "sweep",

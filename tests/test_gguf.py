@@ -120,7 +120,7 @@ def test_divisors_of_no_known_kind_are_exact_too(tmp_path):
     )
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_linear_scaling(named, tmp_path):
     model = model_of({"rope_type": "linear", "factor": 4.0})
     keys = lambda writer: (

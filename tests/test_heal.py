@@ -324,7 +324,10 @@ def test_bf16_follows_fp32(healed):
 # --------------------------------------------------------------------------------------- the result
 
 
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("llama", "gpt2") else pytest.mark.slow) for n in THOROUGH],
+)
 def test_a_healed_folder_is_a_converted_folder(converted, healed, name):
     before, after = converted(name), healed(name)
     names = lambda folder: {p.name for p in folder.iterdir()}

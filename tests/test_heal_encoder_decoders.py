@@ -48,6 +48,8 @@ FEW = dict(  # a few steps
 )
 MORE = dict(FEW, tokens=3000, muon_lr=2e-3, adamw_lr=2e-3, validate_every=100)
 BOTH = pytest.mark.parametrize("family", ["t5", "whisper"])
+# the same for either, so that one is enough for `make test`
+EITHER = pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_a_step_is_the_mean_over_its_tokens(family, converted, data, healed, tmp
     assert line["tokens"] == found.tokens_of(chosen) == sum(found.lengths[chosen, 0])
 
 
-@BOTH
+@EITHER
 @pytest.mark.parametrize(
     "options", [{"micro_batch_size": 4}, {"gradient_checkpointing": True}], ids=str
 )
@@ -145,7 +147,7 @@ def test_how_a_step_is_computed_does_not_change_it(family, options, healed):
     assert losses(other)[:8] == pytest.approx(losses(one)[:8], rel=1e-3)
 
 
-@BOTH
+@EITHER
 def test_matching_works_with_gradient_checkpointing(family, healed):
     one, other = (
         healed(family, match_attention=1.0, gradient_checkpointing=x) for x in (False, True)

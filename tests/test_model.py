@@ -160,8 +160,10 @@ HIDDEN = {"between": [5], "behind": [18, 19], "before and between": [0, 11], "of
     "options",
     [
         {},
-        {"keys": "rotary", "rank": 20},
-        {"keys": "commuting", "base_width_k": 60, "rank_k": 0},
+        pytest.param({"keys": "rotary", "rank": 20}, marks=pytest.mark.slow),
+        pytest.param(
+            {"keys": "commuting", "base_width_k": 60, "rank_k": 0}, marks=pytest.mark.slow
+        ),
         {"keys": "full"},
     ],
     ids=str,

@@ -456,6 +456,7 @@ def test_the_kernel_compiles_without_spilling():
     assert len(done.stdout.splitlines()) == 1 + 2 * 27
 
 
+@pytest.mark.slow
 def test_a_spill_would_be_seen():
     """The same kernel held to 32 registers spills, and the table says so."""
     code = (

@@ -190,7 +190,14 @@ def test_healing(converted, sheep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["position-free-bias-groups", "rope-qk-norm-groups", "rotary", "full"]
+    "case",
+    [
+        "rope-qk-norm-groups",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("position-free-bias-groups", "rotary", "full")
+        ),
+    ],
 )
 def test_the_kernel_equals_the_reference(case):
     """By Triton's interpreter."""
@@ -340,6 +347,7 @@ def test_what_a_folder_links_to_is_left_alone(tmp_path):
     ).is_symlink()
 
 
+@pytest.mark.slow
 def test_a_new_folder_loads_without_this_package(converted, tmp_path):
     found = alone(
         converted("gemma3_text"),

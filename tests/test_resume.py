@@ -40,6 +40,7 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_in_mid_write(source, tmp_path):
     code = CHILD.format(limit=50_000, slow=False, source=str(source), out=str(tmp_path / "out"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

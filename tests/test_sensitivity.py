@@ -91,6 +91,7 @@ def test_tokens_are_drawn_by_their_probabilities():
     assert found[1] == 0 and (found - p).abs().max() < 0.02  # five standard deviations
 
 
+@pytest.mark.slow
 def test_the_fisher_metric_fits_closer_than_attention_alone(tiny, converted):
     """On the same rank and text: the gradients are worth their cost."""
     ids = torch.cat([prompt(200, seed=s) for s in (5, 6, 7)])
