@@ -62,13 +62,11 @@ QUANTISED = {
     ),
     "quanto": dict(backend="quanto", nbits=4, q_group_size=4, residual_length=8),
 }
+# quanto compiles itself when it is first used
+BACKENDS = [pytest.param(b, marks=pytest.mark.slow if b == "quanto" else []) for b in QUANTISED]
 
 
-@pytest.mark.parametrize(
-    # quanto compiles itself where it has not been used before
-    "backend",
-    [pytest.param(b, marks=[pytest.mark.slow] if b == "quanto" else []) for b in QUANTISED],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_quantised_caches(backend, tiny):
     """As near the exact logits as the original's quantised cache comes to the original's, and as
     much smaller; uneven layers too.
@@ -107,7 +105,7 @@ def test_fp8_holds_the_numbers_of_the_formula_in_a_byte_each(converted):
     [[(64, 8), (176, 0)], [(64, 12), (144, 0)], [(64, 16), (64, 16)], [(1, 0), (0, 1)]],
     ids=str,
 )
-@pytest.mark.parametrize("backend", QUANTISED)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_quantised_caches_as_they_come(backend, shapes):
     """Groups of 64, as the backends have them by default, fit whatever shapes a plan gives; one
     number is a width, too.
