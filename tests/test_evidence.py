@@ -65,15 +65,14 @@ def test_the_answer_is_cut_as_it_is_after_the_question(tiny):
 
 
 @pytest.mark.parametrize("longest", [1024, 30])
-def test_recall_is_what_greedy_decoding_writes(longest, tiny, converted, monkeypatch):
-    monkeypatch.setattr(longcontext, "LONGEST", longest)
+def test_recall_is_what_greedy_decoding_writes(longest, tiny, converted):
     for folder in (tiny(), converted()):
         model, _ = load(folder)
         ids = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(2))
         written = model.generate(
             ids.unsqueeze(0), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=258
         )[0, 100:]
-        found, nll = longcontext.recall(Candidate(model), ids, written)
+        found, nll = longcontext.recall(Candidate(model), ids, written, longest)
         with torch.no_grad():
             expected = model(torch.cat([ids, written]).unsqueeze(0)).logits[0, 99:-1]
         assert found and nll == pytest.approx(
@@ -81,7 +80,7 @@ def test_recall_is_what_greedy_decoding_writes(longest, tiny, converted, monkeyp
         )
         wrong = written.clone()
         wrong[-1] = (wrong[-1] + 1) % 256
-        assert not longcontext.recall(Candidate(model), ids, wrong)[0]
+        assert not longcontext.recall(Candidate(model), ids, wrong, longest)[0]
 
 
 def test_the_long_context_check_reads_windows_of_that_length(tiny, converted):

@@ -203,15 +203,14 @@ def test_the_pair_steps_as_the_two_would_and_survives_saving():
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
-def test_rows_that_do_not_count_change_nothing(kl_weight, monkeypatch):
-    monkeypatch.setattr("lrkv_convert.train.divergence.ROWS", 200)
+def test_rows_that_do_not_count_change_nothing(kl_weight):
     torch.manual_seed(0)
     student, teacher, targets = torch.randn(7, 50), torch.randn(7, 50), torch.arange(7)
     targets[[0, 3, 6]] = IGNORED
     counted = targets != IGNORED
     whole, part = student.requires_grad_(), student.detach()[counted].requires_grad_()
-    found = divergence(whole, teacher, targets, kl_weight)
-    alone = divergence(part, teacher[counted], targets[counted], kl_weight)
+    found = divergence(whole, teacher, targets, kl_weight, at_once=200)
+    alone = divergence(part, teacher[counted], targets[counted], kl_weight, at_once=200)
     assert [x.item() for x in found] == pytest.approx([x.item() for x in alone], rel=1e-6)
     found[0].backward()
     alone[0].backward()
@@ -219,16 +218,15 @@ def test_rows_that_do_not_count_change_nothing(kl_weight, monkeypatch):
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
-def test_divergence_and_its_gradient_are_torchs_own(kl_weight, monkeypatch):
-    # several chunks, the last one shorter
-    monkeypatch.setattr("lrkv_convert.train.divergence.ROWS", 200)
+def test_divergence_and_its_gradient_are_torchs_own(kl_weight):
     torch.manual_seed(0)
     student, teacher, targets = (
         torch.randn(7, 50, requires_grad=True),
         torch.randn(7, 50),
         torch.randint(0, 50, (7,)),
     )
-    loss, kl, ce = divergence(student, teacher, targets, kl_weight)
+    # several chunks, the last one shorter
+    loss, kl, ce = divergence(student, teacher, targets, kl_weight, at_once=200)
     (3 * loss).backward()
     other = student.detach().double().requires_grad_()
     expected_kl = torch.nn.functional.kl_div(

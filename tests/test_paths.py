@@ -172,16 +172,13 @@ def test_the_kernel_in_half_precision(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["position-free", "rope-bias-groups"])
-def test_the_kernel_joins_many_chunks(case, monkeypatch):
+def test_the_kernel_joins_many_chunks(case):
     """With one program wanted the sequence is one chunk, with many it is cut as finely as tiles
     allow: the result is the same.
     """
-    from lrkv_convert.modeling import kernel_lrkv
-
     given = problem(case, 1000, batch=1)
     fine = kernel(**given)
-    monkeypatch.setattr(kernel_lrkv, "PROGRAMS", 1)
-    assert error(kernel(**given), fine.double()) < TOLERANCE[torch.float32]
+    assert error(kernel(**given, programs=1), fine.double()) < TOLERANCE[torch.float32]
     assert error(fine, reference.decode(**given)) < TOLERANCE[torch.float32]
 
 

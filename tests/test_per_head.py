@@ -18,6 +18,7 @@ from lrkv_convert.fit.metric import (
     runs,
     square_root,
 )
+from lrkv_convert.fit.per_head import refine
 from lrkv_convert.observe.sums import MetricSums
 
 H, D, d, m, r = 4, 48, 10, 12, 3
@@ -74,17 +75,19 @@ def test_reported_error_is_the_error_and_no_more_than_with_one_sigma(count, m, r
     assert len(alone.history) > 1 or m == 0
 
 
-def test_heads_that_are_alike_gain_nothing(monkeypatch):
+def begun(W, metric, m, r) -> tuple:
+    """What `refine` is given by `joint`: from the fit with one Sigma for all heads."""
+    one, Q = joint(W, Metric(metric.sigma, metric.M), m, r), head_basis(W)
+    return metric.grams, Q.T @ W @ metric.M.root, Q.T @ one.W_shared, r
+
+
+def test_heads_that_are_alike_gain_nothing():
     """One Sigma for all, written down once per head: both fits end at the same error."""
     W, _, metric = problem(4, alike=True)
-    monkeypatch.setattr(per_head, "SWEEPS", 400)
-    monkeypatch.setattr(per_head, "STOP", 1e-7)
-    alone, shared = (
-        joint(W, metric, m, r),
-        joint(W, Metric(metric.sigma, metric.M), m, r, sweeps=1000),
-    )
+    *_, history = refine(*begun(W, metric, m, r), sweeps=400, stop=1e-7)
+    shared = joint(W, Metric(metric.sigma, metric.M), m, r, sweeps=1000)
     # alternations stop at slightly different places
-    assert alone.error == pytest.approx(shared.error, rel=0.02)
+    assert history[-1] == pytest.approx(shared.error, rel=0.02)
 
 
 def test_full_rank_is_exact():
@@ -109,12 +112,11 @@ def test_without_base_the_error_is_the_discarded_singular_values_of_each_head():
 
 
 @pytest.mark.parametrize("m, r", [(m, r), (m, 0)])
-def test_it_ends_near_where_the_alternation_would_end(m, r, monkeypatch):
+def test_it_ends_near_where_the_alternation_would_end(m, r):
     W, _, metric = problem(4)
     fit = joint(W, metric, m, r).history
-    monkeypatch.setattr(per_head, "SWEEPS", 500)
-    monkeypatch.setattr(per_head, "STOP", 0.0)
-    last = joint(W, metric, m, r).history
+    assert refine(*begun(W, metric, m, r))[-1] == pytest.approx(fit, rel=1e-9)
+    last = refine(*begun(W, metric, m, r), sweeps=500, stop=0.0)[-1]
     assert len(last) > len(fit) and fit[-1] - last[-1] < 0.25 * (fit[0] - last[-1]), (
         fit[0],
         fit[-1],

@@ -59,15 +59,17 @@ def shortest(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.no_grad()
-def recall(candidate: Candidate, ids: Tensor, answer: Tensor) -> tuple[bool, float]:
+def recall(
+    candidate: Candidate, ids: Tensor, answer: Tensor, longest: int = LONGEST
+) -> tuple[bool, float]:
     """Whether greedy decoding after ids (T,) gives the answer (k,), and the answer's mean negative
     log-likelihood in nats.
 
     The answer's tokens are read in one go: if each is the likeliest after the ones before it,
-    greedy decoding would have written them.
+    greedy decoding would have written them. longest: tokens per forward pass.
     """
     cache = new_cache(candidate.model, candidate.cache)
-    for part in ids[:-1].unsqueeze(0).split(LONGEST, dim=1):
+    for part in ids[:-1].unsqueeze(0).split(longest, dim=1):
         candidate.read(part, cache, logits_to_keep=1)
     last = torch.cat([ids[-1:], answer[:-1]]).unsqueeze(0)
     # (k, vocabulary)

@@ -66,9 +66,9 @@ class Candidate:
         """What the model calls the ids of its decoder."""
         return "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
 
-    def empty(self, tokens: int) -> Cache | None:
-        """What reading so many tokens needs: a cache, or nothing."""
-        return new_cache(self.model, self.cache) if self.cache or tokens > LONGEST else None
+    def empty(self, tokens: int, longest: int = LONGEST) -> Cache | None:
+        """What reading so many tokens needs, `longest` per forward pass: a cache, or nothing."""
+        return new_cache(self.model, self.cache) if self.cache or tokens > longest else None
 
     def hears(self, example: Example) -> dict:
         """What the decoder is given of the example's source; {} for a decoder on its own."""
@@ -149,14 +149,16 @@ def measure(
     examples: Sequence[Example],
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda *_: None,
+    longest: int = LONGEST,
 ) -> list[Scores]:
     """Scores of every candidate; the first one is the base. batch_size: examples of the same length
-    and without a source that are read at once; progress: (examples done, in all). Raises LrkvError
-    where a model gives NaN.
+    and without a source that are read at once; progress: (examples done, in all); longest: tokens
+    per forward pass, beyond which an example goes through the cache. Raises LrkvError where a model
+    gives NaN.
     """
     scores, done = [Scores() for _ in candidates], 0
     for batch in batches_of(examples, batch_size):
-        pieces = list(_pieces(candidates, batch))
+        pieces = list(_pieces(candidates, batch, longest))
         for i, score in enumerate(scores):
             for name, columns in zip(("nll", "kl", "agree"), zip(*(piece[i] for piece in pieces))):
                 for example, row in zip(batch, torch.cat(columns, dim=1).cpu()):
@@ -167,10 +169,10 @@ def measure(
 
 
 def _pieces(
-    candidates: list[Candidate], batch: list[Example]
+    candidates: list[Candidate], batch: list[Example], longest: int
 ) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """A batch in pieces of LONGEST tokens, as far as predictions count: for each, (nll, kl, agree)
-    of every candidate, (N, C) each, which say nothing where a prediction does not count.
+    """A batch in pieces of `longest` tokens, as far as predictions count: for each piece, (nll, kl,
+    agree) of every candidate, (N, C) each, which say nothing where a prediction does not count.
     """
     ids = torch.cat([example.ids for example in batch])  # (N, T)
     predicts = torch.stack([example.predicts for example in batch])  # (N, T)
@@ -178,19 +180,20 @@ def _pieces(
     # a quantised cache may take one scale for all it holds: each example has its own, so that the
     # batch size changes nothing
     caches = [
-        [candidate.empty(T) for _ in range(N if candidate.cache else 1)] for candidate in candidates
+        [candidate.empty(T, longest) for _ in range(N if candidate.cache else 1)]
+        for candidate in candidates
     ]
-    for start in range(0, T, LONGEST):
+    for start in range(0, T, longest):
         if not (predicts[:, start:] != IGNORED).any():
             break
-        targets = predicts[:, start : start + LONGEST].clamp_min(0)  # (N, C)
+        targets = predicts[:, start : start + longest].clamp_min(0)  # (N, C)
         base, found = None, []
         for candidate, held in zip(candidates, caches):
             more = candidate.hears(batch[0])  # an example with a source is alone
             parts = [
                 candidate.read(rows, cache, **more)
                 for rows, cache in zip(
-                    ids[:, start : start + LONGEST].tensor_split(len(held)), held
+                    ids[:, start : start + longest].tensor_split(len(held)), held
                 )
             ]
             # (N C, vocabulary)

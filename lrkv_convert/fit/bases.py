@@ -88,14 +88,22 @@ class Factors:
 
 
 def joint(
-    W: Tensor, metric: Metric, m: int, r: int, rotary: bool = False, sweeps: int = SWEEPS
+    W: Tensor,
+    metric: Metric,
+    m: int,
+    r: int,
+    rotary: bool = False,
+    sweeps: int = SWEEPS,
+    eigh_up_to: int = EIGH_UP_TO,
 ) -> Factors:
-    """Joint fit of W (H, D, d)."""
+    """Joint fit of W (H, D, d). eigh_up_to: columns H d up to which bases are found by a full
+    eigendecomposition.
+    """
     H, _D, d = W.shape
     # (D, n), (n, n)
     weighted, K = _gram(W, metric)
     # (n, m), (H, d, r)
-    y, V, history = _alternate(K, H, m, r, sweeps)
+    y, V, history = _alternate(K, H, m, r, sweeps, eigh_up_to=eigh_up_to)
     if metric.grams is not None:
         return _refined(W, metric, weighted @ y, r)
     # (D, m), (H, m, d): Q^T A_h
@@ -173,7 +181,13 @@ def _gram(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
 
 
 def _alternate(
-    K: Tensor, H: int, m: int, r: int, sweeps: int, first: Tensor | None = None
+    K: Tensor,
+    H: int,
+    m: int,
+    r: int,
+    sweeps: int,
+    first: Tensor | None = None,
+    eigh_up_to: int = EIGH_UP_TO,
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """y (n, m) and V (H, d, r) minimising sum_h || (I - Q Q^T) A_h (I - V_h V_h^T) ||^2 with Q =
     [A_1 ... A_H] y, and the relative error per sweep.
@@ -190,11 +204,11 @@ def _alternate(
     for _ in range(sweeps if m and r else 1):
         if m:
             y = (
-                _leading(K, m, _Remaining(K, y, V))
+                _leading(K, m, _Remaining(K, y, V), eigh_up_to)
                 if history
                 else first
                 if first is not None
-                else _leading(K, m, None)
+                else _leading(K, m, None, eigh_up_to)
             )
         # (H, m, d): Q^T A_h
         F = (y.T @ K).view(m, H, d).transpose(0, 1)
@@ -230,16 +244,16 @@ class _Remaining:
         return X - self._project(X - self.F.T @ (self.y.T @ X))
 
 
-def _leading(K: Tensor, m: int, Z: _Remaining | None) -> Tensor:
+def _leading(K: Tensor, m: int, Z: _Remaining | None, eigh_up_to: int = EIGH_UP_TO) -> Tensor:
     """y (n, m) such that Q = A y are the leading left singular vectors of A Z, for A^T A = K; Z
     None is the identity.
 
-    Up to EIGH_UP_TO columns by an eigendecomposition; beyond, a few steps of subspace iteration,
+    Up to `eigh_up_to` columns by an eigendecomposition; beyond, a few steps of subspace iteration,
     from the previous y where there is one (each step lowers the error: tr Q^T G Q grows under Q <-
     orth(G Q) for positive G), from a random start otherwise (Halko et al. 2011).
     """
     n = len(K)
-    if n <= EIGH_UP_TO or m > n // 2:
+    if n <= eigh_up_to or m > n // 2:
         T = K if Z is None else Z.transposed_times(Z.transposed_times(K).T)
         sizes, v = (
             part[..., max(n - m, 0) :].flip(-1) for part in torch.linalg.eigh((T + T.T) / 2)

@@ -33,12 +33,13 @@ STOP = 1e-3  # relative fall of the squared error below which the alternation en
 
 
 def refine(
-    grams: Tensor, own: Tensor, y: Tensor, r: int
+    grams: Tensor, own: Tensor, y: Tensor, r: int, sweeps: int = SWEEPS, stop: float = STOP
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[float, ...]]:
     """(y (k, m), C_h M_h (H, m, d), rest_h V_h (H, k, r), V (H, d, r), relative error per sweep).
 
     grams (runs, k, k): Q^T Sigma_h Q, for runs of heads that share one; own (H, k, d): Q^T W_h M_h;
-    y (k, m): where to start.
+    y (k, m): where to start; sweeps: alternations at most; stop: the relative fall of the squared
+    error below which they end.
     """
     H, _, d = own.shape
     members = runs(H, len(grams))
@@ -65,9 +66,9 @@ def refine(
         if (
             not y.shape[1]
             or r == d
-            or len(history) == SWEEPS
+            or len(history) == sweeps
             or len(history) > 1
-            and history[-2] ** 2 - history[-1] ** 2 < STOP * history[-2] ** 2
+            and history[-2] ** 2 - history[-1] ** 2 < stop * history[-2] ** 2
         ):
             return *best, tuple(history)
         inverse = _pseudo_inverse(grams.sum(0)) if inverse is None else inverse

@@ -504,13 +504,14 @@ def decode(
     mask: torch.Tensor | None,
     scale: float,
     norm=None,
+    programs: int = PROGRAMS,
 ) -> torch.Tensor:
     """Attention of one new token per row to what is cached: (N, H, G, d).
 
     keys, values: the layer's `LowRankHeads`; query (N, H, G, d), rotated where keys are; cached_*:
     what they cache, at most one tensor for all heads and one of each head's; rotation: (cos, sin),
     (1 or N, S, at most d), of the cached keys; mask: None or numbers to add, (1 or N, 1, 1, S);
-    norm: QK-norm with `weight` (d) and `variance_epsilon`.
+    norm: QK-norm with `weight` (d) and `variance_epsilon`; programs: aimed at per launch.
     """
     if (
         query.device.type == "cuda"
@@ -520,7 +521,16 @@ def decode(
         # Triton launches on the current device, wherever the tensors are
         with torch.cuda.device(query.device):
             return decode(
-                keys, values, query, cached_keys, cached_values, rotation, mask, scale, norm
+                keys,
+                values,
+                query,
+                cached_keys,
+                cached_values,
+                rotation,
+                mask,
+                scale,
+                norm,
+                programs,
             )
     N, H, G, d = query.shape
     base, own = _base_and_own(cached_keys, H)
@@ -532,7 +542,7 @@ def decode(
     HB = max(1, ROWS // G)  # KV heads per program
     rows, blocks = _power(HB * G), triton.cdiv(H, HB)
     # few lengths, since each compiles a kernel
-    chunk = TOKENS * _power(triton.cdiv(S, TOKENS * max(1, PROGRAMS // (N * blocks))), 1)
+    chunk = TOKENS * _power(triton.cdiv(S, TOKENS * max(1, programs // (N * blocks))), 1)
     chunks = triton.cdiv(S, chunk)
     scores, tops, totals = new(N, H * G, S), new(N, H * G, chunks), new(N, H * G, chunks)
     direct = keys.read_as_is(rotation, norm)

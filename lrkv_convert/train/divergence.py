@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..examples.example import IGNORED
 
-ROWS = 1 << 22  # logits taken to float32 at once
+AT_ONCE = 1 << 22  # logits taken to float32 at once
 
 
 class _Divergence(torch.autograd.Function):
@@ -29,6 +29,7 @@ class _Divergence(torch.autograd.Function):
         targets: Tensor,
         kl_weight: float,
         with_gradient: bool,
+        at_once: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, vocabulary = student.shape
         counts = (targets != IGNORED).unsqueeze(1)  # (n, 1)
@@ -39,7 +40,7 @@ class _Divergence(torch.autograd.Function):
         kl = torch.zeros((), dtype=torch.float64, device=student.device)
         ce = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student) if with_gradient else None
-        step = max(1, ROWS // vocabulary)
+        step = max(1, at_once // vocabulary)
         for at in (slice(i, i + step) for i in range(0, rows, step)):
             log_student = student[at].float().log_softmax(-1)  # (n', V)
             ce -= (log_student.gather(1, hits[at]).double() * counts[at]).sum()
@@ -60,7 +61,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         # in place: it is read once
-        return ctx.saved_tensors[0].mul_(grad), None, None, None, None
+        return ctx.saved_tensors[0].mul_(grad), None, None, None, None, None
 
 
 def _slope(log_student: Tensor, p_teacher: Tensor | None, hits: Tensor, kl_weight: float) -> Tensor:
@@ -76,13 +77,18 @@ def _slope(log_student: Tensor, p_teacher: Tensor | None, hits: Tensor, kl_weigh
 
 
 def divergence(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    kl_weight: float,
+    at_once: int = AT_ONCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(kl_weight KL(teacher || student) + (1 - kl_weight) CE, KL, CE), means over the tokens that
     count; the first carries the gradient to the student.
 
     student, teacher: logits (n, V); targets: token ids (n,), IGNORED where a row does not count.
-    Without a teacher kl_weight is 0 and KL reads 0.
+    Without a teacher kl_weight is 0 and KL reads 0. at_once: logits taken to float32 at once, in
+    whole rows.
     """
     assert teacher is not None or kl_weight == 0
-    return _Divergence.apply(student, teacher, targets, kl_weight, student.requires_grad)
+    return _Divergence.apply(student, teacher, targets, kl_weight, student.requires_grad, at_once)
