@@ -1,9 +1,12 @@
 """Tiny models of every family, built from configs, with odd sizes: 3 KV heads of width 20."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # as the command line has it, which is too late where tqdm is imported
@@ -19,6 +22,7 @@ import pytest
 import torch
 from families import CONFIGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -187,6 +191,42 @@ def sheep(tmp_path_factory):
         )
     )
     return file
+
+
+def ctrl_c_after(step: int):
+    """A `report` for `heal` that presses Ctrl-C in its step of this number, the second or later."""
+
+    def report(line: dict) -> None:
+        if line["step"] == step - 1:  # the next one is taken to its end
+            signal.raise_signal(signal.SIGINT)
+
+    return report
+
+
+def without_its_source(folder: Path, copy: Path) -> Path:
+    """A copy of a converted folder whose original is no longer where the record says."""
+    shutil.copytree(folder, copy)
+    record = json.loads((copy / "lrkv.json").read_text())
+    record["source"]["path"] = "/gone"
+    (copy / "lrkv.json").write_text(json.dumps(record))
+    return copy
+
+
+@contextmanager
+def in_training(act):
+    """act(call, output) -> output, of every pass of a Llama that is healed: the call-th one."""
+    calls = itertools.count(1)
+
+    def hook(module, _, output):
+        if type(module).__name__ == "LrkvLlamaForCausalLM" and torch.is_grad_enabled():
+            return act(next(calls), output)
+        return None
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def log(folder) -> list[dict]:

@@ -3,7 +3,6 @@ combination it offers.
 """
 
 import json
-import sys
 from collections import Counter
 
 import pytest
@@ -24,6 +23,7 @@ from lrkv_convert.evaluate.bench import (
 )
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
 from lrkv_convert.evaluate.step import Shape, attention_step, eager_attention, full_attention
+from lrkv_convert.modeling.contract_lrkv import CACHE
 
 CPU = torch.device("cpu")
 
@@ -96,23 +96,21 @@ def test_working_memory_is_seen():
     assert working_bytes(lambda: take(1), CPU) < 100e6
 
 
-def test_the_longest_context_is_found(converted, monkeypatch):
+def test_the_longest_context_is_found(converted):
     """Against a device that holds 1,900 tokens and no more."""
-
-    def allocate(model, kind, batch, tokens, room):
-        if tokens * batch > 1900:
-            raise torch.OutOfMemoryError
-        return object()
-
-    monkeypatch.setattr(sys.modules[Contender.__module__], "filled_cache", allocate)
-    monkeypatch.setattr(Contender, "step", lambda self: None)
     model = load(converted())
+
+    def allocate(module, args, given):
+        if given[CACHE].get_seq_length() * len(given["input_ids"]) > 1900:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(allocate, with_kwargs=True)
     contender = Contender("x", model, "auto")
     model.config.max_position_embeddings = 100_000
     assert 1900 - 16 < longest_context(contender, "static", 1, start=64, precision=16) <= 1900
     assert 950 - 16 < longest_context(contender, "static", 2, start=64, precision=16) <= 950
     assert 1900 - 256 < longest_context(contender, "static", 1, start=4096) <= 1900
-    assert longest_context(contender, "static", 1000, precision=16) == 0
+    assert longest_context(contender, "static", 200, start=64, precision=16) == 0
     model.config.max_position_embeddings = 640
     assert 640 - 20 < longest_context(contender, "static", 1, start=64, precision=16) <= 640
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert import LrkvError
-from lrkv_convert.evaluate import compare, perplexity
+from lrkv_convert.evaluate import compare
 from lrkv_convert.evaluate.caches import PIECE
 from lrkv_convert.evaluate.compare import short_names
 from lrkv_convert.evaluate.perplexity import (
@@ -151,34 +151,18 @@ def test_several_texts_are_pooled_token_by_token(tiny, converted):
         )
 
 
-def test_windows_too_long_for_one_pass_are_read_through_the_cache(
-    family, tiny, converted, monkeypatch
-):
-    whole = [
-        compare(
-            [str(tiny(family)), str(converted(family))],
-            [TEXT],
-            seq_len=200,
-            batch_size=2,
-            device=CPU,
-        )["models"]
-    ]
-    monkeypatch.setattr(perplexity, "LONGEST", 48)
-    whole.append(
-        compare(
-            [str(tiny(family)), str(converted(family))],
-            [TEXT],
-            seq_len=200,
-            batch_size=2,
-            device=CPU,
-        )["models"]
+def test_windows_too_long_for_one_pass_are_read_through_the_cache(family, tiny, converted):
+    folders = tiny(family), converted(family)
+    candidates = [Candidate(AutoModelForCausalLM.from_pretrained(f).eval()) for f in folders]
+    ids = AutoTokenizer.from_pretrained(folders[0])(TEXT.content, return_tensors="pt").input_ids[0]
+    windows = text_windows(ids, 200)
+    whole, pieces = (
+        measure(candidates, windows, batch_size=2, longest=longest) for longest in (1024, 48)
     )
-    for a, b in zip(*whole):
-        assert (
-            a["nll"] == pytest.approx(b["nll"], rel=1e-5)
-            and a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-8)
-            and a["tokens"] == b["tokens"]
-        )
+    for a, b in zip(whole, pieces, strict=True):
+        assert a.mean("nll") == pytest.approx(b.mean("nll"), rel=1e-5)
+        assert a.mean("kl") == pytest.approx(b.mean("kl"), rel=1e-3, abs=1e-8)
+        assert a.tokens == b.tokens == sum(window.tokens - 1 for window in windows)
 
 
 def test_names_are_as_long_as_they_must_be():

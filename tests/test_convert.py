@@ -13,7 +13,9 @@ import torch
 from conftest import CONFIGS, build, prompt, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lrkv_convert import convert, read_folder
 from lrkv_convert.evaluate.memory import cache_bytes
@@ -457,19 +459,23 @@ def test_calibration_on_the_models_own_text(tiny, tmp_path):
     assert read.texts == again.record.calibration.texts
 
 
-def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
+def test_memory_holds_one_layer(tiny, tmp_path):
     """Whenever a layer has seen a window, no other layer's weights are there, nor the embeddings;
     the same when its gradients are taken.
     """
-    import lrkv_convert.observe.sensitivity as sensitivity
-    from lrkv_convert.observe.sums import MetricSums
-    from lrkv_convert.source.skeleton import Skeleton
+    from lrkv_convert.examples.example import windows_of
+    from lrkv_convert.folder.store import Store
+    from lrkv_convert.observe.calibrate import calibrate
+    from lrkv_convert.observe.sensitivity import head_moments
+    from lrkv_convert.study import Study
 
-    made, seen = [], []
-    build, add, backward = Skeleton.__init__, MetricSums.add, sensitivity._backward
+    study, seen = Study(str(tiny("llama-bias"))), []
+    skeleton, examples = study.build(torch.device("cpu")), windows_of(prompt(512, batch=2))
+    model = skeleton.model
 
-    def look():
-        model = made[-1].model
+    def look(module, *_):
+        if not isinstance(module, LlamaDecoderLayer):
+            return
         there = {
             name.split(".")[2]
             for name, p in model.named_parameters()
@@ -482,11 +488,11 @@ def test_memory_holds_one_layer(tiny, tmp_path, monkeypatch):
         )
         seen.append(*there)
 
-    monkeypatch.setattr(
-        Skeleton, "__init__", lambda self, *a: (build(self, *a), made.append(self))[0]
-    )
-    monkeypatch.setattr(MetricSums, "add", lambda self, *a: (look(), add(self, *a))[1])
-    monkeypatch.setattr(sensitivity, "_backward", lambda *a: (look(), backward(*a))[1])
-    convert(str(tiny("llama-bias")), tmp_path / "out", rank=7, calibration_tokens=1024)
-    # two windows forward, then each layer once backward
+    hook, store = register_module_forward_hook(look), Store(tmp_path / "store", {})
+    try:
+        calibrate(skeleton, study.sites, examples, {"fisher"}, store, keep=[0])
+        head_moments(skeleton, study.sites, examples, [0], store)
+    finally:
+        hook.remove()
+    # two windows forward, then each layer once for the gradients of one
     assert seen == ["0", "0", "1", "1", "1", "0"]

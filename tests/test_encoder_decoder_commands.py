@@ -29,13 +29,16 @@ from encoder_decoders import (
     write_little,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutomaticSpeechRecognitionPipeline, WhisperFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.t5.modeling_t5 import T5Stack
 
 from lrkv_convert import convert
-from lrkv_convert.evaluate import bench, compare, load_tokenizer, perplexity
+from lrkv_convert.evaluate import bench, compare, load_tokenizer
 from lrkv_convert.evaluate.bench import Contender, cross_writers, read_bytes
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes_by_kind
+from lrkv_convert.evaluate.perplexity import Candidate, measure
 from lrkv_convert.examples.example import IGNORED
 from lrkv_convert.examples.pairs import read_pairs
 from lrkv_convert.examples.prepare import prepare
@@ -486,6 +489,18 @@ def by_hand(model, example) -> torch.Tensor:
     return losses[example.predicts != IGNORED]
 
 
+def examples_of(family, folder, model, path) -> list:
+    """What a model of the family is measured on, as `compare` and `eval` read it."""
+    reader = Reader(
+        folder,
+        FAMILIES[family],
+        load_tokenizer(str(folder)),
+        model.config,
+        model.generation_config,
+    )
+    return prepare(corpora(path), reader, None, lambda: model).examples()
+
+
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_eval_is_a_plain_loop_over_the_targets(family, tiny, converted, data, tmp_path):
     """Perplexity and bytes of both caches of one model alone, as `compare` gives them."""
@@ -494,14 +509,7 @@ def test_eval_is_a_plain_loop_over_the_targets(family, tiny, converted, data, tm
         shown = run("eval", folder, option, data(family), "--json", tmp_path / "e.json").output
         [row] = json.loads((tmp_path / "e.json").read_text())["models"]
         model = load(folder)
-        reader = Reader(
-            tiny(family),
-            FAMILIES[family],
-            load_tokenizer(str(tiny(family))),
-            model.config,
-            model.generation_config,
-        )
-        examples = prepare(corpora(data(family)), reader, None, lambda: model).examples()
+        examples = examples_of(family, tiny(family), model, data(family))
         losses = torch.cat([by_hand(model, example) for example in examples])
         assert row["nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
         assert row["tokens"] == len(losses) and f"{row['perplexity']:.3f}" in shown
@@ -512,29 +520,32 @@ def test_eval_is_a_plain_loop_over_the_targets(family, tiny, converted, data, tm
         assert row["word_error_rate"] > 0 and "WER" in shown and "same words" not in shown
 
 
-def test_targets_too_long_for_one_pass_are_read_through_the_cache(
-    tiny, converted, data, monkeypatch
-):
-    paths, found = [str(tiny("t5")), str(converted("t5"))], []
-    for longest in (1024, 5):
-        monkeypatch.setattr(perplexity, "LONGEST", longest)
-        found.append(compare(paths, corpora(data("t5")), device=torch.device("cpu"))["models"])
-    for a, b in zip(*found):
-        assert a["tokens"] == b["tokens"] and a["nll"] == pytest.approx(b["nll"], rel=1e-5)
-        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-8)
+def test_targets_too_long_for_one_pass_are_read_through_the_cache(tiny, converted, data):
+    models = [load(tiny("t5")), load(converted("t5"))]
+    examples = examples_of("t5", tiny("t5"), models[0], data("t5"))
+    found = [measure([*map(Candidate, models)], examples, longest=longest) for longest in (1024, 5)]
+    for a, b in zip(*found, strict=True):
+        assert a.tokens == b.tokens and a.mean("nll") == pytest.approx(b.mean("nll"), rel=1e-5)
+        assert a.mean("kl") == pytest.approx(b.mean("kl"), rel=1e-3, abs=1e-8)
 
 
-def test_models_with_the_same_encoder_encode_once(tiny, converted, data, tmp_path, monkeypatch):
+def test_models_with_the_same_encoder_encode_once(tiny, converted, data, tmp_path):
     """A conversion leaves the encoder as it is; another encoder is heard by its own model."""
-    calls = []
-    encode = perplexity.encode
-    monkeypatch.setattr(perplexity, "encode", lambda m, s: calls.append(m) or encode(m, s))
     other = load(tiny("t5"))
     torch.nn.init.normal_(other.get_encoder().final_layer_norm.weight)
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     paths = [str(tiny("t5")), str(converted("t5")), str(tmp_path / "other")]
-    result = compare(paths, corpora(data("t5")), device=torch.device("cpu"))
+    calls = []
+    hook = register_module_forward_pre_hook(
+        lambda module, args: (
+            calls.append(module) if isinstance(module, T5Stack) and not module.is_decoder else None
+        )
+    )
+    try:
+        result = compare(paths, corpora(data("t5")), device=torch.device("cpu"))
+    finally:
+        hook.remove()
     counts = [calls.count(model) for model in dict.fromkeys(calls)]
     assert counts == [len(PAIRS)] * 2 and result["models"][2]["kl"] > 0
 

@@ -8,18 +8,16 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHORT, THOROUGH, log, losses, relative
+from conftest import SHORT, THOROUGH, log, losses, relative, without_its_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrkv_convert.evaluate.load import load_model
 from lrkv_convert.examples.example import IGNORED
 from lrkv_convert.families import family_named
-from lrkv_convert.folder.record import read_record
 from lrkv_convert.healing import heal
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 from lrkv_convert.train.divergence import divergence
@@ -275,12 +273,9 @@ def test_divergence_from_the_teacher_falls(healed):
     assert [line["loss"] for line in log(folder) if "kl" in line] == kl
 
 
-def test_cross_entropy_falls_without_the_original(converted, sheep, tmp_path, monkeypatch):
-    record = read_record(converted())
-    gone = replace(record, source=replace(record.source, path="/gone"))
-    monkeypatch.setattr("lrkv_convert.healing.read_record", lambda model: gone)
+def test_cross_entropy_falls_without_the_original(converted, sheep, tmp_path):
     done = heal(
-        converted(),
+        without_its_source(converted(), tmp_path / "in"),
         tmp_path / "out",
         [str(sheep)],
         **{**SHORT, "tokens": 40 * 4 * 64, "muon_lr": 3e-3, "adamw_lr": 3e-3},

@@ -4,12 +4,12 @@ is a converted folder like any other.
 
 import json
 import math
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import log, losses, run
+from conftest import ctrl_c_after, log, losses, run, without_its_source
 from encoder_decoders import (
     build,
     converted,
@@ -29,7 +29,6 @@ from lrkv_convert.examples.material import gather
 from lrkv_convert.examples.pairs import Corpus, Pair
 from lrkv_convert.examples.reader import Reader
 from lrkv_convert.families import family_named
-from lrkv_convert.folder.record import read_record
 from lrkv_convert.healing import heal
 from lrkv_convert.modeling import auto_class
 from lrkv_convert.train.batch import together
@@ -176,20 +175,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     data,
     healed,
     tmp_path,
-    monkeypatch,
 ):
-    from lrkv_convert.train import loop, reading
-
-    step = loop.Trainer.step
-    monkeypatch.setattr(
-        loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3)
-    )
+    copy, original = tmp_path / Path(data(family)).name, Path(data(family))
+    (shutil.copytree if original.is_dir() else shutil.copy)(original, copy)
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of"):
-        heal(converted(family), tmp_path / "out", [data(family)], **FEW)
-    monkeypatch.undo()
-    # what was read is there
-    monkeypatch.setattr(reading, "fill", lambda *a, **k: pytest.fail("read again"))
-    heal(converted(family), tmp_path / "out", [data(family)], resume=True, **FEW)
+        heal(converted(family), tmp_path / "out", [str(copy)], report=ctrl_c_after(4), **FEW)
+    # what was read is there, whatever became of the data since
+    for file in [copy] if copy.is_file() else copy.iterdir():
+        file.write_bytes(b"")
+    heal(converted(family), tmp_path / "out", [str(copy)], resume=True, **FEW)
     weights = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "out", healed(family))]
     assert weights[0] == weights[1]
     times = ("seconds", "tokens_per_second")
@@ -275,11 +269,9 @@ def test_what_nobody_has_written_the_original_writes(tiny, converted, tmp_path, 
         "12 targets written by the source model itself"
         in (tmp_path / "out" / "README.md").read_text()
     )
-    record = read_record(converted("t5"))
-    gone = replace(record, source=replace(record.source, path="/gone"))
-    monkeypatch.setattr("lrkv_convert.healing.read_record", lambda model: gone)
-    heal(converted("t5"), tmp_path / "alone", [str(text)], **FEW)
-    assert loaded[1:] == [str(converted("t5"))]
+    alone = without_its_source(converted("t5"), tmp_path / "in")
+    heal(alone, tmp_path / "alone", [str(text)], **FEW)
+    assert loaded[1:] == [str(alone)]
     assert "by the converted model itself" in (tmp_path / "alone" / "README.md").read_text()
 
 

@@ -4,19 +4,20 @@ same bytes as one that was not stopped.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, log
+from conftest import SHORT, ctrl_c_after, in_training, log
 from safetensors.torch import load_file
 
 from lrkv_convert import LrkvError
 from lrkv_convert.healing import heal
-from lrkv_convert.train.run import Run
 
 KILLED = """
 import os, signal, sys
@@ -209,25 +210,22 @@ def test_a_polite_stop_saves_the_step_in_hand(number, converted, sheep, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_batch_and_checkpoint(
-    converted, sheep, tmp_path, monkeypatch
+    converted, sheep, tmp_path
 ):
-    from lrkv_convert.train import objective
+    def spoilt(call, output):
+        if call == 4 * 4 + 2:
+            output.logits = output.logits * float("nan")
+        return output
 
-    real, calls = objective.divergence, []
-
-    def spoilt(*args):
-        loss, kl, ce = real(*args)
-        calls.append(loss.requires_grad)
-        return (loss * float("nan") if sum(calls) == 4 * 4 + 2 else loss), kl, ce
-
-    monkeypatch.setattr(objective, "divergence", spoilt)
-    with pytest.raises(LrkvError, match="the loss is nan at step 5, windows ") as refusal:
+    with (
+        in_training(spoilt),
+        pytest.raises(LrkvError, match="the loss is nan at step 5, windows ") as refusal,
+    ):
         heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
     assert (
         "checkpoint-000004" in str(refusal.value)
         and len(str(refusal.value).split("windows ")[1].split(" (")[0].split(",")) == 4
     )
-    monkeypatch.setattr(objective, "divergence", real)
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
 
 
@@ -288,18 +286,20 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        Run,
-        "save",
-        lambda self, step, state, real=Run.save: (
-            real(self, step, state),
-            seen.append([p.name[-2:] for p in self.checkpoints()]),
-        ),
+def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path):
+    """As seen before every step is saved, and at the end."""
+    work, seen = tmp_path / "out.partial" / "work", []
+    look = lambda *_: seen.append(sorted(p.name[-2:] for p in work.glob("checkpoint-*")))
+    heal(
+        converted(),
+        tmp_path / "out",
+        [str(sheep)],
+        report=look,
+        stage=lambda name: look() if name == "writing" else None,
+        **{**SHORT, "checkpoint_every": 1, "keep": 3},
     )
-    heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "checkpoint_every": 1, "keep": 3})
     assert seen == [
+        [],
         ["01"],
         ["01", "02"],
         ["01", "02", "03"],
@@ -309,18 +309,10 @@ def test_the_last_checkpoints_are_kept(converted, sheep, tmp_path, monkeypatch):
     ]
 
 
-def test_a_resume_may_pass_through_the_batch_in_another_way(
-    converted, sheep, tmp_path, whole, monkeypatch
-):
-    from lrkv_convert.train import loop
-
-    step = loop.Trainer.step
-    monkeypatch.setattr(
-        loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 0)
-    )
-    with pytest.raises(KeyboardInterrupt, match="interrupted after step 1 of 6"):
-        heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "micro_batch_size": 2})
-    monkeypatch.undo()
+def test_a_resume_may_pass_through_the_batch_in_another_way(converted, sheep, tmp_path, whole):
+    options = {**SHORT, "micro_batch_size": 2}
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 2 of 6"):
+        heal(converted(), tmp_path / "out", [str(sheep)], report=ctrl_c_after(2), **options)
     heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
     assert [line["loss"] for line in log(tmp_path / "out") if "loss" in line] == pytest.approx(
         [line["loss"] for line in log(whole) if "loss" in line], rel=1e-4
@@ -339,17 +331,10 @@ def test_a_resume_may_pass_through_the_batch_in_another_way(
     ],
 )
 def test_a_resume_with_other_arguments_is_refused_and_harms_nothing(
-    changed, says, converted, sheep, tmp_path, monkeypatch
+    changed, says, converted, sheep, tmp_path
 ):
-    from lrkv_convert.train import loop
-
-    step = loop.Trainer.step
-    monkeypatch.setattr(
-        loop.Trainer, "step", lambda self, n, run, stop: (step(self, n, run, stop)[0], n == 3)
-    )
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 4 of 6, which"):
-        heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
-    monkeypatch.undo()
+        heal(converted(), tmp_path / "out", [str(sheep)], report=ctrl_c_after(4), **SHORT)
     other = tmp_path / "other.txt"
     other.write_text(sheep.read_text())
     model = converted(base="mean") if changed.pop("model", None) else converted()
@@ -394,45 +379,36 @@ def test_an_interrupted_conversion_is_replaced_only_if_asked(converted, sheep, t
 
 
 def test_two_runs_do_not_write_one_folder(converted, sheep, tmp_path):
-    from lrkv_convert.train.loop import Trainer
+    def again(stage: str) -> None:
+        if stage == "training":
+            heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Trainer,
-            "train",
-            lambda *a: heal(converted(), tmp_path / "out", [str(sheep)], overwrite=True, **SHORT),
-        )
-        with pytest.raises(LrkvError, match="another process is writing"):
-            heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
+    with pytest.raises(LrkvError, match="another process is writing"):
+        heal(converted(), tmp_path / "out", [str(sheep)], stage=again, **SHORT)
 
 
 @pytest.mark.slow
-def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path, monkeypatch):
+def test_packed_data_of_a_killed_run_is_used_again(converted, sheep, tmp_path):
+    """What it was packed of may have been emptied since."""
+    text = Path(shutil.copy(sheep, tmp_path / "text.txt"))
     assert (
-        child("before any checkpoint", converted(), tmp_path / "out", sheep).returncode
+        child("before any checkpoint", converted(), tmp_path / "out", text).returncode
         == -signal.SIGKILL
     )
-    from lrkv_convert.train import reading
-
-    monkeypatch.setattr(reading, "pack", lambda *a, **k: pytest.fail("packed again"))
-    heal(converted(), tmp_path / "out", [str(sheep)], **{**SHORT, "keep": 1})
+    text.write_text("")
+    heal(converted(), tmp_path / "out", [str(text)], **{**SHORT, "keep": 1})
 
 
-def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.train import loop
+def test_a_second_interruption_says_what_there_is(converted, sheep, tmp_path):
+    def twice(line: dict) -> None:
+        if line["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
-    step = loop.Trainer.step
-
-    def twice(self, n, run, stop):
-        if n == 4:
-            raise KeyboardInterrupt  # as the handler does when the signal comes again
-        return step(self, n, run, stop)
-
-    monkeypatch.setattr(loop.Trainer, "step", twice)
     with pytest.raises(
         KeyboardInterrupt, match="checkpoint-000004; the same command with --resume"
     ):
-        heal(converted(), tmp_path / "out", [str(sheep)], **SHORT)
+        heal(converted(), tmp_path / "out", [str(sheep)], report=twice, **SHORT)
 
 
 @pytest.mark.slow
@@ -444,14 +420,13 @@ def test_a_checkpoint_that_does_not_open_is_named(converted, sheep, tmp_path):
         heal(converted(), tmp_path / "out", [str(sheep)], resume=True, **SHORT)
 
 
-def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path, monkeypatch):
-    from lrkv_convert.train import objective
+def test_out_of_memory_names_the_remedy(converted, sheep, tmp_path):
+    def full(call, output):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(
-        objective.Objective,
-        "__call__",
-        lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
-    )
-    with pytest.raises(LrkvError, match="out of memory at step 1: .*smaller micro_batch_size"):
+    with (
+        in_training(full),
+        pytest.raises(LrkvError, match="out of memory at step 1: .*smaller micro_batch_size"),
+    ):
         heal(converted(), tmp_path / "new" / "deep" / "out", [str(sheep)], **SHORT)
     assert not list(tmp_path.iterdir())

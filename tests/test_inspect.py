@@ -6,6 +6,7 @@ both models shows.
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from conftest import prompt, relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrkv_convert import convert
 from lrkv_convert.examples.example import windows_of
 from lrkv_convert.examples.text import BUILT_IN, read_texts, windows
 from lrkv_convert.families import FAMILIES, Geometry, Site
-from lrkv_convert.fit import metric as metrics
+from lrkv_convert.fit.bases import joint
 from lrkv_convert.fit.metric import Metric, square_root
+from lrkv_convert.folder.store import Store
 from lrkv_convert.inspection import inspect
 from lrkv_convert.inspection.ahead import checked_ranks, planned_kl
 from lrkv_convert.inspection.diversity import diversity, gram, inner_products, similarity
@@ -115,17 +116,22 @@ def test_errors_of_keys_are_those_that_the_conversion_reports_and_of_values_no_l
 
 
 @pytest.mark.slow
-def test_errors_of_values_are_those_of_a_conversion_with_one_sigma(
-    family, tiny, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(metrics, "RUNS", 1)
-    convert(str(tiny(family)), tmp_path / "out", rank=7, calibration_tokens=1024)
-    record, found = (
-        json.loads((tmp_path / "out" / "lrkv.json").read_text())["attention"]["self"],
-        self_attention(str(tiny(family)), ranks=[7], calibration_tokens=1024),
-    )
-    for layer, row in zip(record["layers"], found["layers"]):
-        assert row["values"]["errors"]["7"] == pytest.approx(layer["values"]["error"], rel=1e-4)
+def test_errors_of_values_are_those_of_a_fit_with_one_sigma(family, tiny, converted, tmp_path):
+    """Of the shapes of the conversion, in its metric, but with one Sigma for all heads."""
+    found = self_attention(str(tiny(family)), ranks=[7], calibration_tokens=1024)
+    record = json.loads((converted(family) / "lrkv.json").read_text())["attention"]["self"]
+    study, store = Study(str(tiny(family))), Store(tmp_path / "store", {})
+    study.build(CPU)
+    study.gather(None, 1024)
+    study.read()
+    study.observe({"fisher"}, store, for_refit=False)
+    for site, layer, row in zip(study.sites, record["layers"], found["layers"], strict=True):
+        seen = study.seen(store, site)
+        own = seen.metrics("fisher").values
+        assert own.grams is not None
+        m, r = (layer["values"][name] for name in ("base_width", "rank"))
+        fit = joint(seen.weights.W_V, replace(own, grams=None), m, r)
+        assert row["values"]["errors"]["7"] == pytest.approx(fit.error, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ computes.
 import pytest
 import torch
 from conftest import prompt, relative
-from transformers import AutoModelForCausalLM
+from families import ROPE
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lrkv_convert.examples.example import windows_of
 from lrkv_convert.families import AttentionWeights, Geometry
@@ -104,25 +105,28 @@ def test_the_mean_over_heads_is_the_sigma_they_would_share(tiny, tmp_path):
     """Also where runs of heads share one: Q^T Sigma_V Q is the mean of what each head has,
     shrinkage included.
     """
-    study, examples = Study(str(tiny("llama"))), windows_of(prompt(24, batch=2))
-    skeleton, sites = study.build(torch.device("cpu")), study.sites
-    for count in (2, 3):
-        store = Store(tmp_path / f"{count}", {})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "RUNS", count)
-            calibrate(skeleton, sites, examples, {"attention", "whitened"}, store)
+    shape = dict(num_attention_heads=9, num_key_value_heads=9, head_dim=4, hidden_size=54)
+    nine = LlamaConfig(**{**ROPE, **shape})
+    AutoModelForCausalLM.from_config(nine).save_pretrained(tmp_path / "nine")
+    examples = windows_of(prompt(24, batch=2))
+    # a run for each of three heads; of nine, two share one
+    for folder, heads, count in ((tiny("llama"), 3, 3), (tmp_path / "nine", 9, metrics.RUNS)):
+        study, store = Study(str(folder)), Store(tmp_path / f"of-{heads}", {})
+        skeleton, sites = study.build(torch.device("cpu")), study.sites
+        calibrate(skeleton, sites, examples, {"attention", "whitened"}, store)
         layer = study.seen(store, sites[1])
         metric, basis = (
             layer.metrics("attention").values,
             metrics.head_basis(layer.weights.W_V),
         )
         sizes = torch.tensor(
-            [heads.stop - heads.start for heads in metrics.runs(3, count)], dtype=torch.float64
+            [run.stop - run.start for run in metrics.runs(heads, count)], dtype=torch.float64
         )
         assert metric.grams.shape[0] == count
         assert (
             relative(
-                torch.einsum("r,rab->ab", sizes / 3, metric.grams), basis.T @ metric.sigma @ basis
+                torch.einsum("r,rab->ab", sizes / heads, metric.grams),
+                basis.T @ metric.sigma @ basis,
             )
             < FLOAT32
         )

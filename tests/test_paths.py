@@ -2,6 +2,7 @@
 documented one.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -294,19 +295,31 @@ def test_eager_attention_weights_come_from_either_path(converted):
     assert seen[0].shape == (2, 1, 6, 1, 21) and relative(*seen) < 1e-5
 
 
-def test_a_large_batch_row_by_row_and_keys_chunk_by_chunk_change_nothing(
-    family, converted, monkeypatch
-):
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in ("llama", "gpt2") else pytest.mark.slow) for f in THOROUGH],
+)
+def test_a_large_batch_row_by_row_is_what_rebuilding_sees(family, converted):
+    """Two rows padded differently, of so many scores that the split path takes one at a time."""
     model = AutoModelForCausalLM.from_pretrained(
         converted(family), attn_implementation="eager"
     ).eval()
-    ids, mask, out = prompt(36, batch=3), torch.ones(3, 36, dtype=torch.long), []
+    T = math.isqrt(attention_lrkv.SCORES // (2 * model.config.num_attention_heads)) + 1
+    ids, mask = prompt(T + 2, batch=2), torch.ones(2, T + 2, dtype=torch.long)
     mask[1, :5] = 0
-    for scores, chunk in ((1 << 21, 1 << 19), (1, 600)):
-        monkeypatch.setattr(attention_lrkv, "SCORES", scores)
-        monkeypatch.setattr(factors_lrkv, "CHUNK", chunk)
-        out.append(decoded(model, "split", ids, mask))
-    assert relative(out[1][0], out[0][0]) < 1e-5 and relative(out[1][1, 5:], out[0][1, 5:]) < 1e-5
+    split, rebuilt = (decoded(model, path, ids, mask, first=T) for path in ("split", "rebuild"))
+    assert relative(split[0], rebuilt[0]) < 1e-4
+    assert relative(split[1, 5:], rebuilt[1, 5:]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "case", ["rope", "rope-bias-groups", "rope-partial", "rope-per-head", "rope-qk-norm", "full"]
+)
+def test_keys_chunk_by_chunk_equal_the_reference(case):
+    """As many tokens as a CPU rebuilds keys of in two chunks, the second one shorter."""
+    tokens = factors_lrkv.CHUNK // (3 * 20) + 100
+    given = problem(case, tokens)
+    assert error(split(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
 
 
 def test_a_padding_query_in_half_precision_gives_no_nan():

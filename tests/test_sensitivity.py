@@ -5,7 +5,8 @@ predicts the loss to second order.
 import pytest
 import torch
 from conftest import prompt, relative
-from transformers import AutoModelForCausalLM
+from families import ROPE
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lrkv_convert.examples.example import windows_of
 from lrkv_convert.folder.store import Store
@@ -58,16 +59,18 @@ def test_moments_equal_those_of_the_whole_model(family, tiny, tmp_path):
         assert relative(moments.values, sums["values", i] / tokens.numel()) < FLOAT32
 
 
-def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
+def test_moments_in_bfloat16_are_those_in_float32(tmp_path, monkeypatch):
     """As wide models on hardware that multiplies bfloat16 faster have them: the same up to its
     rounding, and kept in float64.
     """
-    study, examples, found = Study(str(tiny("llama"))), windows_of(prompt(24, batch=4)), []
+    torch.manual_seed(0)
+    shape = dict(hidden_size=sensitivity.BF16_FROM, num_attention_heads=8, num_key_value_heads=4)
+    wide = LlamaConfig(**{**ROPE, **shape, "initializer_range": 0.1})
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    study, examples, found = Study(str(tmp_path / "wide")), windows_of(prompt(24, batch=4)), []
     skeleton, sites = study.build(torch.device("cpu")), study.sites
-    D = sites[0].geometry.width
-    for width, name in ((D + 1, "float32"), (D, "bfloat16")):
-        monkeypatch.setattr(sensitivity, "BF16_FROM", width)
-        monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: True)
+    for fast, name in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: fast)
         # rounded logits may draw others
         monkeypatch.setattr(
             sensitivity, "draw", lambda p, generator: torch.arange(len(p)).unsqueeze(1)
@@ -80,6 +83,13 @@ def test_moments_in_bfloat16_are_those_in_float32(tiny, tmp_path, monkeypatch):
         exact, rounded = (getattr(moments, side) for moments in found)
         assert rounded.dtype == torch.float64 and not torch.equal(exact, rounded)
         assert ((exact - rounded).norm() / exact.norm()).item() < 0.05
+
+
+def test_gradients_of_narrow_models_are_taken_in_float32(monkeypatch):
+    monkeypatch.setattr(sensitivity, "fast_bf16", lambda device: True)
+    for width, rounded in ((sensitivity.BF16_FROM - 1, False), (sensitivity.BF16_FROM, True)):
+        with sensitivity.products(torch.zeros(1, width)):
+            assert torch.is_autocast_enabled("cpu") == rounded
 
 
 def test_tokens_are_drawn_by_their_probabilities():
