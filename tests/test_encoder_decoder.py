@@ -28,7 +28,6 @@ from encoder_decoders import (
 )
 from safetensors.torch import load_file, save_file
 
-from lrkv_convert import conversion as story
 from lrkv_convert import convert
 from lrkv_convert.evaluate import compare
 from lrkv_convert.evaluate.memory import bytes_by_kind, formula_bytes_by_kind
@@ -39,7 +38,6 @@ from lrkv_convert.observe import calibrate as calibration
 from lrkv_convert.observe import sensitivity
 from lrkv_convert.observe.sensitivity import SEED, draw
 from lrkv_convert.source import open_checkpoint
-from lrkv_convert.source.skeleton import Skeleton
 from lrkv_convert.study import Study
 
 
@@ -379,39 +377,39 @@ def test_what_the_refit_calls_is_what_calibration_saw(family, observed):
 
 @pytest.mark.parametrize(
     "step",
-    [*(pytest.param(s, marks=pytest.mark.slow) for s in ("calibrate", "moments")), "fit"],
+    [
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("calibrating", "gradients")),
+        "converting",
+    ],
 )
-def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_path, monkeypatch):
-    """Stopped in its second layer, wherever that is, it ends with the same bytes; finished layers
-    are not done again.
+def test_the_same_command_goes_on_after_an_interruption(step, tiny, data, tmp_path):
+    """Stopped before its second layer, wherever that is, it ends with the same bytes; finished
+    layers are not done again.
     """
     options = dict(calibration=[data("bart")], cache_ratio=0.6)
     whole = convert(str(tiny("bart")), tmp_path / "whole", **options).out
+    work, seen = tmp_path / "out.partial" / "work", []
+    kept = lambda: {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in work.glob("*.pt")}
 
-    def stop_at(owner, name, call):
-        original, calls = getattr(owner, name), []
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == step and done == 1:
+            seen.append(kept())
+            raise KeyboardInterrupt
 
-        def stopping(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == call:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "converting":
+            seen.append(kept())
 
-        monkeypatch.setattr(owner, name, stopping)
-        return calls
-
-    place = {
-        "calibrate": (Skeleton, "layer", 2),
-        "moments": (sensitivity, "_backward", 2),
-        "fit": (story, "fit_site", 3),
-    }[step]
-    stop_at(*place)
     with pytest.raises(KeyboardInterrupt, match="same command"):
-        convert(str(tiny("bart")), tmp_path / "out", **options)
-    monkeypatch.undo()
-    again = stop_at(story, "fit_site", 0)
-    convert(str(tiny("bart")), tmp_path / "out", **options)
-    assert len(again) == (2 if step == "fit" else 4)  # two kinds in two layers
+        convert(str(tiny("bart")), tmp_path / "out", progress=stop, **options)
+    convert(str(tiny("bart")), tmp_path / "out", progress=look, **options)
+    before, *after = seen
+    assert len(after) == 2  # layers
+    # what each stage leaves of a layer, and what was left of those that were done
+    left = {"calibrating": "forward", "gradients": "moments-1", "converting": "fitted-0"}[step]
+    assert f"{left}.pt" in before
+    if step == "converting":
+        assert after[0]["fitted-0.pt"] == after[1]["fitted-0.pt"] == before["fitted-0.pt"]
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert not (tmp_path / "out.partial").exists()

@@ -249,9 +249,15 @@ def test_a_replacement_that_was_cut_short_is_taken_up(source, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
 
 
-def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Store, "_text", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new" / "out", {}):
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
+    class Unwritable:
+        def __str__(self) -> str:
+            raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(LrkvError, match="No space left on device"),
+        new_folder(tmp_path / "new" / "out", {"options": Unwritable()}),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
+from lrkv_convert import LrkvError, convert
 
 runner = CliRunner()
 
@@ -241,15 +242,15 @@ def test_a_recipe_with_a_misspelt_field(source, tmp_path):
     refused(source, tmp_path / "out", "--recipe", str(tmp_path / "r.yaml"), says="rnak")
 
 
-def test_folders_made_for_the_output_go_again(source, tmp_path, monkeypatch):
-    import lrkv_convert.conversion as story
+def test_folders_made_for_the_output_go_again(source, tmp_path):
+    def full(stage: str, *_) -> None:
+        if stage == "converting":
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(
-        story,
-        "write_layer",
-        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
-    refused(source, tmp_path / "new" / "deep" / "out", says="No space left")
+    with pytest.raises(LrkvError, match="No space left"):
+        convert(
+            str(source), tmp_path / "new" / "deep" / "out", progress=full, rank=7, calibration=[]
+        )
     assert not (tmp_path / "new").exists()
 
 

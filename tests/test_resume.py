@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import refused
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
-from lrkv_convert import convert
+from lrkv_convert import LrkvError, convert
 
 runner = CliRunner()
 
@@ -110,10 +109,8 @@ def test_interrupted_nothing_looks_whole(source, tmp_path, stop):
         assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path, monkeypatch):
+def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path):
     """--overwrite replaces the old folder only once the new one is whole."""
-    import lrkv_convert.conversion as story
-
     first = runner.invoke(
         app,
         [
@@ -130,11 +127,20 @@ def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path,
     assert first.exit_code == 0, first.output
     before = (tmp_path / "out" / "lrkv.json").read_text()
 
-    def fails(*_):
-        raise OSError(28, "No space left on device")
+    def fails(stage: str, *_) -> None:
+        if stage == "converting":
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(story, "fit_site", fails)
-    refused(source, tmp_path / "out", "--overwrite", says="No space left on device")
+    with pytest.raises(LrkvError, match="No space left on device"):
+        convert(
+            str(source),
+            tmp_path / "out",
+            overwrite=True,
+            progress=fails,
+            rank=7,
+            calibration_tokens=1024,
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
     assert (tmp_path / "out" / "lrkv.json").read_text() == before
 
 
