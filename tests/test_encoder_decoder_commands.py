@@ -180,7 +180,7 @@ def test_a_reloaded_model_says_nothing_is_missing(family, converted):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper"])
+@pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 def test_commands(family, tiny, data, tmp_path):
     """convert shows both kinds, compare their caches and the words, --card writes them down."""
     out, option = tmp_path / "out", "--audio" if family == "whisper" else "--pairs"

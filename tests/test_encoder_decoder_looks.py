@@ -232,7 +232,9 @@ def test_a_kind_that_was_left_as_it_was_is_not_compared(data, converted):
 # -------------------------------------------------------------------------------------------- sweep
 
 
-@pytest.mark.parametrize("family", ["bart", "marian", "pegasus", "t5", "whisper"])
+@pytest.mark.parametrize(
+    "family", ["bart", "marian", "pegasus", pytest.param("t5", marks=pytest.mark.slow), "whisper"]
+)
 def test_a_point_of_the_sweep_is_the_conversion_of_that_rank(family, tiny, data, converted):
     found = sweep(
         str(tiny(family)),

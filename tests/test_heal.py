@@ -80,7 +80,10 @@ def test_every_parameter_that_trains_is_in_exactly_one_group(converted, family, 
     assert not groups(model, "adamw")["muon"] and set(groups(model, "adamw")["adamw"]) == trained
 
 
-@pytest.mark.parametrize("left", ["after", "before", "bin", "bare", "tied in the config"])
+@pytest.mark.parametrize(
+    "left",
+    ["after", pytest.param("before", marks=pytest.mark.slow), "bin", "bare", "tied in the config"],
+)
 def test_what_does_not_train_is_what_was_loaded(left, converted, sheep, tmp_path):
     """A converted folder is read as transformers reads it: other files beside its weights are
     nobody's, and it may have been saved in another form.
@@ -304,6 +307,7 @@ def test_how_a_step_is_computed_does_not_change_it(healed, options):
     assert losses(healed(**options)) == pytest.approx(losses(healed()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_matching_works_with_gradient_checkpointing(healed):
     assert losses(healed(match_attention=1.0, gradient_checkpointing=True)) == pytest.approx(
         losses(healed(match_attention=1.0)), rel=1e-4
@@ -350,6 +354,7 @@ def test_a_healed_folder_is_a_converted_folder(converted, healed, name):
     }
 
 
+@pytest.mark.slow
 def test_it_loads_in_a_fresh_process_without_this_package(healed, tmp_path):
     code = f"""
 import sys

@@ -168,7 +168,7 @@ def test_validation_is_that_of_the_held_out_examples(family, converted, data, he
         assert entry["validation"]["nll"][name] == pytest.approx(ce, rel=1e-4)
 
 
-@BOTH
+@EITHER
 def test_a_resumed_run_ends_with_the_same_bytes(
     family,
     converted,
