@@ -44,7 +44,7 @@ from .study import Progress, Study
 
 # of what calibration leaves for the fit: one more when it changes, so that no half of an older one
 # is gone on with
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def convert(
     """
     clock, out, asked = Clock(), folder_to_make(out), Options(**options)
     study = Study(model, asked.kinds, progress)
+    asked = asked.for_family(study.family)
     checkpoint, stored = study.checkpoint, study.stored_dtype(asked.dtype)
     asked.check(study.sites, study.config)
     check_shard_size(asked.max_shard_size)
@@ -188,7 +189,8 @@ def plan_budgets(
     plans, budget = {}, options.spend
     assert isinstance(budget, Budget)
     for kind, sites in study.by_kind.items():
-        curves = study.curves(kind, options.metric, budget.caps(options.keys), options.keys, store)
+        caps = budget.caps(options.keys)
+        curves = study.curves(kind, options.metric, caps, options.keys, store, budget.bits)
         plans[kind] = allocate(
             curves, sites, study.layers, stored.itemsize, budget.ratio, options.keys
         )

@@ -7,7 +7,7 @@ lrkv.json. Needs the standard library alone, so that a reader without torch can 
     folder.record.calibration.tokens
 
 Every class is read with `from_json` and written with `to_json`. Fields that this version does not
-know are kept. Format 1 is read as format 2; a newer one, or a broken one, is refused in one line.
+know are kept. Formats 1 and 2 are read, too; a newer one, or a broken one, is refused in one line.
 docs/format.md is made of the annotations below: `python -m lrkv_convert.format docs/format.md`.
 """
 
@@ -21,7 +21,8 @@ from .schema import ABSENT, Part, Unlike, as_object, read_object, tables
 
 # 2: cache, keys, geometry and layers stand under their kind of attention, also of a decoder, and
 # what a reader of another project must know is said (RoPE, paths, tensors)
-FORMAT = 2
+# 3: what is cached may be codes
+FORMAT = 3
 CONFIG, RECORD = "config.json", "lrkv.json"
 # the fields of config.json, by kind of attention
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}
@@ -35,6 +36,10 @@ TENSORS = {
     "U.weight": ("H r", "D"),
     "B": ("H", "d", "r"),
     "bias": ("H", "d"),
+    "base_codes.centres": ("2", "1", "m"),
+    "base_codes.lift": ("H", "d"),
+    "residual_codes.centres": ("2", "H", "r"),
+    "residual_codes.lift": ("H", "d"),
 }
 # where a form has others
 OTHERWISE = {"commuting": {"C": ("H", "m")}}
@@ -67,6 +72,12 @@ class Side(Part):
         Any,
         "of `commuting` keys: how many latents each RoPE frequency has, layer by layer; null where"
         " a layer has no such attention",
+        ABSENT,
+    ] = None
+    codes: Annotated[
+        Any,
+        "layer by layer, of base and of residual: pairs of bits and of how many latents have so"
+        " many, in the order of latents; null for 16-bit numbers. Not there where nothing is codes",
         ABSENT,
     ] = None
     rotated_in_cache: Annotated[
@@ -169,7 +180,15 @@ class Fit(Part):
 
     base_width: Annotated[int, "width m of the shared base"]
     rank: Annotated[int, "rank r of the residual of each head"]
+    codes: Annotated[Any, "as in config.json, of this layer", ABSENT] = None
     error: Annotated[float, "of the fit, relative, in its metric"]
+
+    @property
+    def bits(self) -> float | None:
+        """A latent has on average; None for numbers as they are."""
+        blocks = [pair for slot in self.codes or () for pair in slot or ()]
+        latents = sum(count for _, count in blocks)
+        return sum(bits * count for bits, count in blocks) / latents if latents else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,16 +425,21 @@ class Folder:
                 "m": m,
                 "r": r,
                 "H r": geometry.kv_heads * r,
+                "1": 1,
+                "2": 2,
             }
+            base, residual = side.codes[layer] if side.codes else (None, None)
             there = {
                 "W_shared.weight": m > 0,
                 "C": m > 0 and side.alignment,
                 "U.weight": r > 0,
                 "B": r > 0 and side.form != "full",
+                "base_codes": base is not None,
+                "residual_codes": residual is not None,
             }
             shapes = TENSORS | OTHERWISE.get(side.form or "joint", {})
             for tensor, shape in shapes.items():
-                if there.get(tensor):
+                if there.get(tensor, there.get(tensor.partition(".")[0])):
                     found[f"{name}.{tensor}"] = tuple(sizes[letter] for letter in shape)
         return found
 

@@ -10,7 +10,7 @@ what it is observed on, and what was seen there.
     study.seen(store, site)                 one attention module, for the fit
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -156,10 +156,16 @@ class Study:
         return seen.weights, seen.metrics(metric)
 
     def curves(
-        self, kind: str, metric: str, caps: Caps, keys: str, store: Store
+        self,
+        kind: str,
+        metric: str,
+        caps: Caps,
+        keys: str,
+        store: Store,
+        bits: Sequence[int] | None = None,
     ) -> list[tuple[Curve, Curve]]:
         """What widths and ranks would cost: (keys, values) of every site of a kind. keys: their
-        form.
+        form; bits: widths of codes, None for 16-bit numbers.
         """
         sites, total = self.by_kind[kind], len(self.sites)
         before = sum(len(self.by_kind[k]) for k in self.kinds[: self.kinds.index(kind)])
@@ -168,6 +174,7 @@ class Study:
             lambda site: self.look(store, metric, site),
             caps,
             keys,
+            bits,
             store,
             lambda done: self.progress("planning", before + done, total),
         )

@@ -13,8 +13,11 @@ from lrkv_convert.format import Cost, Fit, Record
 from .parts import console_for, measured_on, of_memory, say, table_of
 
 
-def _ranks(side: Fit) -> str:
-    return f"{side.base_width} + H·{side.rank}"
+def _ranks(side: Fit, heads: str = "H") -> str:
+    size = f"{side.base_width} + {heads}·{side.rank}" if side.rank else str(side.base_width)
+    if side.bits is None:
+        return f"{side.base_width} + {heads}·{side.rank}"
+    return f"{size} of {side.bits:.1f} bits"
 
 
 KINDS = {
@@ -38,10 +41,19 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         f" width {g.head_dim}, {g.groups} query head(s) each,"
         f" {'RoPE' if any(s.geometry.rotary for s in plan.sites) else 'no rotary positions'}"
     )
-    table = table_of("layer", "keys", "values", f"numbers/{unit}", "before")
+    coded = any(shape.coded for site in plan.sites for _, shape, _ in site.sides)
+    what = "bytes" if coded else "numbers"
+    table = table_of("layer", "keys", "values", f"{what}/{unit}", "before")
     for site in plan.sites:
-        sides = (f"{s.width} + {g.kv_heads}·{s.rank}" for s in (site.keys, site.values))
-        table.add_row(str(site.layer), *sides, str(site.numbers), str(site.numbers_before))
+        fits = (
+            Fit(base_width=s.width, rank=s.rank, codes=s.codes if s.coded else None, error=0.0)
+            for s in (site.keys, site.values)
+        )
+        after, before = site.numbers, site.numbers_before
+        if coded:
+            after, before = site.bytes(plan.element_size), before * plan.element_size
+        sides = (_ranks(fit, str(g.kv_heads)) for fit in fits)
+        table.add_row(str(site.layer), *sides, str(after), str(before))
     out.print(table)
     _show_cost(out, Cost.from_json(plan.cache()), unit)
 

@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..families import Site, by_kind, family_named
 from ..folder.companions import FIELDS
+from ..modeling.codes_lrkv import row_bytes
 
 # where transformers' cache layers keep what they hold
 HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
@@ -52,8 +53,8 @@ def _bytes(held) -> int:
 
 def formula_bytes(config, element_size: int) -> int | None:
     """sum over modules of self-attention of (m_K + H r_K + m_V + H r_V), or 2 H d each for an
-    original (arXiv 2601.11471, Eq 8), times the element size. None for a family this package does
-    not know.
+    original (arXiv 2601.11471, Eq 8), times the element size; of codes the bytes of their rows.
+    None for a family this package does not know.
     """
     found = formula_bytes_by_kind(config, element_size)
     return None if found is None else found["self"]
@@ -67,16 +68,21 @@ def formula_bytes_by_kind(config, element_size: int) -> dict[str, int] | None:
     if family is None:
         return None
     return {
-        kind: element_size * _numbers(sites, getattr(config, FIELDS[kind], None))
+        kind: _bytes_of(sites, getattr(config, FIELDS[kind], None), element_size)
         for kind, sites in by_kind(family.sites(config)).items()
     }
 
 
-def _numbers(sites: list[Site], spec: dict | None) -> int:
+def _bytes_of(sites: list[Site], spec: dict | None, element_size: int) -> int:
     if spec is None:
-        return sum(2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites)
-    return sum(
-        side["base_width"][site.layer] + site.geometry.kv_heads * side["rank"][site.layer]
-        for site in sites
-        for side in (spec["keys"], spec["values"])
-    )
+        return element_size * sum(
+            2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites
+        )
+    total = 0
+    for site in sites:
+        for side in (spec["keys"], spec["values"]):
+            sizes = side["base_width"][site.layer], side["rank"][site.layer]
+            codes = side["codes"][site.layer] if "codes" in side else (None, None)
+            for heads, size, blocks in zip((1, site.geometry.kv_heads), sizes, codes, strict=True):
+                total += heads * (element_size * size if blocks is None else row_bytes(blocks))
+    return total

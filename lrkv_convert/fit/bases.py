@@ -164,6 +164,17 @@ def error_curve(
     ]
 
 
+def joint_gains(W: Tensor, metric: Metric, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """What each latent of the joint fit without residuals is worth, largest first: its squared
+    singular value, (n,), and the share of noise on it that is seen, by that of heads (H,).
+    """
+    K, (H, _, d) = _gram(W, metric)[1], W.shape
+    sizes, y = torch.linalg.eigh((K + K.T) / 2)
+    gains = sizes.clamp_min(0).flip(0)
+    of_heads = y.flip(1).view(H, d, -1).square().sum(1)  # (H, n): Q^T A_h = sigma y_h
+    return gains, (of_heads * shares.unsqueeze(1)).sum(0)
+
+
 def rotary_error_curve(
     W: Tensor, metric: Metric, shapes: list[tuple[int, int]], sweeps: int = 2
 ) -> list[float]:

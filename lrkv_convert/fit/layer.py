@@ -33,12 +33,19 @@ def fit_site(
     # norms, the output's bias
     own = {name for name, _ in attention.named_parameters()}
     rest = {name: tensor for name, tensor in seen.rest.items() if name in own}
-    fit = FORMS[keys.form].fit(weights.W_K, weights.b_K, metrics.keys, keys, geometry, base)
+    fit = FORMS[keys.form].fit(
+        weights.W_K, weights.b_K, metrics.side("keys", keys.coded), keys, geometry, base
+    )
     errors, factored = {"keys": fit.error}, _named("keys", fit.tensors)
     _tell(attention.keys, fit.found)
     weights = weights if fit.gauge is None else _queries_absorb(weights, fit.gauge)
     fit = FORMS[values.form].fit(
-        weights.W_V, weights.b_V, metrics.values, values, of_values(geometry), base
+        weights.W_V,
+        weights.b_V,
+        metrics.side("values", values.coded),
+        values,
+        of_values(geometry),
+        base,
     )
     errors, factored = errors | {"values": fit.error}, factored | _named("values", fit.tensors)
     _tell(attention.values, fit.found)

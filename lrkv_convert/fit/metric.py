@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from ..families import AttentionWeights, Geometry
+from .codes import Spread
 
 METRICS = ("fisher", "attention", "whitened", "plain")
 ATTENDED = {"fisher", "attention"}  # those that weigh inputs by attention
 # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference
 # (benchmarks/NOTES.md)
 SHRINKAGE = 0.01
+CODED_SHRINKAGE = 0.001  # the same where latents are to be codes
 # heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in
 # a layer
 RUNS = 8
@@ -57,11 +59,16 @@ class Metric:
     grams (runs, k, k) or None: where heads have a Sigma of their own, of which the one above is the
     mean, Q^T Sigma_h Q for `runs` of heads that share one, with Q = `head_basis` of the matrices
     that are fitted.
+
+    spread, shares (H,): where latents are to be codes, how inputs lie and how much of the noise of
+    each head is seen (fit/codes.py); Sigma is their covariance then.
     """
 
     sigma: Tensor
     M: Root
     grams: Tensor | None = None
+    spread: Spread | None = None
+    shares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class LayerMetrics:
     they are large.
 
     sums: `MetricSums.state()`; without them (no calibration text) inputs are taken as white and
-    queries follow from W_Q. "fisher" needs moments.
+    queries follow from W_Q. "fisher" needs moments; spread: how inputs lie, for codes.
     """
 
     weights: AttentionWeights
@@ -144,6 +151,22 @@ class LayerMetrics:
     name: str = "attention"
     sums: dict | None = None
     moments: HeadMoments | None = None
+    spread: Spread | None = None
+
+    def side(self, name: str, coded: bool) -> Metric:
+        """That of "keys" or of "values". coded: where their latents are to be codes, which needs a
+        spread.
+        """
+        if not coded:
+            return self.keys if name == "keys" else self.values
+        assert self.spread is not None
+        M = None
+        if self.name == "fisher":
+            assert self.moments is not None
+            M = getattr(self.moments, name)
+        shares = self.spread.shares if name == "values" else torch.ones_like(self.spread.shares)
+        sigma = shrunk(self.spread.covariance.clone(), CODED_SHRINKAGE)
+        return Metric(sigma, self._root(M), None, self.spread, shares)
 
     @property
     def keys(self) -> Metric:

@@ -32,6 +32,7 @@ from ..format import (
     Source,
     Versions,
 )
+from ..forms.base import plain
 from ..modeling import CLASSES, auto_map
 from ..plan.shapes import Plan, SitePlan
 from ..source import Checkpoint
@@ -146,7 +147,12 @@ def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str, co
 
     def layer(site: SitePlan) -> Layer:
         error = errors[site.layer][kind]
-        fit = lambda shape, side: Fit(base_width=shape.width, rank=shape.rank, error=error[side])
+        fit = lambda shape, side: Fit(
+            base_width=shape.width,
+            rank=shape.rank,
+            codes=plain(shape.codes) if shape.coded else None,
+            error=error[side],
+        )
         return Layer(
             layer=site.layer,
             path=paths[site.layer],

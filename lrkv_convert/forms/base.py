@@ -17,6 +17,7 @@ from ..errors import LrkvError
 from ..families import Geometry
 from ..fit.bases import UNALIGNED, check_shape
 from ..fit.metric import Metric
+from ..modeling.codes_lrkv import Blocks, row_bytes
 
 WIDTH_STEP = 16  # base widths of a budget: what tensor cores take as an inner dimension
 RANK_STEP = 4  # its residual ranks
@@ -25,12 +26,18 @@ RANK_STEP = 4  # its residual ranks
 @dataclass(frozen=True)
 class Shape:
     """How much of one side of one attention module is cached: base width m and residual rank r, in
-    the form of this name.
+    the form of this name; codes: of base and of residual, None for 16-bit numbers
+    (modeling/codes_lrkv.py).
     """
 
     width: int
     rank: int
     form: str = "joint"
+    codes: tuple[Blocks | None, Blocks | None] = (None, None)
+
+    @property
+    def coded(self) -> bool:
+        return any(blocks is not None for blocks in self.codes)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Form(ABC):
     budget = 0.5  # share of the original cache when none is asked for
     sized = False  # whether a user may say how wide its base is
     any_base = False  # whether it goes with bases other than the joint one
+    coded = False  # whether what it caches may be codes
 
     def check(self, geometries: Iterable[Geometry], base: str, config) -> None:
         """Raise LrkvError where it does not go with the base or would not be exact."""
@@ -130,7 +138,10 @@ class Form(ABC):
 
     def bytes(self, shape: Shape, geometry: Geometry, element_size: int) -> int:
         """The same in bytes. element_size: of the dtype that the model is stored in."""
-        return element_size * self.numbers(shape, geometry)
+        base, residual = shape.codes
+        shared = element_size * shape.width if base is None else row_bytes(base)
+        own = element_size * shape.rank if residual is None else row_bytes(residual)
+        return shared + geometry.kv_heads * own
 
     @abstractmethod
     def work(self, shape: Shape, geometry: Geometry) -> int:
@@ -154,16 +165,31 @@ class Form(ABC):
     ) -> list[float]:
         """Squared error of the fit, absolute, at each shape."""
 
+    def coded_curve(
+        self, W: Tensor, metric: Metric, widths: Sequence[int]
+    ) -> list[tuple[Shape, float]]:
+        """Shapes whose latents are codes of these widths, and the loss of each, absolute, as
+        `curve` gives it. Only of forms that are `coded`.
+        """
+        raise NotImplementedError(self.name)
+
     def config(self, shapes: Sequence[Shape], base: str) -> dict:
         """What the converted model must know: an entry per layer, 0 and 0 where a layer has no such
         attention.
         """
+        codes = [plain(shape.codes) for shape in shapes]
         return {
             "base_width": [shape.width for shape in shapes],
             "rank": [shape.rank for shape in shapes],
             "alignment": self.base(base) not in UNALIGNED,
             "form": self.runtime,
+            **({"codes": codes} if any(shape.coded for shape in shapes) else {}),
         }
+
+
+def plain(codes: Sequence[Blocks | None]) -> list[list[list[int]] | None]:
+    """Codes of the slots of a side as JSON has them."""
+    return [None if blocks is None else [list(pair) for pair in blocks] for blocks in codes]
 
 
 def residual_ranks(head_dim: int) -> range:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import LrkvError
 from ..families import Geometry
-from ..fit.bases import BASES, Factors, error_curve
+from ..fit.bases import BASES, Factors, error_curve, joint, joint_gains
+from ..fit.codes import coded, codings
 from ..fit.metric import Metric
 from .base import (
     WIDTH_STEP,
@@ -30,7 +31,7 @@ class Joint(Form):
         "base and residual before rotation, rebuilt and rotated when read: the best quality per"
         " byte"
     )
-    sized = any_base = True
+    sized = any_base = coded = True
 
     def check_geometry(self, geometry, base, config):
         if base == "aligned" and (geometry.key_norm or 0 < geometry.rotary_dim < geometry.head_dim):
@@ -83,8 +84,47 @@ class Joint(Form):
         geometry: Geometry,
         base: str,
     ) -> Fitted:
+        if shape.coded:
+            return self.fit_codes(W, bias, metric, shape)
         fit = BASES[self.base(base)](W, metric, shape.width, shape.rank, rotary=geometry.rotary)
         return Fitted(tensors_of(fit, bias), fit.error, fit.gauge)
+
+    def fit_codes(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
+        """The fit of latents that become codes, in the covariance of usual tokens."""
+        fit, (base, residual), slots, codes = (
+            joint(W, metric, shape.width, shape.rank),
+            shape.codes,
+            {},
+            {},
+        )
+        if base is not None and fit.C is not None:
+            slots["base"], codes["base"] = (fit.W_shared[None], fit.C[None]), base
+        if residual is not None:
+            slots["residual"], codes["residual"] = (fit.U, fit.B.mT.unsqueeze(1)), residual
+        ready, bias, lifts, noise = coded(W, bias, slots, codes, metric)
+        factors = Factors(
+            ready["base"].weights[0] if "base" in ready else fit.W_shared,
+            ready["base"].maps[0] if "base" in ready else fit.C,
+            ready["residual"].weights if "residual" in ready else fit.U,
+            ready["residual"].maps[:, 0].mT if "residual" in ready else fit.B,
+            None,
+            fit.error,
+        )
+        tensors = tensors_of(factors, bias)
+        for name, slot in ready.items():
+            tensors |= {f"{name}_codes.centres": slot.centres, f"{name}_codes.lift": lifts[name]}
+        total = error_curve(W, metric, [(0, 0)])[0]
+        return Fitted(tensors, (fit.error**2 + noise / total) ** 0.5 if total > 0 else 0.0)
+
+    def coded_curve(
+        self, W: Tensor, metric: Metric, widths: Sequence[int]
+    ) -> list[tuple[Shape, float]]:
+        assert metric.shares is not None
+        gains, shares = joint_gains(W, metric, metric.shares)
+        return [
+            (Shape(found.width, 0, self.name, (found.blocks, None)), found.loss)
+            for found in codings(gains, shares, widths)
+        ]
 
     def curve(
         self, W: Tensor, bias: Tensor | None, metric: Metric, shapes: Sequence[Shape]

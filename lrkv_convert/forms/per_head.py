@@ -10,7 +10,7 @@ from .joint import Joint
 class PerHead(Joint):
     name, runtime = "per-head", "joint"  # whose base may be missing
     says = "residual only, before rotation: less to rebuild"
-    sized = any_base = False
+    sized = any_base = coded = False
 
     def shape(self, asked: Asked, geometry: Geometry) -> Shape:
         """Without a rank, the numbers of a base one head wide are ranks."""

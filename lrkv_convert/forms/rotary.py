@@ -24,7 +24,7 @@ class Rotary(Joint):
         "base after rotation, read as it is; residual before, rebuilt: the base must commute with"
         " RoPE"
     )
-    sized = any_base = False
+    sized = any_base = coded = False
 
     def check_geometry(self, geometry, base, config):
         check_whole_heads(self.name, geometry)

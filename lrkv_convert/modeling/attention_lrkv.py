@@ -174,6 +174,8 @@ class LrkvAttention:
     kind = "self"  # of this module
     # whether the original computes its scores on its own, past transformers' attention interface
     attends_itself = False
+    # whether what is cached may be codes
+    takes_codes = True
     # whether the position embeddings that this module is handed have been looked at
     tables_checked = False
 
@@ -223,10 +225,12 @@ class LrkvAttention:
         return
 
     def encode_keys(
-        self, hidden_states: torch.Tensor, rotation: tuple | None
+        self, hidden_states: torch.Tensor, rotation: tuple | None, through: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states (N, T, D) -> what the cache is to hold of their keys."""
-        return self.keys.encode(hidden_states, rotation, self.key_norm())
+        """Hidden states (N, T, D) -> what the cache is to hold of their keys, or where nothing is
+        cached (`through`) the values of that.
+        """
+        return self.keys.encode(hidden_states, rotation, self.key_norm(), through)
 
     def heads_of(self, query: torch.Tensor) -> torch.Tensor:
         """(N, T, H G d) -> (N, H G, T, d)"""
@@ -254,8 +258,8 @@ class LrkvAttention:
         """
         of_queries, of_keys = rotations or (None, None)
         keys, values, query = (
-            self.encode_keys(hidden_states, of_queries),
-            self.values.encode(hidden_states),
+            self.encode_keys(hidden_states, of_queries, cache is None),
+            self.values.encode(hidden_states, through=cache is None),
             self.normalised(query),
         )
         query = query if rotations is None else rotate(query, of_queries)
@@ -268,6 +272,9 @@ class LrkvAttention:
                 cache, self.layer_idx, self.config.num_hidden_layers, keys, values
             )
             note_written(cache, attention_mask)
+            if self.gradients_end(hidden_states, keys):
+                keys = self.encode_keys(hidden_states, of_queries, True)
+                values = self.values.encode(hidden_states, through=True)
         return self.attend(
             query, keys, values, attention_mask, of_keys, cache is not None, dropout, **kwargs
         )
@@ -295,10 +302,11 @@ class LrkvAttention:
             training=self.training,
             cached=cached,
             device=query.device,
-            dtype=keys[0].dtype,
+            dtype=query.dtype,
             outside_window=bool(window) and keys[0].shape[2] > window,
             differentiable=self.wants_gradients(query, *keys, *values),
-            kernel=kwargs.get("softcap") is None
+            kernel=not (self.keys.coded or self.values.coded)
+            and kwargs.get("softcap") is None
             and self.kind in self.kernel
             and (norm is None or self.kernel_norm() is not None),
         )
@@ -372,6 +380,17 @@ class LrkvAttention:
             t.requires_grad for t in (*tensors, *self.keys.parameters(), *self.values.parameters())
         )
 
+    def gradients_end(self, states: torch.Tensor, keys: tuple) -> bool:
+        """Whether gradients are wanted of what was made of states (N, T, D), all there is in the
+        cache, and codes would end them: keys as cached. What is read back from codes is the same.
+        """
+        return (
+            (self.keys.coded or self.values.coded)
+            and torch.is_grad_enabled()
+            and keys[0].shape[2] == states.shape[1]
+            and (states.requires_grad or self.wants_gradients())
+        )
+
     def read_in_place(
         self, path, query, keys, values, attention_mask, rotation, softcap=None, with_weights=False
     ):
@@ -422,7 +441,7 @@ class LrkvAttention:
         )
         scores = self.keys.scores(
             grouped.to(exactly) * self.scaling,
-            tuple(t.to(exactly) for t in keys),
+            keys,
             rotation,
             self.key_norm(),
         ).reshape(N, heads, T, -1)

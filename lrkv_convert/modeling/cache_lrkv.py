@@ -117,6 +117,11 @@ def update_cache(
             # an attention layer with fewer pairs breaks the chain in which layers fetch each other
             layer.prefetch()
         present = [t for t, there in zip(pairs[i], held[i]) if there]
+        if hasattr(layer, "_quantize") and any(t.dtype == torch.uint8 for t in present):
+            raise ValueError(
+                "this model caches codes, a few bits each, and a quantised cache would round them"
+                " again: use an ordinary cache, which is as small"
+            )
         # HQQ, Quanto: groups must divide what a token adds
         if hasattr(layer, "q_group_size") and not layer.is_initialized:
             widths = [

@@ -54,12 +54,17 @@ class LrkvDecoderAttention(LrkvAttention):
                 note_written(cache, mask)
                 return read_cache(cache, self.layer_idx, self.num_layers, self.keys, self.values)
         states = key_value_states if cross else hidden_states
-        keys, values = self.keys.encode(states), self.values.encode(states)
+        through = cache is None
+        keys, values = (side.encode(states, through=through) for side in (self.keys, self.values))
         if cache is not None:
             keys, values = update_cache(cache, self.layer_idx, self.num_layers, keys, values)
             note_written(cache, mask)
             if cross and isinstance(given, EncoderDecoderCache):
                 given.is_updated[self.layer_idx] = True
+            if self.gradients_end(states, keys):
+                return self.keys.encode(states, through=True), self.values.encode(
+                    states, through=True
+                )
         return keys, values
 
     def read_in_place(self, path, query, keys, values, attention_mask, *more):

@@ -15,16 +15,22 @@ keys are in forms_lrkv.py.
 What is cached is used in two ways, equal up to rounding: `rebuild` materialises K_h or V_h (Eq
 4-5); `scores` and `average` read it in place (Eq 6-7).
 
+Slots may hold codes in place of 16-bit numbers (codes_lrkv.py): rows of bytes, which give as many
+latents and one more, the mark of sinks, that the maps take to what those have in addition.
+
 Shapes: N batch, T tokens, S cached tokens, H KV heads, G query heads per KV head, Q = G T queries
-per KV head, D model width, d head width, m base width, r residual rank. This file may import torch
-and transformers only.
+per KV head, D model width, d head width, m base width, r residual rank. This file may import torch,
+transformers and codes_lrkv.py only.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+from .codes_lrkv import Blocks, Codes
 
 # numbers rebuilt at once where keys are only read: they then stay in a core's cache (64 times as
 # many on a GPU, which has more)
@@ -36,8 +42,9 @@ class LowRankHeads(nn.Module):
     and what other forms differ from.
 
     Args: width D, num_heads H, head_dim d, base_width m >= 0, rank r >= 0 (m + r > 0), alignment
-    (whether C is there; without it m must be d or 0), bias (whether b is there). Raises ValueError
-    when these do not fit together.
+    (whether C is there; without it m must be d or 0), bias (whether b is there), codes (of base and
+    of residual: pairs of bits and latents, or None for 16-bit numbers). Raises
+    ValueError when these do not fit together.
 
     What it caches is a tuple of tensors, one for each of its `slots`; here base (N, 1, T, m) and
     residual (N, H, T, r).
@@ -61,6 +68,7 @@ class LowRankHeads(nn.Module):
         rank: int,
         alignment: bool,
         bias: bool,
+        codes: Sequence[Blocks | None] | None = None,
     ):
         super().__init__()
         if base_width < 0 or rank < 0 or base_width + rank == 0:
@@ -90,7 +98,26 @@ class LowRankHeads(nn.Module):
         # weight (H r, D), head-major
         self.U = nn.Linear(width, num_heads * rank, bias=False) if rank else None
         self.B = nn.Parameter(torch.empty(num_heads, head_dim, rank)) if rank else None
+        self.base_codes, self.residual_codes = (
+            None if blocks is None else Codes(blocks, size, heads, num_heads, head_dim)
+            for blocks, size, heads in zip(
+                codes or (None, None), (base_width, rank), (1, num_heads), strict=True
+            )
+        )
+        if self.base_codes is not None and self.C is None:
+            raise ValueError("codes of the base need alignment maps")
+        # codes are taken about a centre: what lies there is in the bias
+        bias = bias or self.coded
         self.bias = nn.Parameter(torch.empty(num_heads, head_dim)) if bias else None
+
+    @property
+    def coders(self) -> tuple[Codes | None, ...]:
+        """What makes codes of each slot, None where it holds numbers."""
+        return self.base_codes, self.residual_codes
+
+    @property
+    def coded(self) -> bool:
+        return any(coder is not None for coder in self.coders)
 
     def refuse(self, alignment: bool) -> None:
         """Raise ValueError for sizes that the form cannot have."""
@@ -99,26 +126,85 @@ class LowRankHeads(nn.Module):
             f" and alignment {alignment}"
         )
 
+    def refuse_codes(self, codes: Sequence[Blocks | None] | None) -> None:
+        """Raise ValueError for codes, in a form that has none."""
+        if any(codes or ()):
+            raise ValueError(f"form {self.form!r} has no codes")
+
     def extra_repr(self) -> str:
         return (
             f"form={self.form}, heads={self.num_heads}, head_dim={self.head_dim},"
             f" base_width={self.base_width}, rank={self.rank}"
         )
 
-    def slots(self) -> list[tuple[int, int]]:
-        """(heads, width) of each tensor that a token caches, 1 head for what all share. A slot of
-        no width is not cached; those at one place of keys and of values have the same heads.
-        """
+    def latents(self) -> list[tuple[int, int]]:
+        """(heads, width) of each slot, 1 head for what all share."""
         return [(1, self.base_width), (self.num_heads, self.rank)]
 
+    def slots(self) -> list[tuple[int, int]]:
+        """(heads, width) of each tensor that a token caches: numbers, or bytes where they are
+        codes. A slot of no width is not cached; those at one place of keys and of values have the
+        same heads.
+        """
+        return [
+            (heads, width if coder is None else coder.bytes)
+            for (heads, width), coder in zip(self.latents(), self.coders)
+        ]
+
     def encode(
-        self, x: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None
+        self,
+        x: torch.Tensor,
+        rotation: tuple | None = None,
+        norm: nn.Module | None = None,
+        through: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """x (N, T, D) -> what the cache holds: a tensor (N, heads, T, width) for each slot.
 
         rotation: (cos, sin) of these T tokens, for keys under RoPE; norm: the QK-norm of keys,
-        before rotation.
+        before rotation; through: nothing is to be cached, so that where there are codes their
+        values will do, through which gradients pass.
         """
+        return tuple(
+            z if coder is None else coder.through(z).to(z.dtype) if through else coder.pack(z)
+            for z, coder in zip(self.project(x, rotation, norm), self.coders)
+        )
+
+    def read(self, cached: tuple[torch.Tensor, ...], dtype: torch.dtype | None = None) -> list:
+        """What is cached -> latents of each slot, (N, heads, S, width), of codes with the mark of
+        sinks; dtype: of the latents, default that of the maps.
+        """
+        return [
+            coder.read(held, dtype or self.dtype)
+            if coder is not None
+            else held
+            if dtype is None
+            else held.to(dtype)
+            for held, coder in zip(cached, self.coders)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def base_maps(self) -> torch.Tensor | None:
+        """C (H, m, d) as latents of the base are read with it: of codes with a row for sinks. None
+        for the identity.
+        """
+        if self.base_codes is None:
+            return self.C
+        return torch.cat((self.C, self.base_codes.lift.unsqueeze(1)), dim=1)
+
+    def residual_maps(self) -> torch.Tensor:
+        """B^T (H, r, d), of codes with a row for sinks."""
+        if self.residual_codes is None:
+            return self.B.mT
+        return torch.cat((self.B.mT, self.residual_codes.lift.unsqueeze(1)), dim=1)
+
+    def project(
+        self, x: torch.Tensor, rotation: tuple | None = None, norm: nn.Module | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """x (N, T, D) -> latents, a tensor (N, heads, T, width) for each slot."""
         N, T, _ = x.shape
         # (N, 1, T, m)
         base = (
@@ -141,10 +227,11 @@ class LowRankHeads(nn.Module):
         """What is cached -> keys, or values, (N, H, S, d) (Eq 4-5). rotation: (cos, sin) of all
         cached tokens.
         """
-        base, residual = cached
+        base, residual = self.read(cached)
         shared = None
         if self.W_shared is not None:
-            shared = base if self.C is None else self._aligned(base, self.C)  # (N, 1 or H, S, d)
+            C = self.base_maps()
+            shared = base if C is None else self._aligned(base, C)  # (N, 1 or H, S, d)
         return self._finished(shared, residual, rotation, norm).expand(-1, self.num_heads, -1, -1)
 
     def _finished(
@@ -159,7 +246,7 @@ class LowRankHeads(nn.Module):
         """
         heads = shared
         if self.U is not None:
-            own = residual @ self.B.transpose(1, 2)  # (N, H, S, d)
+            own = residual @ self.residual_maps()  # (N, H, S, d)
             heads = own if heads is None else heads + own
         if self.bias is not None:
             bias = self.bias.unsqueeze(1).to(residual.dtype)  # (H, 1, d)
@@ -184,9 +271,10 @@ class LowRankHeads(nn.Module):
         """
         shared = own = None
         if self.W_shared is not None:
-            shared = query if self.C is None else query @ self.C.mT.to(query.dtype)
+            C = self.base_maps()
+            shared = query if C is None else query @ C.mT.to(query.dtype)
         if self.U is not None:
-            own = query @ self.B.to(query.dtype)
+            own = query @ self.residual_maps().mT.to(query.dtype)
         return [shared, own]
 
     def scores(
@@ -205,41 +293,53 @@ class LowRankHeads(nn.Module):
         """
         if self.read_as_is(rotation, norm):
             return self._met(query, cached)
-        base, residual = cached
-        ready, latents = None, []
+        ready, maps = None, {}
         # one base for all heads: rotated once
         if self.W_shared is not None and norm is None and self.C is None:
-            ready = _shared_scores(query, self._turned(base, rotation))
+            ready = _shared_scores(query, self._turned(cached[0].to(query.dtype), rotation))
         elif self.W_shared is not None:
-            latents.append(
-                (
-                    base,
-                    (
-                        self.C.to(query.dtype)
-                        if self.C is not None
-                        else torch.eye(self.head_dim).to(base).expand(self.num_heads, -1, -1)
-                    ),
-                )
-            )
+            C = self.base_maps()
+            identity = torch.eye(self.head_dim).to(query).expand(self.num_heads, -1, -1)
+            maps[0] = identity if C is None else C.to(query.dtype)
         if self.U is not None:
-            # (H, r, d)
-            latents.append((residual, self.B.mT.to(query.dtype)))
-        if not latents and self.bias is None:
+            maps[1] = self.residual_maps().to(query.dtype)  # (H, r, d)
+        if not maps and self.bias is None:
             return ready
-        rebuilt = self._rebuilt_scores(query, latents, base.shape[2], rotation, norm)
+        rebuilt = self._rebuilt_scores(query, cached, maps, rotation, norm)
         return rebuilt if ready is None else ready + rebuilt
 
     def _met(self, query: torch.Tensor, cached: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Scores of queries against what is cached, as it lies there."""
-        parts = [
-            (_shared_scores if heads == 1 else _own_scores)(absorbed, held)
-            for (heads, _), absorbed, held in zip(self.slots(), self.absorb(query), cached)
-            if absorbed is not None
-        ]
-        total = parts.pop()
-        for part in parts:
-            total = total.add_(part)
-        return total
+        absorbed = self.absorb(query)
+        out = []
+        for part in self._chunks(cached, query.device, self.coded):
+            parts = [
+                (_shared_scores if heads == 1 else _own_scores)(q, z)
+                for (heads, _), q, z in zip(
+                    self.latents(), absorbed, self._part(cached, part, query.dtype)
+                )
+                if q is not None
+            ]
+            total = parts.pop()
+            for more in parts:
+                total = total.add_(more)
+            out.append(total)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def _chunks(self, cached: tuple, device: torch.device, cut: bool) -> list[slice]:
+        """Parts of what is cached, in tokens, few enough to be rebuilt at once. cut: whether
+        anything is.
+        """
+        length = cached[0].shape[2]
+        if not cut or torch.compiler.is_compiling():
+            return [slice(0, length)]
+        numbers = CHUNK if device.type == "cpu" else 64 * CHUNK
+        step = max(1, numbers // (self.num_heads * self.head_dim))
+        return [slice(i, i + step) for i in range(0, length, step)] or [slice(0, 0)]
+
+    def _part(self, cached: tuple, part: slice, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Latents of some of the tokens."""
+        return self.read(tuple(held[:, :, part] for held in cached), dtype)
 
     def _turned(self, base: torch.Tensor, rotation: tuple) -> torch.Tensor:
         """A base (N, 1, S, d) as queries meet it."""
@@ -249,16 +349,21 @@ class LowRankHeads(nn.Module):
         """a V (N, H, Q, d) of attention weights (N, H, Q, S) that sum to one, without a copy of V
         (Eq 7).
         """
-        N, H, Q, S = weights.shape
-        averages = []
-        for (heads, width), held in zip(self.slots(), cached):
-            if not width:
-                averages.append(None)
-            elif heads == 1:
-                shared = weights.reshape(N, H * Q, S) @ held.squeeze(1)
-                averages.append(shared.view(N, H, Q, -1))
-            else:
-                averages.append(weights @ held)
+        N, H, Q, _ = weights.shape
+        averages: list[torch.Tensor | None] = [None] * len(cached)
+        for part in self._chunks(cached, weights.device, self.coded):
+            latents = self._part(cached, part, weights.dtype) if self.coded else cached
+            seen = weights[..., part] if self.coded else weights
+            for i, ((heads, width), held) in enumerate(zip(self.latents(), latents)):
+                if not width:
+                    continue
+                if heads == 1:
+                    shared = seen.reshape(N, H * Q, -1) @ held.squeeze(1)
+                    own = shared.view(N, H, Q, -1)
+                else:
+                    own = seen @ held
+                so_far = averages[i]
+                averages[i] = own if so_far is None else so_far + own
         return self.expand_averages(averages)
 
     def expand_averages(self, averages: list[torch.Tensor | None]) -> torch.Tensor:
@@ -267,9 +372,10 @@ class LowRankHeads(nn.Module):
         """
         (shared, own), parts = averages, []
         if shared is not None:
-            parts.append(shared if self.C is None else shared @ self.C.to(shared.dtype))
+            C = self.base_maps()
+            parts.append(shared if C is None else shared @ C.to(shared.dtype))
         if own is not None:
-            parts.append(own @ self.B.mT.to(own.dtype))
+            parts.append(own @ self.residual_maps().to(own.dtype))
         if self.bias is not None:
             parts.append(self.bias.unsqueeze(1).to(parts[0].dtype))
         return sum(parts[1:], parts[0])
@@ -293,39 +399,34 @@ class LowRankHeads(nn.Module):
     def _rebuilt_scores(
         self,
         query: torch.Tensor,
-        latents: list,
-        length: int,
+        cached: tuple[torch.Tensor, ...],
+        maps: dict[int, torch.Tensor],
         rotation: tuple | None,
         norm: nn.Module | None,
     ) -> torch.Tensor:
-        """Scores of keys sum latent @ map + b, latents (N, 1 or H, S, n), maps (H, n, d), rebuilt
-        chunk by chunk.
+        """Scores of keys sum latent @ map + b, maps {slot: (H, n, d)}, rebuilt chunk by chunk.
 
         With one query per KV head the query goes into the maps, so that nothing is rotated: q
         Rot(t) k = sum_j cos_j(t) (q1 k1 + q2 k2)_j + sin_j(t) (q2 k1 - q1 k2)_j, with 1 and 2 the
         halves that RoPE pairs: one product and one dot with the table of cosines and sines.
         """
+        length = cached[0].shape[2]
         # (1, H, 1, d)
         bias = None if self.bias is None else self.bias[None, :, None].to(query.dtype)
         folded = norm is None and query.shape[2] == 1
+        table = None
         if folded:
             # (N, H, n, d)
-            latents = [(latent, _fold(matrix, query, rotation)) for latent, matrix in latents]
+            maps = {i: _fold(matrix, query, rotation) for i, matrix in maps.items()}
             bias = None if bias is None else _fold(bias, query, rotation)
             table = _table(rotation, self.head_dim).unsqueeze(1)  # (1 or N, 1, S, d)
-        step = max(
-            1,
-            (CHUNK if query.device.type == "cpu" else 64 * CHUNK)
-            // (self.num_heads * self.head_dim),
-        )
-        step = length if torch.compiler.is_compiling() else step
         out = []
-        for part in (slice(i, i + step) for i in range(0, length, step)):
-            pieces = [latent[:, :, part] @ matrix for latent, matrix in latents] + (
-                [bias] if bias is not None else []
-            )
+        for part in self._chunks(cached, query.device, True):
+            latents = self._part(cached, part, query.dtype)
+            pieces = [latents[i] @ matrix for i, matrix in maps.items()]
+            pieces += [bias] if bias is not None else []
             keys = sum(pieces[1:], pieces[0])  # (N, H, step, d)
-            if folded:
+            if table is not None:
                 out.append((keys * table[:, :, part]).sum(-1).unsqueeze(2))  # (N, H, 1, step)
                 continue
             keys = keys if norm is None else norm(keys)
@@ -361,6 +462,10 @@ class LowRankHeads(nn.Module):
             init.normal_(self.B, std=math.sqrt(0.1 / self.rank))
         if self.bias is not None:
             init.zeros_(self.bias)
+        for coder in self.coders:
+            if coder is not None:
+                init.zeros_(coder.centres)
+                init.zeros_(coder.lift)
 
 
 # --------------------------------------------------------------------------------------------- RoPE

@@ -21,13 +21,14 @@ class RotaryHeads(LowRankHeads):
     has_maps = False
     caches_rotated = True
 
-    def __init__(self, width, num_heads, head_dim, base_width, rank, alignment, bias):
+    def __init__(self, width, num_heads, head_dim, base_width, rank, alignment, bias, codes=None):
         super().__init__(width, num_heads, head_dim, base_width, rank, alignment, bias)
+        self.refuse_codes(codes)
         if alignment:
             self.refuse(alignment)
 
-    def encode(self, x, rotation=None, norm=None):
-        base, residual = super().encode(x)
+    def project(self, x, rotation=None, norm=None):
+        base, residual = super().project(x)
         return base if self.W_shared is None else rotate(base, rotation), residual
 
     def rebuild(self, cached, rotation=None, norm=None):
@@ -49,14 +50,15 @@ class FullHeads(LowRankHeads):
     form = "full"
     rotates_on_read, caches_rotated = False, True
 
-    def __init__(self, width, num_heads, head_dim, base_width, rank, alignment, bias):
+    def __init__(self, width, num_heads, head_dim, base_width, rank, alignment, bias, codes=None):
         super().__init__(width, num_heads, head_dim, base_width, rank, alignment, bias)
+        self.refuse_codes(codes)
         if (base_width, rank) != (0, head_dim):
             self.refuse(alignment)
         self.B = None
 
-    def encode(self, x, rotation=None, norm=None):
-        base, heads = super().encode(x)
+    def project(self, x, rotation=None, norm=None):
+        base, heads = super().project(x)
         heads = heads if self.bias is None else heads + self.bias.unsqueeze(1)
         heads = heads if norm is None else norm(heads)
         return base, heads if rotation is None else rotate(heads, rotation)
@@ -112,7 +114,7 @@ class CommutingHeads(LowRankHeads):
             self._index = self.kept, index
         return index
 
-    def encode(self, x, rotation=None, norm=None):
+    def project(self, x, rotation=None, norm=None):
         z = self.W_shared(x)
         z = (z if self.bias is None else z + self.bias).unsqueeze(1)
         if rotation is None:
@@ -173,7 +175,8 @@ def low_rank_heads(
     H, head_dim d: as the config says, unless given.
 
     config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool,
-    "form": str}, "values": {...}}, and lists of what a form has `found`.
+    "form": str, "codes": [those of base and residual per layer, if there are any]}, "values":
+    {...}}, and lists of what a form has `found`.
     """
     field = getattr(config, name, None)
     if field is None:
@@ -197,5 +200,5 @@ def low_rank_heads(
         spec["rank"][layer_idx],
         spec["alignment"],
         bias,
-        **{name: spec[name][layer_idx] for name in form.found if name in spec},
+        **{name: spec[name][layer_idx] for name in ("codes", *form.found) if name in spec},
     )

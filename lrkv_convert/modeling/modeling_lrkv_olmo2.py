@@ -24,11 +24,12 @@ class LrkvOlmo2Config(Olmo2Config):
 
 class LrkvOlmo2Attention(LrkvRotaryAttention, Olmo2Attention):
     kernel = ()  # the norm goes over all heads
+    takes_codes = False  # its scale comes after the latents
     # The norm of keys goes over all heads at once. A token's scale is therefore one number, which
     # what is cached takes on; the weights come later.
 
-    def encode_keys(self, hidden_states, rotation):
-        cached = self.keys.encode(hidden_states)
+    def encode_keys(self, hidden_states, rotation, through=False):
+        cached = self.keys.project(hidden_states)
         scale = self._scale(self.keys.rebuild(cached))
         cached = tuple(slot * scale for slot in cached)
         if self.keys.rotates_on_read:

@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LrkvError, first_line
 from ..examples.example import Example
 from ..families import AttentionWeights, Site
+from ..fit.codes import Spread
 from ..fit.metric import HeadMoments, LayerMetrics
 from ..folder.store import Store
 from ..source.skeleton import Skeleton, first_of
-from .sums import MetricSums
+from .sums import MetricSums, SpreadSums
 
 AT_ONCE = 4  # windows given to the refit
 # activations that wait on disk for the refit: they are the bulk of what a conversion stores
@@ -47,8 +48,8 @@ class Observed:
     With examples also the sums of its metrics (`MetricSums.state()`), and what it saw and did on
     each: inputs and heads, bfloat16, lists of (1, T, D) and (1, T, H G d) (the concatenated head
     outputs, which W_O reads); arguments: what else it is called with, by example; alike: whether
-    that is the same for all; moments where gradients were taken. Without examples these are None or
-    empty.
+    that is the same for all; moments where gradients were taken; spread: how inputs lie.
+    Without examples these are None or empty.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class Observed:
     arguments: Callable[[int], dict] = lambda n: {}
     alike: bool = True
     moments: HeadMoments | None = None
+    spread: Spread | None = None
 
     def calls(self, device: torch.device) -> Iterator[tuple[Tensor, dict, Tensor]]:
         """What the module was called with and did, some examples at a time, float32: inputs
@@ -75,7 +77,9 @@ class Observed:
 
     def metrics(self, name: str) -> LayerMetrics:
         """The metrics called `name` (fit.metric.METRICS)."""
-        return LayerMetrics(self.weights, self.site.geometry, name, self.sums, self.moments)
+        return LayerMetrics(
+            self.weights, self.site.geometry, name, self.sums, self.moments, self.spread
+        )
 
 
 class Watch:
@@ -85,6 +89,7 @@ class Watch:
         weights = site.adapter.split(skeleton.tensor, site.layer, skeleton.checkpoint.config)
         self.site, self.activations = site, activations
         self.sums = MetricSums(weights, site.geometry, wanted, skeleton.device)
+        self.spread = SpreadSums(site.geometry, skeleton.device)
         self.inputs, self.heads, self.arguments = [], [], {}
 
     def hooks(self, layer: nn.Module) -> list[RemovableHandle]:
@@ -101,7 +106,9 @@ class Watch:
         states = kwargs.get("key_value_states")
         if self.activations:
             self.inputs.append(x.to(KEPT_AS))
-        self.sums.add(x[0], output[-1][0], None if states is None else states[0])  # weights last
+        seen = x[0], output[-1][0], None if states is None else states[0]  # weights last
+        self.sums.add(*seen)
+        self.spread.add(*seen)
 
     def _averaged(self, module, args) -> None:
         if self.activations:
@@ -109,7 +116,12 @@ class Watch:
 
     def state(self, whole: bool) -> dict:
         """For the store. whole: with what the module was called with."""
-        found = {"sums": self.sums.state(), "inputs": self.inputs, "heads": self.heads}
+        found = {
+            "sums": self.sums.state(),
+            "spread": self.spread.state(),
+            "inputs": self.inputs,
+            "heads": self.heads,
+        }
         return found | ({"arguments": self.arguments} if whole else {})
 
 
@@ -199,6 +211,7 @@ def observed(skeleton: Skeleton, store: Store, site: Site) -> Observed:
         _arguments(skeleton, store, site, seen),
         skeleton.family.encoder is None,
         None if moments is None else HeadMoments(*map(there, moments)),
+        Spread(**{name: there(value) for name, value in seen["spread"].items()}),
     )
 
 

@@ -22,6 +22,9 @@ from torch import Tensor
 from ..families import AttentionWeights, Geometry
 from ..fit.metric import ATTENDED, head_basis, run_count, runs
 
+# leading tokens of an example that may be sinks: they are not counted among usual ones
+SINKS = 4
+
 
 class MetricSums:
     """Accumulates one layer's second moments over windows of (input, attention): those that the
@@ -117,6 +120,46 @@ class MetricSums:
         return {
             "tokens": self.tokens,
             **{name: value if value is None else value.float() for name, value in sums.items()},
+        }
+
+
+class SpreadSums:
+    """Accumulates how the inputs of one layer lie (fit/codes.py): of usual tokens and, apart, of
+    the first of each example.
+    """
+
+    def __init__(self, geometry: Geometry, device: torch.device):
+        H, D = geometry.kv_heads, geometry.width
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares, self.total, self.first, self.shares = (
+            zeros(D, D),
+            zeros(D),
+            zeros(D),
+            zeros(H),
+        )
+        self.tokens, self.examples, self.queries = 0, 0, 0
+
+    def add(self, x: Tensor, attention: Tensor, states: Tensor | None = None) -> None:
+        """As `MetricSums.add`."""
+        seen = x if states is None else states
+        usual = seen[SINKS:] if len(seen) > 2 * SINKS else seen
+        self.squares += usual.T @ usual
+        self.total += usual.sum(0)
+        self.first += seen[0]
+        squares = attention[..., SINKS:].square().sum((1, 2))  # (H G,)
+        self.shares += squares.view(len(self.shares), -1).mean(1)
+        self.tokens += len(usual)
+        self.queries += len(x)
+        self.examples += 1
+
+    def state(self) -> dict:
+        """Mean, covariance and so on, as `Spread` takes them."""
+        mean = self.total / self.tokens
+        return {
+            "mean": mean,
+            "first": self.first / self.examples,
+            "covariance": self.squares / self.tokens - mean.unsqueeze(1) * mean,
+            "shares": self.shares / self.queries,
         }
 
 

@@ -14,19 +14,21 @@ from dataclasses import dataclass
 from ..errors import LrkvError
 from ..families import Geometry, Site
 from ..forms import FORMS, Shape
+from ..modeling.codes_lrkv import Blocks
 from .shapes import Plan, SitePlan
 
 
 @dataclass(frozen=True)
 class Point:
-    """One choice for one side of a layer: base width m, rank r, numbers cached per token, predicted
-    loss.
+    """One choice for one side of a layer: base width m, rank r, what a token takes (numbers, or
+    bytes where latents are codes), predicted loss, and the codes of the base.
     """
 
     width: int
     rank: int
-    numbers: int
+    size: int
     loss: float
+    codes: Blocks | None = None
 
 
 Curve = list[Point]
@@ -53,7 +55,7 @@ def check_floor(sites: Sequence[Site], caps: Caps, keys: str, cache_ratio: float
 def hull(curve: Curve) -> Curve:
     """The lower convex hull of a curve, by numbers: the points worth stopping at."""
     kept: Curve = []
-    for point in sorted(curve, key=lambda p: (p.numbers, p.loss)):
+    for point in sorted(curve, key=lambda p: (p.size, p.loss)):
         if kept and point.loss >= kept[-1].loss:
             continue  # costs more and is no better
         while len(kept) > 1 and _gain(kept[-2], kept[-1]) <= _gain(kept[-2], point):
@@ -63,8 +65,8 @@ def hull(curve: Curve) -> Curve:
 
 
 def _gain(a: Point, b: Point) -> float:
-    """Loss removed per number from a to b."""
-    return (a.loss - b.loss) / (b.numbers - a.numbers)
+    """Loss removed per number, or byte, from a to b."""
+    return (a.loss - b.loss) / (b.size - a.size)
 
 
 def allocate(
@@ -81,11 +83,12 @@ def allocate(
     Raises LrkvError for a budget below the smallest plan.
     """
     sides = [hull(curve) for pair in curves for curve in pair]
-    before = sum(2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites)
+    unit = element_size if any(point.codes for side in sides for point in side) else 1
+    before = unit * sum(2 * site.geometry.kv_heads * site.geometry.head_dim for site in sites)
     alike = Counter((site.geometry.kv_heads, site.geometry.head_dim) for site in sites)
-    budget = int(sum(cache_ratio * 2 * count * H * d for (H, d), count in alike.items()))
+    budget = unit * int(sum(cache_ratio * 2 * count * H * d for (H, d), count in alike.items()))
     chosen = [0] * len(sides)
-    spent = sum(curve[0].numbers for curve in sides)
+    spent = sum(curve[0].size for curve in sides)
     if spent > budget:
         floor = spent / before
         raise LrkvError(
@@ -100,20 +103,20 @@ def allocate(
                 open_sides.discard(i)
                 continue
             here, following = sides[i][chosen[i]], sides[i][chosen[i] + 1]
-            if spent + following.numbers - here.numbers > budget:
+            if spent + following.size - here.size > budget:
                 open_sides.discard(i)
             elif best is None or _gain(here, following) > best:
                 best, step = _gain(here, following), i
         if best is not None:
-            spent += sides[step][chosen[step] + 1].numbers - sides[step][chosen[step]].numbers
+            spent += sides[step][chosen[step] + 1].size - sides[step][chosen[step]].size
             chosen[step] += 1
     picked = [curve[c] for curve, c in zip(sides, chosen)]
     planned = (
         SitePlan(
             site.layer,
             site.geometry,
-            Shape(k.width, k.rank, keys),
-            Shape(v.width, v.rank),
+            Shape(k.width, k.rank, keys, (k.codes, None)),
+            Shape(v.width, v.rank, codes=(v.codes, None)),
         )
         for site, k, v in zip(sites, picked[::2], picked[1::2], strict=True)
     )

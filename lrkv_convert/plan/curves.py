@@ -9,6 +9,7 @@ from ..families import AttentionWeights, Geometry, Site
 from ..fit.metric import LayerMetrics, Metric
 from ..folder.store import Store
 from ..forms import FORMS, of_values
+from ..modeling.codes_lrkv import row_bytes
 from .allocate import Caps, Curve, Point
 
 # From squared error to loss, measured on SmolLM2-135M (benchmarks/NOTES.md). The Fisher metric is
@@ -19,6 +20,8 @@ from .allocate import Caps, Curve, Point
 # better by almost a per cent.
 EXPONENT = 1.25
 KEY_WEIGHT = 4.0
+# of codes, whose errors are smaller and taken as they are
+CODED_KEY_WEIGHT = 2.0
 
 
 def width_caps(
@@ -38,23 +41,40 @@ def survey(
     look: Callable[[Site], tuple[AttentionWeights, LayerMetrics]],
     caps: Caps,
     keys: str,
+    bits: Sequence[int] | None,
     store: Store,
     progress: Callable[[int], None] = lambda *_: None,
 ) -> list[tuple[Curve, Curve]]:
     """(keys, values) curves of every site; look: its weights and its metrics; keys: the name
-    of their form. Finished ones are kept in the store.
+    of their form; bits: widths of codes, None for 16-bit numbers. Finished ones are kept in the
+    store.
     """
     curves = []
     for i, site in enumerate(sites):
-        if (name := f"curves-{keys}-{site.name}") not in store:
+        of_codes = "".join(f"-{width}" for width in bits or ())
+        if (name := f"curves-{keys}{of_codes}-{site.name}") not in store:
             (weights, metrics), geometry = look(site), site.geometry
-            widest_keys, widest_values = caps(geometry)
-            sides = (
-                curve(
-                    weights.W_K, metrics.keys, geometry, widest_keys, KEY_WEIGHT, keys, weights.b_K
-                ),
-                curve(weights.W_V, metrics.values, geometry, widest_values, 1.0, bias=weights.b_V),
-            )
+            widest = caps(geometry)
+            if bits is None:
+                sides = (
+                    curve(
+                        weights.W_K,
+                        metrics.keys,
+                        geometry,
+                        widest[0],
+                        KEY_WEIGHT,
+                        keys,
+                        weights.b_K,
+                    ),
+                    curve(weights.W_V, metrics.values, geometry, widest[1], 1.0, bias=weights.b_V),
+                )
+            else:
+                sides = (
+                    coded_curve(
+                        weights.W_K, metrics.side("keys", True), CODED_KEY_WEIGHT, keys, bits
+                    ),
+                    coded_curve(weights.W_V, metrics.side("values", True), 1.0, "joint", bits),
+                )
             store.save(name, [[astuple(point) for point in side] for side in sides])
         keys_curve, values_curve = ([Point(*p) for p in side] for side in store.load(name))
         curves.append((keys_curve, values_curve))
@@ -83,6 +103,17 @@ def curve(
             weight * (error / 2) ** EXPONENT,
         )
         for shape, error in zip(shapes, FORMS[form].curve(W, bias, metric, shapes))
+    ]
+
+
+def coded_curve(
+    W: torch.Tensor, metric: Metric, weight: float, form: str, bits: Sequence[int]
+) -> Curve:
+    """Predicted loss of latents as codes of these widths: weight * half the squared error."""
+    return [
+        Point(shape.width, shape.rank, row_bytes(blocks), weight * error / 2, blocks)
+        for shape, error in FORMS[form].coded_curve(W, metric, bits)
+        if (blocks := shape.codes[0]) is not None
     ]
 
 

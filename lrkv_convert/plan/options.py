@@ -6,7 +6,7 @@ imported where it is used.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
 TOKENS, BUILT_IN_TOKENS = 16384, 32768
+# share of the original cache that codes take when none is asked for
+CODED = 0.25
 SPEECH_TOKENS = 4096  # of transcripts: about 20 minutes of speech
 
 SHARE = Limit(
@@ -55,7 +57,7 @@ class Options(Typed):
     cache_ratio: float | None = option(
         None,
         "Share of the original cache, in bytes, spent over layers, keys and values where the loss"
-        " rises least. Default: 0.5, with --keys full 0.75.",
+        " rises least. Default: 0.25; of 16-bit numbers 0.5, with --keys full 0.75.",
         limits=[SHARE],
     )
     rank: int | None = option(
@@ -83,6 +85,12 @@ class Options(Typed):
         " read), commuting (nothing to rebuild), full (as they are: only values are compressed).",
         choices=forms(),
         called="form of keys",
+    )
+    bits: str = option(
+        "auto",
+        "Bits of what is cached: auto (each latent as many as it is worth, of 8, 6, 4, 3, 2 and"
+        " none), a list such as 8,4,2 to choose from, or 16 for numbers as they are. With --rank"
+        " one width, default 16.",
     )
     base: str = option(
         "joint",
@@ -159,11 +167,41 @@ class Options(Typed):
             width_v=self.base_width_v,
         )
         planned = self.base == "joint" and self.metric == "fisher" and not self.without_text
+        widths, form = self.widths, form_named(self.keys)
         if self.cache_ratio is None and (uniform != Uniform() or not planned):
-            return uniform
-        usual = form_named(self.keys).budget
+            one = None if self.bits == "auto" or widths is None else widths[0]
+            return replace(uniform, bits=one)
+        usual = CODED if widths else form.budget
         ratio = usual if self.cache_ratio is None else self.cache_ratio
-        return Budget(ratio, self.max_width_k, self.max_width_v)
+        return Budget(ratio, widths, self.max_width_k, self.max_width_v)
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """The widths that codes may have; None for 16-bit numbers. Raises LrkvError for others."""
+        from ..fit.codes import WIDTHS
+        from ..forms import form_named
+
+        if self.bits == "16":
+            return None
+        if self.bits == "auto":
+            limited = self.max_width_k or self.max_width_v
+            return WIDTHS if form_named(self.keys).coded and not limited else None
+        words = [word.strip() for word in self.bits.split(",")]
+        if unknown := [word for word in words if word not in map(str, WIDTHS)]:
+            raise LrkvError(
+                f"{unknown[0]!r} is no width of codes",
+                f"--bits is auto, 16, or some of {', '.join(map(str, WIDTHS))}",
+            )
+        return tuple(sorted({int(word) for word in words}, reverse=True))
+
+    def for_family(self, family: "Family") -> "Options":
+        """These options where nothing was said of bits: families whose cache holds no codes keep
+        16-bit numbers.
+        """
+        from ..modeling import attention_class
+
+        takes = attention_class(family.model_type).takes_codes
+        return self if takes or self.bits != "auto" else replace(self, bits="16")
 
     def kinds(self, family: "Family") -> tuple[str, ...]:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that
@@ -194,6 +232,7 @@ class Options(Typed):
         from ..forms import form_named
 
         self.check_fields()
+        self.check_bits(config)
         geometries = list(dict.fromkeys(site.geometry for site in sites))
         form_named(self.keys).check(geometries, self.base, config)
         self.check_spend()
@@ -206,6 +245,43 @@ class Options(Typed):
             raise LrkvError(
                 "the attention metric knows nothing of QK-norm, which this model has",
                 "leave --metric out, or take whitened or plain",
+            )
+
+    def check_bits(self, config) -> None:
+        """Raise LrkvError for codes where there can be none."""
+        from ..forms import form_named
+        from ..modeling import attention_class
+
+        widths, spent = self.widths, self.spend
+        if self.bits in ("auto", "16") or widths is None:
+            return
+        if not form_named(self.keys).coded:
+            raise LrkvError(
+                f"--keys {self.keys} caches 16-bit numbers, not codes", "leave --bits out"
+            )
+        if not attention_class(config.model_type).takes_codes:
+            raise LrkvError(
+                f"{config.model_type} scales keys after their latents, so that these make no codes",
+                "leave --bits out",
+            )
+        if self.without_text or self.metric != "fisher":
+            raise LrkvError(
+                "codes need to know how far latents reach and what they are worth, which"
+                " calibration text and the fisher metric say",
+                "leave --calibration none and --metric out, or --bits",
+            )
+        if self.base != "joint":
+            raise LrkvError(
+                f"codes go with the joint base only, not {self.base}", "leave --base out"
+            )
+        if self.max_width_k or self.max_width_v:
+            raise LrkvError(
+                "the widest base is a limit of 16-bit numbers", "leave --bits or --max-width out"
+            )
+        if spent.ratio is None and len(widths) > 1:
+            raise LrkvError(
+                f"the same shape in every layer has one width of codes, not {self.bits}",
+                "give --cache-ratio for several, or one width such as --bits 8",
             )
 
     def check_spend(self) -> None:

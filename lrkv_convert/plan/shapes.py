@@ -5,11 +5,12 @@ Eq 8-9, with m = d in the paper).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..errors import LrkvError
 from ..families import Geometry, Site
 from ..forms import FORMS, Asked, Form, Shape, of_values
+from ..modeling.codes_lrkv import check_blocks
 
 # of all residual rank, when none is given: values need about three times the rank of keys
 KEY_SHARE = 0.25
@@ -136,6 +137,19 @@ class Plan:
         }
 
 
+def in_codes(side: str, shape: Shape, bits: int | None) -> Shape:
+    """A shape with codes of one width. Raises LrkvError for sizes that do not pack."""
+    if bits is None:
+        return shape
+    base, residual = (((bits, size),) if size else None for size in (shape.width, shape.rank))
+    try:
+        for blocks in (base, residual):
+            check_blocks(blocks or (), sum(n for _, n in blocks or ()))
+    except ValueError as error:
+        raise LrkvError(f"{side}s: {error}", "see --rank and --base-width") from error
+    return replace(shape, codes=(base, residual))
+
+
 def halving_ranks(geometry: Geometry) -> tuple[int, int]:
     """Ranks (keys, values) that halve the cache with m = d, keys taking KEY_SHARE of them."""
     # H d numbers left after two bases, in ranks
@@ -154,13 +168,15 @@ def uniform_plan(
     width: int | None = None,
     width_k: int | None = None,
     width_v: int | None = None,
+    bits: int | None = None,
     keys: str = "joint",
     force: bool = False,
 ) -> Plan:
     """The same in every layer. sites: of one kind of attention; layers: of their stack. rank_k and
     rank_v override rank, none at all halves the cache; the base is as wide as a head unless width,
     width_k or width_v say otherwise: 0 is one latent per head, a wide base with rank 0 one joint
-    latent for all heads. keys: the name of their form.
+    latent for all heads. bits: of each latent, None for 16-bit numbers. keys: the name of their
+    form.
 
     Raises LrkvError for ranks and widths out of range, and for a cache that does not shrink, unless
     `force`.
@@ -196,6 +212,7 @@ def uniform_plan(
                 f"a base is between 0 and {H * d} wide (all heads together), "
                 "and width and rank are not both 0",
             )
+    shapes = {name: in_codes(name, shape, bits) for name, shape in shapes.items()}
     plan = Plan(
         tuple(SitePlan(site.layer, site.geometry, *shapes.values()) for site in sites),
         element_size,

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes, as a share `ratio` of the original cache, spent where the loss rises least; the widest
-    bases of keys and values, None for the default.
+    """Bytes, as a share `ratio` of the original cache, spent where the loss rises least; bits:
+    widths that codes may have, None for 16-bit numbers; the widest bases of keys and values of
+    those, None for the default.
     """
 
     ratio: float
+    bits: tuple[int, ...] | None = None
     max_width_k: int | None = None
     max_width_v: int | None = None
 
@@ -34,13 +36,15 @@ class Budget:
         self, sites: Sequence[Site], layers: int, element_size: int, options: "Options"
     ) -> None:
         """No plan before calibration. Raises LrkvError for a budget below the smallest plan."""
-        check_floor(sites, self.caps(options.keys), options.keys, self.ratio)
+        if self.bits is None:
+            check_floor(sites, self.caps(options.keys), options.keys, self.ratio)
 
 
 @dataclass(frozen=True)
 class Uniform:
     """The same shape in every layer: residual ranks and base widths, each for both sides or one of
-    them, None for the default (`shapes.uniform_plan`).
+    them, None for the default (`shapes.uniform_plan`); bits: of each latent, None for 16-bit
+    numbers.
     """
 
     rank: int | None = None
@@ -49,6 +53,7 @@ class Uniform:
     width: int | None = None
     width_k: int | None = None
     width_v: int | None = None
+    bits: int | None = None
     ratio: ClassVar[None] = None  # there is no budget
 
     def ahead(
