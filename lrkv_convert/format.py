@@ -190,6 +190,13 @@ class Fit(Part):
         latents = sum(count for _, count in blocks)
         return sum(bits * count for bits, count in blocks) / latents if latents else None
 
+    def size(self, heads: str = "H") -> str:
+        """What is cached, in words: "64 + H·46", or "180 of 4.1 bits"."""
+        if self.bits is None:
+            return f"{self.base_width} + {heads}·{self.rank}"
+        latents = f"{self.base_width} + {heads}·{self.rank}" if self.rank else self.base_width
+        return f"{latents} of {self.bits:.1f} bits"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(Part):

@@ -1,6 +1,7 @@
 """Pictures. Needs the `plot` extra."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -9,11 +10,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import font_manager, pyplot
+from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from .errors import LrkvError
 from .folder.markup import visible
-from .format import Healed, Record
+from .format import Healed, Layer, Record
 
 MARKERS = "osD^vPX*"
 TOP = 2.0  # the chart ends here: what costs more is no choice, and would flatten the rest
@@ -184,8 +186,8 @@ def healing(log: list[dict], entry: Healed, file: Path) -> None:
 
 
 def cache(record: Record, name: str, file: Path) -> None:
-    """Numbers that each layer caches per token, base and residuals of keys and values, and below
-    the relative error of their fit.
+    """What each layer caches per token, and below the relative error of its fit: numbers, base and
+    residuals of keys and values, or bits by the width of codes.
     """
     fitted = record.attention["self"]
     layers, heads, width = fitted.layers, fitted.geometry.kv_heads, fitted.geometry.head_dim
@@ -193,21 +195,24 @@ def cache(record: Record, name: str, file: Path) -> None:
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8, 5.5), dpi=130, layout="constrained", sharex=True
     )
+    coded = any(layer.keys.bits is not None for layer in layers)
+    before = 8 * fitted.cache.kv_bytes_per_token_before / len(layers)
+    full = before if coded else 2 * heads * width
     for side, colours in (("keys", ("C0", "#9ecae1")), ("values", ("C1", "#fdd0a2"))):
-        for part, colour in zip(("base_width", "rank"), colours):
-            times = heads if part == "rank" else 1
-            numbers = [getattr(getattr(layer, side), part) * times for layer in layers]
+        parts = code_bits(layers, side, heads) if coded else number_parts(layers, side, heads)
+        shades = [(*to_rgb(colours[0]), 1 - i / len(parts)) for i in range(len(parts))]
+        for (label, numbers), shade, hatched in zip(
+            parts.items(), shades if coded else colours, (False, not coded, *[False] * len(parts))
+        ):
             above.bar(
                 places,
                 numbers,
                 bottom=height,
-                color=colour,
-                hatch="///" if part == "rank" else None,
+                color=shade,
+                hatch="///" if hatched else None,
                 edgecolor="white",
                 linewidth=0,
-                label=(
-                    f"{side}, {'shared base' if part == 'base_width' else 'residuals of all heads'}"
-                ),
+                label=label,
             )
             height = [a + b for a, b in zip(height, numbers)]
         below.plot(
@@ -217,9 +222,9 @@ def cache(record: Record, name: str, file: Path) -> None:
             color=colours[0],
             label=side,
         )
-    above.axhline(2 * heads * width, color="0.4", linestyle="--", linewidth=1, label="the original")
-    above.set_ylabel("numbers cached per token")
-    above.set_ylim(0, 2 * heads * width * 1.35)  # room for the legend
+    above.axhline(full, color="0.4", linestyle="--", linewidth=1, label="the original")
+    above.set_ylabel("bits cached per token" if coded else "numbers cached per token")
+    above.set_ylim(0, full * 1.35)  # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
     above.set_title(f"{shown(name)}: {fitted.cache.kv_ratio:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")
@@ -231,6 +236,26 @@ def cache(record: Record, name: str, file: Path) -> None:
         axes.grid(True, axis="y", linewidth=0.4)
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def number_parts(layers: Sequence[Layer], side: str, heads: int) -> dict[str, list[int]]:
+    """Numbers by layer, of base and of residuals, by what they are called."""
+    sides = [getattr(layer, side) for layer in layers]
+    return {
+        f"{side}, shared base": [each.base_width for each in sides],
+        f"{side}, residuals of all heads": [heads * each.rank for each in sides],
+    }
+
+
+def code_bits(layers: Sequence[Layer], side: str, heads: int) -> dict[str, list[int]]:
+    """Bits by layer, of latents of each width, by what they are called; scales left out."""
+    found = {}
+    for i, layer in enumerate(layers):
+        for times, blocks in zip((1, heads), getattr(layer, side).codes or (), strict=False):
+            for bits, count in blocks or ():
+                of_width = found.setdefault(bits, [0] * len(layers))
+                of_width[i] += times * bits * count
+    return {f"{side}, {bits} bits each": found[bits] for bits in sorted(found, reverse=True)}
 
 
 def comparison(rows: list[dict], file: BinaryIO) -> None:

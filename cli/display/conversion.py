@@ -12,14 +12,6 @@ from lrkv_convert.format import Cost, Fit, Record
 
 from .parts import console_for, measured_on, of_memory, say, table_of
 
-
-def _ranks(side: Fit, heads: str = "H") -> str:
-    size = f"{side.base_width} + {heads}·{side.rank}" if side.rank else str(side.base_width)
-    if side.bits is None:
-        return f"{side.base_width} + {heads}·{side.rank}"
-    return f"{size} of {side.bits:.1f} bits"
-
-
 KINDS = {
     "self": ("decoder self-attention", "token"),
     "cross": ("cross-attention", "encoder position"),
@@ -52,7 +44,7 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         after, before = site.numbers, site.numbers_before
         if coded:
             after, before = site.bytes(plan.element_size), before * plan.element_size
-        sides = (_ranks(fit, str(g.kv_heads)) for fit in fits)
+        sides = (fit.size(str(g.kv_heads)) for fit in fits)
         table.add_row(str(site.layer), *sides, str(after), str(before))
     out.print(table)
     _show_cost(out, Cost.from_json(plan.cache()), unit)
@@ -80,9 +72,9 @@ def show_conversion(record: Record, model: str, folder: Path, layers: bool = Tru
             for row in fitted.layers:
                 table.add_row(
                     str(row.layer),
-                    _ranks(row.keys),
+                    row.keys.size(),
                     f"{row.keys.error:.3f}",
-                    _ranks(row.values),
+                    row.values.size(),
                     f"{row.values.error:.3f}",
                 )
             out.print(table)

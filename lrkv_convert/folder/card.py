@@ -158,6 +158,12 @@ def model_card(record: Record, carried: dict, name: str, picture: bool = False) 
                 for kind, fitted in record.attention.items()
             ],
             use=TEMPLATES.get_template(f"use-{task.name}.jinja").render(name=name).rstrip(),
+            coded=any(
+                side.bits is not None
+                for fitted in record.attention.values()
+                for layer in fitted.layers
+                for side in (layer.keys, layer.values)
+            ),
             tested=TESTED,
             targets=attention_targets(record),
             commands=commands(record, name.rpartition("/")[2]),

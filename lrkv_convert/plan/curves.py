@@ -21,7 +21,7 @@ from .allocate import Caps, Curve, Point
 EXPONENT = 1.25
 KEY_WEIGHT = 4.0
 # of codes, whose errors are smaller and taken as they are
-CODED_KEY_WEIGHT = 2.0
+CODED_KEY_WEIGHT = 4.0
 
 
 def width_caps(
