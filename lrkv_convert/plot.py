@@ -224,7 +224,7 @@ def cache(record: Record, name: str, file: Path) -> None:
         )
     above.axhline(full, color="0.4", linestyle="--", linewidth=1, label="the original")
     above.set_ylabel("bits cached per token" if coded else "numbers cached per token")
-    above.set_ylim(0, full * 1.35)  # room for the legend
+    above.set_ylim(0, full * (1.6 if coded else 1.35))  # room for the legend
     above.set_xlim(-0.8, len(layers) - 0.2)
     above.set_title(f"{shown(name)}: {fitted.cache.kv_ratio:.1%} of the original's cache")
     above.legend(fontsize="small", ncols=3, loc="upper center")

@@ -24,7 +24,7 @@ from ..families import Geometry, Site
 from ..folder.store import Store
 from ..observe.calibrate import solvable
 from ..plan.allocate import Curve, allocate
-from ..plan.curves import KEY_WEIGHT, second_order
+from ..plan.curves import CODED_KEY_WEIGHT, KEY_WEIGHT, second_order
 from ..plan.options import Options
 from ..plan.shapes import uniform_plan
 from ..plan.spend import Budget
@@ -47,7 +47,8 @@ SHARES = (0.9, 0.99)  # of a head's energy: how many dimensions hold them
 @dataclass(frozen=True)
 class Outlook:
     """One kind of attention before its conversion: its sites, in a stack of so many layers, the
-    look at each, their (keys, values) curves for the planner, and the ranks that are asked about.
+    look at each, their (keys, values) curves for the planner, the ranks that are asked about, and
+    bytes of a number stored.
     """
 
     sites: Sequence[Site]
@@ -55,6 +56,7 @@ class Outlook:
     looks: Sequence[LayerLook]
     curves: Sequence[tuple[Curve, Curve]]
     ranks: Sequence[int]
+    element_size: int
 
     def cache_ratio(self, rank: int) -> float:
         """Of what `convert --rank` plans."""
@@ -69,7 +71,7 @@ class Outlook:
 
     def planned_kl(self, ratio: float) -> float | None:
         """Of what `convert --cache-ratio` plans, nats; None below its floor."""
-        return planned_kl(self.curves, self.sites, self.layers, ratio)
+        return planned_kl(self.curves, self.sites, self.layers, self.element_size, ratio)
 
 
 @solvable()
@@ -136,13 +138,15 @@ def ahead(
 def look_at(study: Study, ranks: dict[str, list[int]], store: Store) -> dict[str, Outlook]:
     """The look at every site and its curves, by kind of attention. ranks: asked about, by kind."""
     found, done = {}, 0
+    bits = Options().for_family(study.family).widths  # as `convert` plans by default
+    element_size = study.stored_dtype("auto").itemsize
     for kind, sites in study.by_kind.items():
         looks = []
         for site in sites:
             looks.append(look(*study.look(store, "fisher", site), ranks[kind]))
             study.progress("looking", done := done + 1, len(study.sites))
-        curves = study.curves(kind, "fisher", Budget(1.0).caps("joint"), "joint", store)
-        found[kind] = Outlook(sites, study.layers, looks, curves, ranks[kind])
+        curves = study.curves(kind, "fisher", Budget(1.0).caps("joint"), "joint", store, bits)
+        found[kind] = Outlook(sites, study.layers, looks, curves, ranks[kind], element_size)
     return found
 
 
@@ -162,23 +166,33 @@ def checked_ranks(ranks: list[int] | None, geometry: Geometry) -> list[int]:
 
 
 def planned_kl(
-    curves: Sequence[tuple[Curve, Curve]], sites: Sequence[Site], layers: int, ratio: float
+    curves: Sequence[tuple[Curve, Curve]],
+    sites: Sequence[Site],
+    layers: int,
+    element_size: int,
+    ratio: float,
 ) -> float | None:
     """Predicted KL of what `convert --cache-ratio` plans of one kind of attention, in nats; None
     below its floor.
     """
     try:
-        plan = allocate(curves, sites, layers, 1, ratio)
+        plan = allocate(curves, sites, layers, element_size, ratio)
     except LrkvError:
         return None
     total = 0.0
     for (keys, values), planned in zip(curves, plan.sites, strict=True):
-        for side, shape, weight in (
-            (keys, planned.keys, KEY_WEIGHT),
-            (values, planned.values, 1.0),
+        for side, shape, weights in (
+            (keys, planned.keys, (KEY_WEIGHT, CODED_KEY_WEIGHT)),
+            (values, planned.values, (1.0, 1.0)),
         ):
-            loss = {(point.width, point.rank): point.loss for point in side}
-            total += second_order(loss[shape.width, shape.rank], weight)
+            at = next(
+                point
+                for point in side
+                if (point.width, point.rank, point.codes)
+                == (shape.width, shape.rank, shape.codes[0])
+            )
+            # the loss of codes is that of second order, weighed
+            total += at.loss / weights[1] if at.codes else second_order(at.loss, weights[0])
     return total
 
 
