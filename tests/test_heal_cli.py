@@ -391,6 +391,8 @@ def test_recipes_are_listed_with_their_commands_and_printed():
                 and text.splitlines()[0].removeprefix("# ").split()[0] in shown
             )
             assert run("recipes", f"{kind}/{name}").stdout == text
+    # where the header breaks a command, the list does not
+    assert "\\" not in shown and "--out DIR2 --recipe large --optimizer adamw\n" in shown
     assert run("recipes", "standard").stdout == shipped("heal")["standard"]
     assert "did you mean" in run("recipes", "standart", code=1).stderr
 

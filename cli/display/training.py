@@ -1,6 +1,7 @@
 """Training: what is seen while it runs, and what came of it."""
 
 import math
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,10 +117,11 @@ def show_healing(entry: Healed, model: str, folder: Path, family: Family) -> Non
 
 
 def show_recipes(recipes: dict[str, dict[str, str]]) -> None:
-    """Kind and name of each, and under it the command in its header, whole so that it can be
+    """Kind and name of each, and under it the command in its header, on one line so that it can be
     copied.
     """
     for kind, found in recipes.items():
         for name, text in found.items():
-            print(f"{kind}/{name}\n    {text.splitlines()[0].removeprefix('# ')}")
+            command = re.sub(r"\\\n# +", "", text).splitlines()[0].removeprefix("# ")
+            print(f"{kind}/{name}\n    {command}")
     print("lrkv recipes NAME prints one; write it to a file, change it, and give --recipe FILE")
