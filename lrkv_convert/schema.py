@@ -7,6 +7,7 @@ documentation is made of them. Needs the standard library alone.
 """
 
 import json
+import textwrap
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -180,8 +181,8 @@ def _table(cls: type[Part]) -> str:
         f"| `{each.name}` | {_named(get_args(each.type)[0])} | {get_args(each.type)[1]} |"
         for each in known(cls)
     ]
-    text = " ".join((cls.__doc__ or "").split())
-    head = [f"**{cls.__name__}**: {text}", "", "| field | type | meaning |", "|---|---|---|"]
+    text = textwrap.fill(f"**{cls.__name__}**: {' '.join((cls.__doc__ or '').split())}", 100)
+    head = [text, "", "| field | type | meaning |", "|---|---|---|"]
     return "\n".join([*head, *rows])
 
 
