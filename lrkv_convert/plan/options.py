@@ -86,7 +86,7 @@ class Options(Typed):
         choices=forms(),
         called="form of keys",
     )
-    bits: str = option(
+    bits: int | str = option(
         "auto",
         "Bits of what is cached: auto (each latent as many as it is worth, of 8, 6, 4, 3, 2 and"
         " none), a list such as 8,4,2 to choose from, or 16 for numbers as they are. With --rank"
@@ -137,6 +137,7 @@ class Options(Typed):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "bits", str(self.bits))
         if self.calibration == ["none"]:
             object.__setattr__(self, "calibration", [])
 
@@ -186,7 +187,7 @@ class Options(Typed):
         if self.bits == "auto":
             limited = self.max_width_k or self.max_width_v
             return WIDTHS if form_named(self.keys).coded and not limited else None
-        words = [word.strip() for word in self.bits.split(",")]
+        words = [word.strip() for word in str(self.bits).split(",")]
         if unknown := [word for word in words if word not in map(str, WIDTHS)]:
             raise LrkvError(
                 f"{unknown[0]!r} is no width of codes",
