@@ -185,8 +185,9 @@ def read_cache(cache: Cache, layer_idx: int, num_layers: int, keys, values) -> t
         for side, held in zip(there, (layer.keys, layer.values)):
             found[i][side] = held
     one = next(t for pair in found for t in pair if t is not None)
+    dtype = keys.dtype if one.dtype == torch.uint8 else one.dtype  # only codes are bytes
     like = [
-        [None if slot is None else one.new_empty(1, slot[0], 1, 0) for slot in pair]
+        [None if slot is None else one.new_empty(1, slot[0], 1, 0, dtype=dtype) for slot in pair]
         for pair in slots
     ]
     return _sides(found, like)
