@@ -95,14 +95,16 @@ def source(tiny, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def converted(tiny, tmp_path_factory):
-    """converted(family, **options) -> folder; each combination is converted once."""
-    made = {}
+    """converted(family, **options) -> folder; each combination is converted once, to 16-bit numbers
+    unless told otherwise.
+    """
+    made, usual = {}, {"rank": 7, "bits": "16", "calibration_tokens": 1024}
 
     def get(family: str = "llama", **options) -> Path:
         key = (family, repr(sorted(options.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp("lrkv") / "model"
-            convert(str(tiny(family)), folder, **{"rank": 7, "calibration_tokens": 1024, **options})
+            convert(str(tiny(family)), folder, **{**usual, **options})
             made[key] = folder  # whole: a conversion that failed is tried again
         return made[key]
 

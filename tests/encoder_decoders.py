@@ -160,8 +160,8 @@ def corpora(path: str) -> list[Corpus]:
 
 @pytest.fixture(scope="module")
 def converted(tiny, data, tmp_path_factory):
-    """converted(family, **options) -> folder; each combination is converted once, of ranks 7 unless
-    told otherwise.
+    """converted(family, **options) -> folder; each combination is converted once, to 16-bit numbers
+    of ranks 7 unless told otherwise.
     """
     made = {}
 
@@ -169,7 +169,7 @@ def converted(tiny, data, tmp_path_factory):
         key = (family, calibrated, tuple(sorted(options.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("lrkv") / "model"
-            sizes = {} if "cache_ratio" in options else {"rank": 7}
+            sizes = {"bits": "16", **({} if "cache_ratio" in options else {"rank": 7})}
             convert(
                 str(tiny(family)),
                 made[key],

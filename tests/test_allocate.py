@@ -55,7 +55,7 @@ def test_no_plan_of_the_same_size_is_better(seed, ratio):
     best = min(
         sum(p.loss for p in choice)
         for choice in itertools.product(*(curve for pair in found for curve in pair))
-        if sum(p.numbers for p in choice) <= budget
+        if sum(p.size for p in choice) <= budget
     )
     assert total(plan, found) == pytest.approx(best)
 
@@ -68,7 +68,7 @@ def test_the_hull_skips_what_is_not_worth_a_stop():
         Point(4, 0, 4, 2.5),
         Point(5, 0, 5, 1.0),
     ]
-    assert [p.numbers for p in hull(points)] == [1, 3, 5]
+    assert [p.size for p in hull(points)] == [1, 3, 5]
 
 
 def path(form: str, geometry: Geometry, cap: int) -> list[tuple[int, int]]:

@@ -96,6 +96,7 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
         "cache.png",
         "attention_lrkv.py",
         "cache_lrkv.py",
+        "codes_lrkv.py",
         "contract_lrkv.py",
         "factors_lrkv.py",
         "forms_lrkv.py",
@@ -273,17 +274,22 @@ def test_calibration_and_refit_lower_the_loss_of_the_logits(tiny, converted):
 
 @pytest.mark.parametrize("ratio", [0.4, pytest.param(0.5, marks=pytest.mark.slow), 0.62])
 def test_a_cache_ratio_is_met_by_the_live_cache(ratio, tiny, tmp_path):
-    plan = convert(str(tiny()), tmp_path / "out", cache_ratio=ratio, calibration_tokens=1024).plan
+    options = dict(cache_ratio=ratio, bits="16", calibration_tokens=1024)
+    plan = convert(str(tiny()), tmp_path / "out", **options).plan
     assert ratio - 0.1 < plan.ratio <= ratio
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert cache_bytes(model(prompt(10)).past_key_values) == 10 * plan.bytes_after
 
 
-def test_half_the_cache_is_the_default(tiny, tmp_path):
-    plan = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration_tokens=1024).plan
-    assert 0.42 < plan.ratio <= 0.5 and not (tmp_path / "out").exists()
+def test_a_quarter_of_the_cache_is_the_default_and_half_of_numbers(tiny, tmp_path):
+    plan = lambda **options: convert(str(tiny()), tmp_path / "out", dry_run=True, **options).plan
+    coded = plan(dtype="bfloat16", calibration_tokens=1024)
+    assert 0.2 < coded.ratio <= 0.25 and all(s.keys.coded and s.values.coded for s in coded.sites)
+    numbers = plan(bits="16", calibration_tokens=1024)
+    assert 0.42 < numbers.ratio <= 0.5 and not any(s.keys.coded for s in numbers.sites)
+    assert not (tmp_path / "out").exists()
     # nothing to plan with
-    uniform = convert(str(tiny()), tmp_path / "out", dry_run=True, calibration=[]).plan
+    uniform = plan(calibration=[])
     first = uniform.sites[0]
     assert uniform.ratio <= 0.5 and first.keys.rank < first.values.rank
 

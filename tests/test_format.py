@@ -73,7 +73,7 @@ def test_what_is_not_known_is_kept():
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda r: r.update(format=FORMAT + 1), "of format 3"),
+        (lambda r: r.update(format=FORMAT + 1), f"of format {FORMAT + 1}"),
         (lambda r: r.update(format="2"), "format is '2'"),
         (lambda r: r.update(format=True), "format is True"),
         (lambda r: r.pop("source"), "source is not there"),
@@ -101,7 +101,7 @@ def test_a_newer_or_broken_record_is_refused_in_one_line(change, says, tmp_path)
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda c: c["lrkv"].update(format=FORMAT + 1), "of format 3"),
+        (lambda c: c["lrkv"].update(format=FORMAT + 1), f"of format {FORMAT + 1}"),
         (lambda c: c["lrkv"]["keys"].update(form="round"), "keys.form is 'round'"),
         (lambda c: c["lrkv"]["keys"]["rank"].pop(), "not of one length"),
         (lambda c: c["lrkv"].update(values=None), "values holds null"),

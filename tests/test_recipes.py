@@ -142,10 +142,15 @@ def test_the_recipe_short_is_the_default():
 @pytest.mark.parametrize(
     "asked, spend",
     [
-        ({}, Budget(0.5)),
+        ({}, Budget(0.25, (8, 6, 4, 3, 2))),
+        ({"bits": "16"}, Budget(0.5)),
+        ({"bits": "2,8"}, Budget(0.25, (8, 2))),
+        ({"cache_ratio": 0.4, "bits": "4"}, Budget(0.4, (4,))),
+        ({"keys": "rotary"}, Budget(0.5)),
         ({"keys": "full"}, Budget(0.75)),
-        ({"cache_ratio": 0.4, "max_width_v": 64}, Budget(0.4, None, 64)),
+        ({"cache_ratio": 0.4, "max_width_v": 64}, Budget(0.4, max_width_v=64)),
         ({"rank": 7, "base_width_k": 20}, Uniform(rank=7, width_k=20)),
+        ({"rank": 8, "bits": "8"}, Uniform(rank=8, bits=8)),
         ({"base": "mean"}, Uniform()),
         ({"metric": "plain"}, Uniform()),
         ({"calibration": "none"}, Uniform()),
