@@ -81,7 +81,9 @@ def codings(gains: Tensor, shares: Tensor, widths: Sequence[int] = WIDTHS) -> li
     table = losses(gains, shares, widths)  # (1 + widths, m)
     bits = torch.tensor([0.0, *widths], dtype=gains.dtype, device=gains.device).unsqueeze(1)
     top = gains.max().clamp_min(torch.finfo(gains.dtype).tiny).log2().item()
-    tried: dict[Blocks, Coding] = {}
+    # also where no latent is worth a bit, such as in layers without weights
+    least: Blocks = ((widths[-1], PLANNED_MULTIPLE),)
+    tried = {least: Coding(least, loss_of(table, widths, least))}
     for step in range(LAMBDAS):
         price = 2.0 ** (top + 1 - step / 3)  # loss a bit
         chosen = (table + price * bits).argmin(0)  # (m,): 0 dropped, then by widths
