@@ -190,7 +190,7 @@ def test_commands(family, tiny, data, tmp_path):
     assert (
         "decoder self-attention" in dry
         and "cross-attention" in dry
-        and "numbers/encoder position" in dry
+        and "bytes/encoder position" in dry
         and not out.exists()
     )
     shown = run(
@@ -210,7 +210,7 @@ def test_commands(family, tiny, data, tmp_path):
     rows = json.loads(result.read_text())["models"]
     assert (
         rows[1]["self_ratio"] == 1
-        and rows[1]["cross_ratio"] <= 0.5
+        and rows[1]["cross_ratio"] <= 0.25
         and rows[0]["word_error_rate"] > 0
     )
     card = (out / "README.md").read_text()
