@@ -11,6 +11,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lrkv_convert.examples.text import read_texts
 from lrkv_convert.folder.store import Store
 from lrkv_convert.folder.writer import write_json
 from lrkv_convert.frontier import build
+from lrkv_convert.modeling import auto_class
 from lrkv_convert.plan.options import Options
 from lrkv_convert.study import Study
 
@@ -53,15 +55,27 @@ WAYS = [  # (label, calibration text, options)
 
 
 class Workbench:
-    """One calibration per set of texts, and the original beside everything converted from it."""
+    """One calibration per set of texts, and the original beside everything converted from it.
+
+    stored: dtype whose bytes plans count; metrics: those that something is fitted in. All models
+    run in float32.
+    """
 
     def __init__(
-        self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path
+        self,
+        model: str,
+        given: list[str],
+        tokens: int | None,
+        device: torch.device,
+        folder: Path,
+        stored: torch.dtype = torch.float32,
+        metrics: Collection[str] = ("fisher",),
     ):
         self.study = Study(model)
         self.study.build(device)
-        self.original = load_model(model, device, torch.float32)
-        self.tokens, self.folder = tokens, folder
+        auto = auto_class(self.study.family.model_type)
+        self.original = load_model(model, device, torch.float32, auto)
+        self.tokens, self.folder, self.stored, self.metrics = tokens, folder, stored, metrics
         self.texts = {GIVEN: given, BUILT_IN: [BUILT_IN]}
 
     @cache  # noqa: B019  (one object, as long as the process)
@@ -72,19 +86,22 @@ class Workbench:
             options = Options(calibration=asked, calibration_tokens=self.tokens)
             study.gather(self.texts[calibration], options.tokens_of(study.family))
             study.read()
-            study.observe({"fisher"}, store)
+            study.observe(self.metrics, store)
         return store
 
     def convert(self, calibration: str, fields: dict):
-        """(plan, model): what `lrkv convert` with these options writes, in memory and float32."""
-        options, store, study = Options(**fields), self.store(calibration), self.study
+        """(plans by kind of attention, model): what `lrkv convert` with these options writes, in
+        memory and float32.
+        """
+        store, study = self.store(calibration), self.study
+        options = Options(**fields).for_family(study.family)
         options.check(study.sites, study.config)
-        plans = uniform_plans(study, options, torch.float32) or plan_budgets(
-            study, options, torch.float32, store
+        plans = uniform_plans(study, options, self.stored) or plan_budgets(
+            study, options, self.stored, store
         )
         metric = "attention" if calibration == NONE else options.metric
         model = build(self.original, study, plans, metric, store, options.base, options.refit)
-        return plans["self"], model
+        return plans, model
 
 
 def main() -> None:
@@ -107,7 +124,8 @@ def main() -> None:
         rows, models = [], [bench.original]
         for label, calibration, options in WAYS:
             began = time.perf_counter()
-            plan, model = bench.convert(calibration, options)
+            plans, model = bench.convert(calibration, options)
+            plan = plans["self"]
             models.append(model)
             rows.append(
                 {
