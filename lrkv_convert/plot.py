@@ -105,18 +105,18 @@ def bytes_against_loss(record: dict, file: Path) -> None:
             markersize=7 if i == 0 else 5,
             zorder=10 - i,
         )
-        for row in rows:
-            if (name := row["setting"]).startswith("int"):
-                bits.append(
-                    axes.annotate(
-                        shown(name),
-                        (row["share"], clipped(row)),
-                        xytext=(5, 3),
-                        textcoords="offset points",
-                        fontsize="x-small",
-                        color=COLOURS[i % len(COLOURS)],
-                    )
-                )
+        bits += [
+            axes.annotate(
+                shown(row["setting"]),
+                (row["share"], clipped(row)),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize="x-small",
+                color=COLOURS[i % len(COLOURS)],
+            )
+            for row in rows
+            if row["setting"].startswith("int")
+        ]
     shares = [row["share"] for row in record["rows"]]
     highest = max(row["kl"] for row in record["rows"])
     axes.set_yscale("log")
