@@ -285,7 +285,7 @@ METHODS = {
         fp8,
     ),
     "integers": Method(
-        "HQQ of transformers, last 128 tokens exact",
+        "HQQ of transformers, last 128 exact",
         "HQQ, per token in groups of 64 or a head's width, scale and zero of 16 bits each; exact by"
         " design: the last 128 tokens, here the piece that is being read. Bytes are those of a"
         " token behind that window",

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import font_manager, pyplot
@@ -143,24 +144,17 @@ def bytes_against_loss(record: dict, file: Path) -> None:
 def beside(
     axes, curves: Sequence[Sequence[tuple[float, float]]], labels: Sequence[str], texts: Sequence
 ) -> None:
-    """Each curve's label beside one of its points, in its colour, where it covers least of other
-    labels, of the texts that are there, and of all curves. curves: their points, in the order in
-    which they were drawn.
+    """Each curve's label beside one of its points, in its colour: clear of other labels and of the
+    texts that are there, nearer to its own curve than to any other, and near. curves: their points,
+    in the order in which they were drawn.
     """
     renderer = axes.figure.canvas.get_renderer()
-    pixels = [axes.transData.transform(points) for points in curves]
-    # places that are taken: many along every line
-    taken = [
-        (a + (b - a) * t / 24).tolist()
-        for points in pixels
-        for a, b in zip(points, [*points[1:], points[-1]])
-        for t in range(25)
-    ]
+    traced = [_traced(axes.transData.transform(points)) for points in curves]
     boxes = [text.get_window_extent(renderer) for text in texts]
     frame = axes.get_window_extent(renderer)
     places = [
         (dx, dy, ha, va)
-        for far in (9, 18)
+        for far in (9, 16, 32)
         for dx, ha in ((far, "left"), (-far, "right"), (0, "center"))
         for dy, va in ((0, "center"), (far, "bottom"), (-far, "top"))
         if dx or dy
@@ -176,15 +170,32 @@ def beside(
             fontweight="bold" if i == 0 else "normal",
             zorder=20,
         )
+        others = np.concatenate([trace for j, trace in enumerate(traced) if j != i])
         costs = {}
         for place in product(points, places):
             box = _put(text, place, renderer)
+            own, next_best = _distance(box, traced[i]), _distance(box, others)
             costs[place] = (
-                sum(box.contains(*other) for other in taken)
-                + 100 * sum(box.overlaps(other) for other in boxes)
+                own
+                + 50 * (next_best < own)
+                + 200 * (min(own, next_best) == 0)
+                + 500 * sum(box.overlaps(other) for other in boxes)
                 + 1000 * (not all(frame.contains(x, y) for x, y in box.corners()))
             )
         boxes.append(_put(text, min(costs, key=costs.__getitem__), renderer))
+
+
+def _traced(points):
+    """Pixels (n, 2) all along a line through these."""
+    steps = np.linspace(0, 1, 64)[:, None]
+    pieces = [a + (b - a) * steps for a, b in pairwise(points)]
+    return np.concatenate(pieces) if pieces else points
+
+
+def _distance(box, points) -> float:
+    """In pixels from a box to the nearest of points (n, 2), 0 inside."""
+    outside = np.maximum(np.maximum(box.min - points, points - box.max), 0)
+    return float(np.hypot(*outside.T).min(initial=math.inf))
 
 
 def _put(text, place: tuple, renderer):
