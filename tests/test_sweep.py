@@ -1,6 +1,7 @@
 """The sweep converts as `convert` does, at the same bytes for every method, and finds the knee."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -203,3 +204,51 @@ def test_a_model_whose_cache_takes_no_codes_is_swept_without(tiny, tmp_path):
     assert "codes" not in default_methods(Study(str(tiny("olmo2"))))
     assert "make no codes" in refusal(tiny("olmo2"), tmp_path, "--methods", "codes")
     assert default_methods(Study(str(tiny()))) == list(DEFAULT)
+
+
+def test_labels_stand_clear_of_each_other_and_nearest_to_their_own_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lrkv_convert import plot
+
+    figure, axes = plot.pyplot.subplots(figsize=(8, 6))
+    curves = [[(x / 10, y * 10**-x) for x in range(1, 5)] for y in (1, 3, 9)]
+    for curve in curves:
+        axes.plot(*zip(*curve))
+    axes.set_yscale("log")
+    axes.set_xlim(0, 0.6)
+    bits = [axes.annotate("int4", curve[0]) for curve in curves]
+    figure.draw_without_rendering()
+    plot.beside(axes, curves, names := ["first", "second curve", "a third, of many words"], bits)
+    labels = [text for text in axes.texts if text.get_text() in names]
+    boxes = [text.get_window_extent() for text in (*labels, *bits)]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    traced = [plot._traced(axes.transData.transform(curve)) for curve in curves]
+    for i, box in enumerate(boxes[:3]):
+        far = [plot._distance(box, trace) for trace in traced]
+        assert min(far) == far[i] < 60
+    plot.pyplot.close(figure)
+
+
+def test_a_frontier_of_bytes_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lrkv_convert.plot import bytes_against_loss
+
+    row = lambda method, setting, share, kl: {
+        "method": method,
+        "setting": setting,
+        "share": share,
+        "kl": kl,
+    }
+    record = {
+        "model": "m",
+        "tokens": 1000,
+        "window": 512,
+        "methods": {"codes": {"label": "ours"}, "fp8": {"label": "FP8"}},
+        "rows": [
+            row("codes", "a", 0.25, 0.01),
+            row("codes", "b", 0.5, 0.0),  # exact: at the foot of a log scale
+            row("fp8", "fp8", 0.5, 0.02),
+        ],
+    }
+    bytes_against_loss(record, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
