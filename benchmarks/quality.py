@@ -1,4 +1,5 @@
-"""What each way of converting costs in quality, side by side in one run.
+"""What each way of converting to 16-bit numbers costs in quality, side by side in one run; codes
+of fewer bits are in frontier.py.
 
     python benchmarks/quality.py MODEL --calibration TEXT... --text TEXT... [--json FILE]
 
@@ -33,11 +34,11 @@ from lrkv_convert.study import Study
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [  # (label, calibration text, options)
-    ("`--cache-ratio 0.58`", GIVEN, {"cache_ratio": 0.58}),
-    ("default: half the cache", GIVEN, {}),
-    ("`--cache-ratio 0.42`", GIVEN, {"cache_ratio": 0.42}),
-    ("default: half the cache", BUILT_IN, {}),
-    ("`--cache-ratio 0.58`", BUILT_IN, {"cache_ratio": 0.58}),
+    ("`--bits 16 --cache-ratio 0.58`", GIVEN, {"bits": "16", "cache_ratio": 0.58}),
+    ("`--bits 16`: half the cache", GIVEN, {"bits": "16"}),
+    ("`--bits 16 --cache-ratio 0.42`", GIVEN, {"bits": "16", "cache_ratio": 0.42}),
+    ("`--bits 16`: half the cache", BUILT_IN, {"bits": "16"}),
+    ("`--bits 16 --cache-ratio 0.58`", BUILT_IN, {"bits": "16", "cache_ratio": 0.58}),
     ("`--rank 16`", GIVEN, {"rank": 16}),
     ("`--rank-k 8 --rank-v 24`", GIVEN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
