@@ -1,4 +1,5 @@
-"""What each way of converting costs in quality, side by side in one run.
+"""What each way of converting to 16-bit numbers costs in quality, side by side in one run; codes
+of fewer bits are in frontier.py.
 
     python benchmarks/quality.py MODEL --calibration TEXT... --text TEXT... [--json FILE]
 
@@ -11,6 +12,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -26,16 +28,17 @@ from lrkv_convert.examples.text import read_texts
 from lrkv_convert.folder.store import Store
 from lrkv_convert.folder.writer import write_json
 from lrkv_convert.frontier import build
+from lrkv_convert.modeling import auto_class
 from lrkv_convert.plan.options import Options
 from lrkv_convert.study import Study
 
 GIVEN, BUILT_IN, NONE = "given", "built-in", "none"
 WAYS = [  # (label, calibration text, options)
-    ("`--cache-ratio 0.58`", GIVEN, {"cache_ratio": 0.58}),
-    ("default: half the cache", GIVEN, {}),
-    ("`--cache-ratio 0.42`", GIVEN, {"cache_ratio": 0.42}),
-    ("default: half the cache", BUILT_IN, {}),
-    ("`--cache-ratio 0.58`", BUILT_IN, {"cache_ratio": 0.58}),
+    ("`--bits 16 --cache-ratio 0.58`", GIVEN, {"bits": "16", "cache_ratio": 0.58}),
+    ("`--bits 16`: half the cache", GIVEN, {"bits": "16"}),
+    ("`--bits 16 --cache-ratio 0.42`", GIVEN, {"bits": "16", "cache_ratio": 0.42}),
+    ("`--bits 16`: half the cache", BUILT_IN, {"bits": "16"}),
+    ("`--bits 16 --cache-ratio 0.58`", BUILT_IN, {"bits": "16", "cache_ratio": 0.58}),
     ("`--rank 16`", GIVEN, {"rank": 16}),
     ("`--rank-k 8 --rank-v 24`", GIVEN, {"rank_k": 8, "rank_v": 24}),
     ("`--rank-k 8 --rank-v 24`", BUILT_IN, {"rank_k": 8, "rank_v": 24}),
@@ -53,15 +56,27 @@ WAYS = [  # (label, calibration text, options)
 
 
 class Workbench:
-    """One calibration per set of texts, and the original beside everything converted from it."""
+    """One calibration per set of texts, and the original beside everything converted from it.
+
+    stored: dtype whose bytes plans count; metrics: those that something is fitted in. All models
+    run in float32.
+    """
 
     def __init__(
-        self, model: str, given: list[str], tokens: int | None, device: torch.device, folder: Path
+        self,
+        model: str,
+        given: list[str],
+        tokens: int | None,
+        device: torch.device,
+        folder: Path,
+        stored: torch.dtype = torch.float32,
+        metrics: Collection[str] = ("fisher",),
     ):
         self.study = Study(model)
         self.study.build(device)
-        self.original = load_model(model, device, torch.float32)
-        self.tokens, self.folder = tokens, folder
+        auto = auto_class(self.study.family.model_type)
+        self.original = load_model(model, device, torch.float32, auto)
+        self.tokens, self.folder, self.stored, self.metrics = tokens, folder, stored, metrics
         self.texts = {GIVEN: given, BUILT_IN: [BUILT_IN]}
 
     @cache  # noqa: B019  (one object, as long as the process)
@@ -72,19 +87,22 @@ class Workbench:
             options = Options(calibration=asked, calibration_tokens=self.tokens)
             study.gather(self.texts[calibration], options.tokens_of(study.family))
             study.read()
-            study.observe({"fisher"}, store)
+            study.observe(self.metrics, store)
         return store
 
     def convert(self, calibration: str, fields: dict):
-        """(plan, model): what `lrkv convert` with these options writes, in memory and float32."""
-        options, store, study = Options(**fields), self.store(calibration), self.study
+        """(plans by kind of attention, model): what `lrkv convert` with these options writes, in
+        memory and float32.
+        """
+        store, study = self.store(calibration), self.study
+        options = Options(**fields).for_family(study.family)
         options.check(study.sites, study.config)
-        plans = uniform_plans(study, options, torch.float32) or plan_budgets(
-            study, options, torch.float32, store
+        plans = uniform_plans(study, options, self.stored) or plan_budgets(
+            study, options, self.stored, store
         )
         metric = "attention" if calibration == NONE else options.metric
         model = build(self.original, study, plans, metric, store, options.base, options.refit)
-        return plans["self"], model
+        return plans, model
 
 
 def main() -> None:
@@ -107,7 +125,8 @@ def main() -> None:
         rows, models = [], [bench.original]
         for label, calibration, options in WAYS:
             began = time.perf_counter()
-            plan, model = bench.convert(calibration, options)
+            plans, model = bench.convert(calibration, options)
+            plan = plans["self"]
             models.append(model)
             rows.append(
                 {

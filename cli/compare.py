@@ -55,7 +55,8 @@ DType = Annotated[
 Caches = Annotated[
     list[str] | None,
     typer.Option(
-        "--cache", help="Also read every model from a quantised cache: fp8, int8, int4; several."
+        "--cache",
+        help="Also read every model from a quantised cache: fp8, int8, int4, int2; several.",
     ),
 ]
 Prompts = Annotated[

@@ -29,12 +29,17 @@ def sweep(
         str | None,
         typer.Option(
             help=(
-                "budget, lrkv, latent, per-head, grouped, pooled, mean, separated by commas; a"
-                " metric may "
-                "follow a colon: fisher, attention, whitened, plain."
+                "codes, budget, lrkv, latent, per-head, grouped, pooled, mean, separated by commas;"
+                " a metric may follow a colon: fisher, attention, whitened, plain."
             )
         ),
     ] = None,
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Bits of the method codes: auto, or a list such as 8,4,2 to choose from."
+        ),
+    ] = "auto",
     calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=512, help="Tokens of calibration. Default: as convert.")
@@ -58,7 +63,7 @@ def sweep(
     from lrkv_convert.device import pick_device
     from lrkv_convert.examples.text import read_one
     from lrkv_convert.folder.places import check_folder, expanded
-    from lrkv_convert.frontier import DEFAULT, save
+    from lrkv_convert.frontier import save
     from lrkv_convert.frontier import sweep as run
 
     from . import display
@@ -78,7 +83,8 @@ def sweep(
             content,
             pairs=pairs,
             audio=audio,
-            methods=methods.split(",") if methods else list(DEFAULT),
+            methods=methods.split(",") if methods else None,
+            bits=bits,
             calibration=[] if calibration == ["none"] else calibration,
             calibration_tokens=calibration_tokens,
             refit=refit,

@@ -32,12 +32,12 @@ text = (
     else Text("Python reference manual", "\n\n".join(topics[name] for name in sorted(topics)))
 )
 
-# "budget" plans widths and ranks layer by layer in the bytes of each rank, as --cache-ratio does
+# "codes" plans bits layer by layer in the bytes of each rank, as --cache-ratio does
 found = sweep(
     model,
     [int(rank) for rank in args.ranks.split(",")],
     text,
-    methods=["budget"],
+    methods=["codes"],
     calibration_tokens=2048,
     max_tokens=1024,
     device=pick_device("auto"),

@@ -5,16 +5,17 @@ Every method is a shape of the same factorisation (fit/bases.py), so all are con
 measured by the same code at the same bytes:
 
     lrkv       base as wide as a head and residuals: what `--rank` gives
-    budget     the same family, widths and ranks planned per layer: what `--cache-ratio` gives
+    budget     the same family, widths and ranks planned per layer: `--cache-ratio --bits 16`
+    codes      latents of a few bits each, planned: what `--cache-ratio` gives
     per-head   residuals without a base (Palu M-LRD)
     grouped    one latent per group of heads (Palu G-LRD)
     latent     one latent for all heads (Palu J-LRD, the form of MLA)
     pooled     heads replaced by means of heads: multi-query and grouped-query attention
     mean       the plain mean as base, with residuals
 
-A method may name its metric, as in `latent:whitened`, Palu's own. No method but budget differs
-between layers. Of an encoder-decoder both kinds of attention are converted, at the same rank or
-ratio.
+A method may name its metric, as in `latent:whitened`, Palu's own. No method but budget and codes
+differs between layers. Of an encoder-decoder both kinds of attention are converted, at the same
+rank or ratio. Bytes are shares of a 16-bit cache.
 """
 
 import csv
@@ -61,7 +62,8 @@ METHODS: dict[str, tuple[str, Callable[[int, int, int], tuple[int, int]]]] = {
     "pooled": ("pooled", lambda n, H, d: (n // d * d, 0)),
     "mean": ("mean", lambda n, H, d: (d, (n - d) // H)),
 }
-DEFAULT = ("budget", "lrkv", "latent:whitened", "per-head", "grouped:whitened", "pooled")
+PLANNED = ("budget", "codes")
+DEFAULT = ("codes", "budget", "lrkv", "latent:whitened", "per-head", "grouped:whitened", "pooled")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def sweep(
     *,
     pairs: str | None = None,
     audio: str | None = None,
-    methods: Sequence[str] = tuple(DEFAULT),
+    methods: Sequence[str] | None = None,
+    bits: str = "auto",
     calibration: list[str] | None = None,
     calibration_tokens: int | None = None,
     refit: bool = True,
@@ -98,15 +101,17 @@ def sweep(
 ) -> dict:
     """Convert `model` at every rank by every method in memory and measure each on `text`, in
     windows of `seq_len` tokens (default: SEQ_LEN); of an encoder-decoder on `pairs` or `audio`.
-    Returns what `save` writes. Raises LrkvError.
+    methods: by default DEFAULT, without codes where the model's cache takes none; bits: of codes,
+    as `lrkv convert --bits` takes them. Returns what `save` writes. Raises LrkvError.
 
     The original and one rank's conversions are held in memory, in float32; what they do not change
     is shared. `each` is given the result so far after every rank, so that what was measured is not
     lost when a long sweep is stopped.
     """
     study, ranks = Study(model, progress=progress), sorted(set(ranks))
+    methods = default_methods(study) if methods is None else methods
     chosen = [parse(m) for m in methods]
-    check_methods(study, chosen)
+    check_methods(study, chosen, bits)
     given = MeasuredOn(text, pairs, audio)
     material = given.read(model, study.family, max_tokens or sys.maxsize)
     if study.family.encoder is None:
@@ -133,8 +138,8 @@ def sweep(
         for i, rank in enumerate(ranks):
             plans, models = [], []
             for j, (method, metric) in enumerate(chosen):
-                plans.append(plans_of(method, rank, study, store))
-                base = "joint" if method == "budget" else METHODS[method][0]
+                plans.append(plans_of(method, rank, study, store, bits))
+                base = "joint" if method in PLANNED else METHODS[method][0]
                 models.append(build(original, study, plans[-1], metric, store, base, refit))
                 progress("sweeping", i * len(chosen) + j + 1, total)
             candidates = [Candidate(each, encoder=states) for each in (original, *models)]
@@ -160,6 +165,7 @@ def sweep(
                 "seq_len": seq_len,
                 "attention": list(study.kinds),
                 "refit": refit,
+                "bits": bits if any(method == "codes" for method, _ in chosen) else None,
                 "calibration_tokens": tokens_of(study.examples or []),
                 "base_perplexity": math.exp(first.mean("nll")),
                 "knee": knee([o for o in outcomes if (o.method, o.metric) == chosen[0]]),
@@ -206,18 +212,43 @@ def parse(name: str) -> tuple[str, str]:
     """ "latent:whitened" -> ("latent", "whitened"). Raises LrkvError for a name that is neither."""
     method, _, metric = name.partition(":")
     metric = metric or "fisher"
-    if method not in (*METHODS, "budget") or metric not in METRICS:
+    if method not in (*METHODS, *PLANNED) or metric not in METRICS:
         raise LrkvError(
             f"unknown method {name!r}",
-            f"methods: budget, {', '.join(METHODS)}; metrics: {', '.join(METRICS)}",
+            f"methods: {', '.join((*PLANNED, *METHODS))}; metrics: {', '.join(METRICS)}",
+        )
+    if method == "codes" and metric != "fisher":
+        raise LrkvError(
+            f"codes are planned and fitted by the gradient of the loss, not in the {metric} metric",
+            "leave the metric of codes out",
         )
     return method, metric
 
 
-def check_methods(study: Study, chosen: list[tuple[str, str]]) -> None:
-    """Raise LrkvError for a metric that says nothing of this model, as a conversion does."""
+def default_methods(study: Study) -> Sequence[str]:
+    """What is swept when nothing is asked for."""
+    coded = Options().for_family(study.family).widths is not None
+    return [method for method in DEFAULT if coded or method != "codes"]
+
+
+def check_methods(study: Study, chosen: list[tuple[str, str]], bits: str = "auto") -> None:
+    """Raise LrkvError for a metric that says nothing of this model, as a conversion does, and for
+    codes of bits that cannot be.
+    """
     for metric in dict.fromkeys(metric for _, metric in chosen):
         Options(metric=metric, rank=0).check(study.sites, study.config)
+    if any(method == "codes" for method, _ in chosen):
+        coded_options(0.5, bits).check(study.sites, study.config)
+
+
+def coded_options(ratio: float, bits: str) -> Options:
+    """A budget of codes, whose widths are named so that a model without codes is refused. Raises
+    LrkvError for bits that are none of codes.
+    """
+    options = Options(cache_ratio=ratio, bits=bits)
+    if options.widths is None:
+        raise LrkvError(f"codes have fewer bits than {bits}", "--methods budget is of 16 bits")
+    return Options(cache_ratio=ratio, bits=",".join(map(str, options.widths)))
 
 
 def matching_shape(method: str, rank: int, geometry: Geometry) -> Shape:
@@ -236,17 +267,23 @@ def matching_plan(method: str, rank: int, sites: Sequence[Site], layers: int) ->
     return Plan(tuple(planned), 4, layers)
 
 
-def plans_of(method: str, rank: int, study: Study, store: Store) -> dict[str, Plan]:
-    """The plans of all kinds of attention in the bytes of LRKV at `rank`."""
-    same = "lrkv" if method == "budget" else method
+def plans_of(
+    method: str, rank: int, study: Study, store: Store, bits: str = "auto"
+) -> dict[str, Plan]:
+    """The plans of all kinds of attention in the bytes of LRKV at `rank`, 16 bits a number; bits:
+    of codes.
+    """
+    same = "lrkv" if method in PLANNED else method
     plans = {
         kind: matching_plan(same, rank, sites, study.layers)
         for kind, sites in study.by_kind.items()
     }
-    if method != "budget":
-        return plans
-    options = Options(cache_ratio=ratio_of(plans))
-    return plan_budgets(study, options, torch.float32, store)
+    if method == "codes":
+        return plan_budgets(study, coded_options(ratio_of(plans), bits), torch.bfloat16, store)
+    if method == "budget":
+        options = Options(cache_ratio=ratio_of(plans), bits="16")
+        return plan_budgets(study, options, torch.float32, store)
+    return plans
 
 
 def ratio_of(plans: dict[str, Plan]) -> float:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import font_manager, pyplot
@@ -76,6 +78,131 @@ def frontier(result: dict, file: Path) -> None:
     axes.legend()
     figure.savefig(file)
     pyplot.close(figure)
+
+
+# colours that people with any colour vision tell apart (Okabe and Ito 2008), strongest first
+COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+LEAST = 1e-4  # nats of KL below which nothing is drawn to scale
+
+
+def bytes_against_loss(record: dict, file: Path) -> None:
+    """KL to the original against bytes of the cache, log scale, a line for each method of
+    benchmarks/frontier.py with its name beside it and quantised caches' bits at their points.
+    """
+    figure, axes = pyplot.subplots(figsize=(8.5, 6), dpi=150, layout="constrained")
+    lines: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        lines.setdefault(row["method"], []).append(row)
+    clipped = lambda row: max(row["kl"], LEAST)
+    curves, bits = {}, []
+    for i, (method, rows) in enumerate(lines.items()):
+        rows = sorted(rows, key=lambda row: row["share"])
+        curves[method] = [(row["share"], clipped(row)) for row in rows]
+        axes.plot(
+            *zip(*curves[method]),
+            marker=MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=2.6 if i == 0 else 1.3,
+            markersize=7 if i == 0 else 5,
+            zorder=10 - i,
+        )
+        bits += [
+            axes.annotate(
+                shown(row["setting"]),
+                (row["share"], clipped(row)),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize="x-small",
+                color=COLOURS[i % len(COLOURS)],
+            )
+            for row in rows
+            if row["setting"].startswith("int")
+        ]
+    shares = [row["share"] for row in record["rows"]]
+    highest = max(row["kl"] for row in record["rows"])
+    axes.set_yscale("log")
+    axes.set_ylim(LEAST * 0.8, highest * 2.5)
+    axes.set_xlim(0, max(shares) + 0.06)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"≤{y:g}" if y <= LEAST else f"{y:g}")
+    )
+    axes.set_xlabel("bytes of the cache, share of a 16-bit cache, scales included")
+    axes.set_ylabel("KL to the original, nats per token (log scale)")
+    axes.set_title(
+        f"{shown(record['model'])}: {record['tokens']:,} tokens of held-out"
+        f" {'text' if record['window'] else 'speech'}, no training"
+    )
+    axes.grid(True, which="major", linewidth=0.4)
+    labels = [shown(record["methods"][method]["label"]) for method in curves]
+    figure.draw_without_rendering()  # places are known from here on
+    beside(axes, list(curves.values()), labels, bits)
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def beside(
+    axes, curves: Sequence[Sequence[tuple[float, float]]], labels: Sequence[str], texts: Sequence
+) -> None:
+    """Each curve's label beside one of its points, in its colour: clear of other labels and of the
+    texts that are there, nearer to its own curve than to any other, and near. curves: their points,
+    in the order in which they were drawn.
+    """
+    renderer = axes.figure.canvas.get_renderer()
+    traced = [_traced(axes.transData.transform(points)) for points in curves]
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    frame = axes.get_window_extent(renderer)
+    places = [
+        (dx, dy, ha, va)
+        for far in (9, 16, 32)
+        for dx, ha in ((far, "left"), (-far, "right"), (0, "center"))
+        for dy, va in ((0, "center"), (far, "bottom"), (-far, "top"))
+        if dx or dy
+    ]
+    for i, (points, label) in enumerate(zip(curves, labels)):
+        text = axes.annotate(
+            label,
+            points[0],
+            textcoords="offset points",
+            xytext=(0, 0),
+            color=COLOURS[i % len(COLOURS)],
+            fontsize="small",
+            fontweight="bold" if i == 0 else "normal",
+            zorder=20,
+        )
+        others = np.concatenate([trace for j, trace in enumerate(traced) if j != i])
+        costs = {}
+        for place in product(points, places):
+            box = _put(text, place, renderer)
+            own, next_best = _distance(box, traced[i]), _distance(box, others)
+            costs[place] = (
+                own
+                + 50 * (next_best < own)
+                + 200 * (min(own, next_best) == 0)
+                + 500 * sum(box.overlaps(other) for other in boxes)
+                + 1000 * (not all(frame.contains(x, y) for x, y in box.corners()))
+            )
+        boxes.append(_put(text, min(costs, key=costs.__getitem__), renderer))
+
+
+def _traced(points):
+    """Pixels (n, 2) all along a line through these."""
+    steps = np.linspace(0, 1, 64)[:, None]
+    pieces = [a + (b - a) * steps for a, b in pairwise(points)]
+    return np.concatenate(pieces) if pieces else points
+
+
+def _distance(box, points) -> float:
+    """In pixels from a box to the nearest of points (n, 2), 0 inside."""
+    outside = np.maximum(np.maximum(box.min - points, points - box.max), 0)
+    return float(np.hypot(*outside.T).min(initial=math.inf))
+
+
+def _put(text, place: tuple, renderer):
+    """Move an annotation to (the point it stands at, (dx, dy, alignments)); its box in pixels."""
+    text.xy, (dx, dy, ha, va) = place
+    text.set(position=(dx, dy), ha=ha, va=va)
+    return text.get_window_extent(renderer).padded(2)
 
 
 def decoding(result: dict, file: Path) -> None:

@@ -1,6 +1,7 @@
 """The sweep converts as `convert` does, at the same bytes for every method, and finds the knee."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -10,10 +11,20 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lrkv_cli.main import app
+from lrkv_convert import convert
 from lrkv_convert.evaluate import compare
 from lrkv_convert.examples.text import Text
 from lrkv_convert.families import FAMILIES, Geometry, Site
-from lrkv_convert.frontier import METHODS, Outcome, knee, matching_plan, sweep
+from lrkv_convert.frontier import (
+    DEFAULT,
+    METHODS,
+    Outcome,
+    default_methods,
+    knee,
+    matching_plan,
+    sweep,
+)
+from lrkv_convert.study import Study
 
 CPU = torch.device("cpu")
 TEXT = Text(
@@ -50,6 +61,28 @@ def test_every_rank_is_handed_over_when_it_is_measured(tiny):
     assert seen[-1] == found
 
 
+@pytest.mark.parametrize("bits", ["auto", "8,4"])
+def test_codes_are_planned_in_the_bytes_of_a_16_bit_cache(tiny, tmp_path, bits):
+    found = sweep(
+        str(tiny()),
+        [7],
+        TEXT,
+        methods=["codes", "budget", "lrkv"],
+        bits=bits,
+        calibration_tokens=1024,
+        seq_len=64,
+        device=CPU,
+    )
+    codes, budget, lrkv = found["points"]
+    options = {"cache_ratio": lrkv["cache_ratio"], "dtype": "bfloat16", "calibration_tokens": 1024}
+    planned = [
+        convert(str(tiny()), tmp_path / "none", bits=b, dry_run=True, **options).plan.ratio
+        for b in (bits, "16")
+    ]
+    assert [codes["cache_ratio"], budget["cache_ratio"]] == planned
+    assert codes["kl"] < budget["kl"] / 2 and found["bits"] == bits
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_caches_more_than_lrkv_at_its_rank(method):
     g = Geometry(width=576, kv_heads=8, groups=1, head_dim=64, rotary_dim=64)
@@ -78,7 +111,7 @@ def test_sweep_from_the_command_line(tiny, tmp_path):
             "--ranks",
             "3,7",
             "--methods",
-            "budget,lrkv,latent:whitened,pooled",
+            "codes,budget,lrkv,latent:whitened,pooled",
             "--text",
             str(tmp_path / "text.txt"),
             "--out",
@@ -96,7 +129,7 @@ def test_sweep_from_the_command_line(tiny, tmp_path):
     points = json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]
     with open(tmp_path / "out" / "sweep.csv") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(points) == len(rows) == 8 and float(rows[0]["ratio"]) == points[0]["ratio"]
+    assert len(points) == len(rows) == 10 and float(rows[0]["ratio"]) == points[0]["ratio"]
     pytest.importorskip("matplotlib")
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
 
@@ -107,6 +140,9 @@ def test_sweep_from_the_command_line(tiny, tmp_path):
         (["--ranks", "a,b"], "not numbers"),
         (["--ranks", "99"], "out of range"),
         (["--methods", "magic"], "unknown method"),
+        (["--methods", "codes:whitened"], "not in the whitened metric"),
+        (["--bits", "16"], "codes have fewer bits"),
+        (["--bits", "5"], "no width of codes"),
     ],
 )
 def test_sweep_refuses_in_one_line(tiny, tmp_path, options, says):
@@ -161,3 +197,58 @@ def test_what_was_found_in_the_source_is_said(source, tmp_path):
         *("--ranks", 5, "--methods", "lrkv", "--calibration-tokens", 512, "--seq-len", 64),
     )
     assert "note: " in done.stderr and "lm_head" in done.stderr
+
+
+def test_a_model_whose_cache_takes_no_codes_is_swept_without(tiny, tmp_path):
+    """Keys of OLMo-2 are normalised over all heads, after their latents."""
+    assert "codes" not in default_methods(Study(str(tiny("olmo2"))))
+    assert "make no codes" in refusal(tiny("olmo2"), tmp_path, "--methods", "codes")
+    assert default_methods(Study(str(tiny()))) == list(DEFAULT)
+
+
+def test_labels_stand_clear_of_each_other_and_nearest_to_their_own_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lrkv_convert import plot
+
+    figure, axes = plot.pyplot.subplots(figsize=(8, 6))
+    curves = [[(x / 10, y * 10**-x) for x in range(1, 5)] for y in (1, 3, 9)]
+    for curve in curves:
+        axes.plot(*zip(*curve))
+    axes.set_yscale("log")
+    axes.set_xlim(0, 0.6)
+    bits = [axes.annotate("int4", curve[0]) for curve in curves]
+    figure.draw_without_rendering()
+    plot.beside(axes, curves, names := ["first", "second curve", "a third, of many words"], bits)
+    labels = [text for text in axes.texts if text.get_text() in names]
+    boxes = [text.get_window_extent() for text in (*labels, *bits)]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    traced = [plot._traced(axes.transData.transform(curve)) for curve in curves]
+    for i, box in enumerate(boxes[:3]):
+        far = [plot._distance(box, trace) for trace in traced]
+        assert min(far) == far[i] < 60
+    plot.pyplot.close(figure)
+
+
+def test_a_frontier_of_bytes_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lrkv_convert.plot import bytes_against_loss
+
+    row = lambda method, setting, share, kl: {
+        "method": method,
+        "setting": setting,
+        "share": share,
+        "kl": kl,
+    }
+    record = {
+        "model": "m",
+        "tokens": 1000,
+        "window": 512,
+        "methods": {"codes": {"label": "ours"}, "fp8": {"label": "FP8"}},
+        "rows": [
+            row("codes", "a", 0.25, 0.01),
+            row("codes", "b", 0.5, 0.0),  # exact: at the foot of a log scale
+            row("fp8", "fp8", 0.5, 0.02),
+        ],
+    }
+    bytes_against_loss(record, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

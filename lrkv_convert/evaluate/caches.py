@@ -2,7 +2,7 @@
 cache, alone and on top of LRKV.
 
 A quantised cache gives the first tokens it is handed back as they were, so a window must be read in
-pieces for its error to be seen: PIECE tokens at a time are attended to as they are (int8, int4; FP8
+pieces for its error to be seen: PIECE tokens at a time are attended to as they are (integers; FP8
 rounds at once) and all before them as the cache kept them, which is what decoding with a residual
 window of that length does.
 """
@@ -34,21 +34,16 @@ GROUP = 64
 # FP8 has one scale for all, taken from the first tokens it sees
 CACHES = {
     "fp8": {"backend": "fp8"},
-    "int8": {
-        "backend": "hqq",
-        "nbits": 8,
-        "axis_key": 1,
-        "axis_value": 1,
-        "q_group_size": GROUP,
-        "residual_length": PIECE,
-    },
-    "int4": {
-        "backend": "hqq",
-        "nbits": 4,
-        "axis_key": 1,
-        "axis_value": 1,
-        "q_group_size": GROUP,
-        "residual_length": PIECE,
+    **{
+        f"int{bits}": {
+            "backend": "hqq",
+            "nbits": bits,
+            "axis_key": 1,
+            "axis_value": 1,
+            "q_group_size": GROUP,
+            "residual_length": PIECE,
+        }
+        for bits in (8, 4, 2)
     },
 }
 
