@@ -305,8 +305,7 @@ class LrkvAttention:
             dtype=query.dtype,
             outside_window=bool(window) and keys[0].shape[2] > window,
             differentiable=self.wants_gradients(query, *keys, *values),
-            kernel=not (self.keys.coded or self.values.coded)
-            and kwargs.get("softcap") is None
+            kernel=kwargs.get("softcap") is None
             and self.kind in self.kernel
             and (norm is None or self.kernel_norm() is not None),
         )

@@ -21,7 +21,11 @@ Shapes: N batch, S cached tokens, H KV heads, G query heads per KV head, d head 
 r residual rank. Rows are query heads, H G.
 """
 
+from typing import NamedTuple
+
 import torch
+
+from .codes_lrkv import SCALE_BYTES, Codes
 
 try:
     import triton
@@ -31,6 +35,8 @@ except ImportError:  # torch alone decodes as well: the split path
 
 ROWS = 16  # query heads per program: the smallest tile of the tensor cores
 TOKENS = 64  # cached tokens per tile
+CODES = 64  # latents per tile that are taken out of codes at once
+WIDE = 256  # latents of keys, above which more tokens share a tile of their maps
 PROGRAMS = 528  # aimed at per launch: four per multiprocessor of an H100
 # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be tested
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -77,6 +83,56 @@ if triton is not None:
         return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
 
     @triton.jit
+    def _scales(row, keep):
+        """Rows of codes (n,) pointers -> scales, and 1 for those of sinks, (n,) float32."""
+        # byte by byte: rows begin anywhere
+        low, high = tl.load(row, keep, 0).to(tl.uint16), tl.load(row + 1, keep, 0).to(tl.uint16)
+        scale = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+        return tl.abs(scale), tl.where(scale < 0, 1.0, 0.0)
+
+    @triton.jit
+    def _latents(row, keep, i, there, WIDTH: tl.constexpr):
+        """Rows of codes (n,) pointers -> their i-th latents of a width in scales, (n, len(i))
+        float32, exact in any 16 bits. WIDTH: one of `_widths`.
+        """
+        PLANES: tl.constexpr = WIDTH[3]
+        code = tl.zeros((row.shape[0], i.shape[0]), tl.int32)
+        for p in tl.static_range(len(PLANES)):
+            BITS: tl.constexpr = PLANES[p][0]
+            BYTES: tl.constexpr = PLANES[p][2]
+            part = (i + PLANES[p][3]) // BYTES  # of a byte
+            at = PLANES[p][1] + i + PLANES[p][3] - part * BYTES
+            held = tl.load(row[:, None] + at[None, :], keep[:, None] & there[None, :], 0)
+            piece = (held.to(tl.int32) >> (part * BITS)[None, :]) & (2**BITS - 1)
+            code = (code << BITS) | piece
+        STEP: tl.constexpr = 2.0 ** (1 - WIDTH[0])
+        return code.to(tl.float32) * STEP + (0.5 * STEP - 1)
+
+    @triton.jit
+    def _add_scores(
+        scores,
+        q,
+        row_there,
+        row,
+        keep,
+        WIDTH: tl.constexpr,
+        TILE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Scores (ROWS, TOKENS) and those of the latents of a width, in scales. q: pointers to rows
+        (ROWS,) of absorbed queries.
+        """
+        for start in range(0, WIDTH[2], TILE):
+            i = start + tl.arange(0, TILE)
+            there = i < WIDTH[2]
+            b_q = tl.load(
+                q[:, None] + (WIDTH[1] + i)[None, :], row_there[:, None] & there[None, :], 0.0
+            )
+            b_z = _latents(row, keep, i, there, WIDTH)  # (TOKENS, TILE)
+            scores = _dot(b_q, tl.trans(b_z.to(b_q.dtype)), scores, PRECISION)
+        return scores
+
+    @triton.jit
     def direct_scores(
         q_base,
         q_own,
@@ -106,16 +162,23 @@ if triton is not None:
         MASKED: tl.constexpr,
         PRECISION: tl.constexpr,
         LOWEST: tl.constexpr,
+        BASE_CODES: tl.constexpr,
+        OWN_CODES: tl.constexpr,
+        BASE_BYTES: tl.constexpr,
+        OWN_BYTES: tl.constexpr,
     ):
         """Eq 6: q_base (N, H G, m), q_own (N, H G, r), base (N, S, m), own (N, H, S, r) -> scores
         (N, H G, S), and per chunk their maximum and sum of exponentials (N, H G, chunks).
+
+        *_CODES: `_widths` of base and residual where they are codes, rows of so many bytes; their
+        queries have one more column, for sinks.
         """
         c, b, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         rows = tl.arange(0, ROWS)
         row, there = b * HB * G + rows, (rows < HB * G) & (b * HB * G + rows < H * G)
         o_m, o_r, head = tl.arange(0, MB), tl.arange(0, RP), rows // G
         top, total = tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32)
-        if r > 0:
+        if r > 0 and len(OWN_CODES) == 0:
             # (ROWS, RP)
             b_qr = tl.load(
                 q_own + (n * heads + row[:, None]) * r + o_r[None, :],
@@ -126,7 +189,15 @@ if triton is not None:
             o_t = c * CHUNK + start + tl.arange(0, TOKENS)
             inside = o_t < S
             b_s = tl.zeros((ROWS, TOKENS), tl.float32)
-            if m > 0:
+            if len(BASE_CODES) > 0:
+                p_z = base + n * base_n + o_t.to(tl.int64) * BASE_BYTES
+                p_q = q_base + (n * heads + row) * (m + 1)
+                for w in tl.static_range(len(BASE_CODES)):
+                    b_s = _add_scores(b_s, p_q, there, p_z, inside, BASE_CODES[w], MB, PRECISION)
+                b_t, b_sink = _scales(p_z, inside)
+                b_lift = tl.load(p_q + m, there, 0.0).to(tl.float32)
+                b_s = b_s * b_t[None, :] + b_lift[:, None] * b_sink[None, :]
+            elif m > 0:
                 for j in tl.static_range(0, m, MB):
                     col = j + o_m
                     # (ROWS, MB)
@@ -142,7 +213,20 @@ if triton is not None:
                         0.0,
                     )
                     b_s = _dot(b_q, tl.trans(b_b), b_s, PRECISION)
-            if r > 0:
+            if len(OWN_CODES) > 0:
+                p_q = q_own + (n * heads + row) * (r + 1)
+                for i in range(HB):
+                    h = b * HB + i
+                    held = o_t < tl.where(h < H, S, 0)
+                    p_z = own + n * own_n + h.to(tl.int64) * own_h + o_t.to(tl.int64) * OWN_BYTES
+                    mine = there & (head == i)
+                    b_o = tl.zeros((ROWS, TOKENS), tl.float32)
+                    for w in tl.static_range(len(OWN_CODES)):
+                        b_o = _add_scores(b_o, p_q, mine, p_z, held, OWN_CODES[w], RP, PRECISION)
+                    b_t, b_sink = _scales(p_z, held)
+                    b_lift = tl.load(p_q + r, mine, 0.0).to(tl.float32)
+                    b_s += b_o * b_t[None, :] + b_lift[:, None] * b_sink[None, :]
+            elif r > 0:
                 for i in range(HB):
                     h = b * HB + i
                     held = o_t < tl.where(h < H, S, 0)  # none of a head beyond the last
@@ -195,6 +279,34 @@ if triton is not None:
         )
 
     @triton.jit
+    def _add_keys(
+        k1,
+        k2,
+        row,
+        keep,
+        maps,
+        map_row,
+        map_column,
+        j,
+        WIDTH: tl.constexpr,
+        TILE: tl.constexpr,
+        DR: tl.constexpr,
+        d: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Keys (TOKENS, D2), both halves, and what the latents of a width add to them, in scales.
+        maps: of one head, a latent's row at map_row, its channels at map_column.
+        """
+        for start in range(0, WIDTH[2], TILE):
+            i = start + tl.arange(0, TILE)
+            there = i < WIDTH[2]
+            # (TILE, D2)
+            b_m1, b_m2 = _halves(maps, map_row, map_column, WIDTH[1] + i, there, j, DR, d)
+            b_z = _latents(row, keep, i, there, WIDTH).to(b_m1.dtype)  # (TOKENS, TILE)
+            k1, k2 = _dot(b_z, b_m1, k1, PRECISION), _dot(b_z, b_m2, k2, PRECISION)
+        return k1, k2
+
+    @triton.jit
     def rotated_scores(
         query,
         base,
@@ -202,6 +314,8 @@ if triton is not None:
         C,
         B,
         bias,
+        base_lift,
+        own_lift,
         gain,
         cos,
         sin,
@@ -237,10 +351,14 @@ if triton is not None:
         MASKED: tl.constexpr,
         PRECISION: tl.constexpr,
         LOWEST: tl.constexpr,
+        BASE_CODES: tl.constexpr,
+        OWN_CODES: tl.constexpr,
+        BASE_BYTES: tl.constexpr,
+        OWN_BYTES: tl.constexpr,
     ):
         """Eq 4 and a dot product: query (N, H G, d), rotated; base (N, S, m), own (N, H, S, r), C
         (H, m, d), B (H, d, r), cos and sin (1 or N, S, DR) -> as `direct_scores`. One program per
-        chunk and KV head.
+        chunk and KV head. *_CODES: as there; *_lift (H, d): what sinks have in addition.
 
         BASE: 0 there is none, 1 mapped by C, 2 added as it is before rotation (C = I), 3 after it
         (cached rotated).
@@ -253,10 +371,10 @@ if triton is not None:
         own += n * own_n + h.to(tl.int64) * own_h
         base += n * base_n
         every = tl.arange(0, 1)
-        if r > 0:
+        if r > 0 and len(OWN_CODES) == 0:
             # (RP, D2)
             b_B1, b_B2 = _halves(B + h * d * r, 1, r, o_r, o_r < r, j, DR, d)
-        if BASE == 1 and m <= MB:
+        if BASE == 1 and m <= MB and len(BASE_CODES) == 0:
             # (MB, D2)
             b_C1, b_C2 = _halves(C + h * m * d, d, 1, o_m, o_m < m, j, DR, d)
         if BIASED:
@@ -269,7 +387,29 @@ if triton is not None:
             o_t = c * CHUNK + start + tl.arange(0, TOKENS)
             inside = o_t < S
             b_k1, b_k2 = tl.zeros((TOKENS, D2), tl.float32), tl.zeros((TOKENS, D2), tl.float32)
-            if BASE == 1:
+            if len(BASE_CODES) > 0:
+                p_z = base + o_t.to(tl.int64) * BASE_BYTES
+                for w in tl.static_range(len(BASE_CODES)):
+                    b_k1, b_k2 = _add_keys(
+                        b_k1,
+                        b_k2,
+                        p_z,
+                        inside,
+                        C + h * m * d,
+                        d,
+                        1,
+                        j,
+                        BASE_CODES[w],
+                        MB,
+                        DR,
+                        d,
+                        PRECISION,
+                    )
+                b_l1, b_l2 = _halves(base_lift + h * d, d, 1, every, every == 0, j, DR, d)
+                b_t, b_sink = _scales(p_z, inside)
+                b_k1 = b_k1 * b_t[:, None] + b_l1 * b_sink[:, None]
+                b_k2 = b_k2 * b_t[:, None] + b_l2 * b_sink[:, None]
+            elif BASE == 1:
                 for i in tl.static_range(0, m, MB):
                     col = i + o_m
                     # (TOKENS, MB)
@@ -282,7 +422,32 @@ if triton is not None:
                         b_C1, b_C2 = _halves(C + h * m * d, d, 1, col, col < m, j, DR, d)
                     b_k1 = _dot(b_s, b_C1, b_k1, PRECISION)
                     b_k2 = _dot(b_s, b_C2, b_k2, PRECISION)
-            if r > 0:
+            if len(OWN_CODES) > 0:
+                p_z = own + o_t.to(tl.int64) * OWN_BYTES
+                b_t, b_sink = _scales(p_z, inside)
+                # in scales of the residual while it is added: a second pair of tiles would not fit
+                inverse = 1 / tl.where(inside, b_t, 1.0)[:, None]
+                b_k1, b_k2 = b_k1 * inverse, b_k2 * inverse
+                for w in tl.static_range(len(OWN_CODES)):
+                    b_k1, b_k2 = _add_keys(
+                        b_k1,
+                        b_k2,
+                        p_z,
+                        inside,
+                        B + h * d * r,
+                        1,
+                        r,
+                        j,
+                        OWN_CODES[w],
+                        RP,
+                        DR,
+                        d,
+                        PRECISION,
+                    )
+                b_l1, b_l2 = _halves(own_lift + h * d, d, 1, every, every == 0, j, DR, d)
+                b_k1 = b_k1 * b_t[:, None] + b_l1 * b_sink[:, None]
+                b_k2 = b_k2 * b_t[:, None] + b_l2 * b_sink[:, None]
+            elif r > 0:
                 # (TOKENS, RP)
                 b_own = tl.load(
                     own + o_t[:, None].to(tl.int64) * r + o_r[None, :],
@@ -345,6 +510,65 @@ if triton is not None:
         tl.store(totals + (n * heads + row) * chunks + c, total, g < G)
 
     @triton.jit
+    def _coded_sums(
+        z,
+        z_h,
+        p_s,
+        there,
+        head,
+        top,
+        p_out,
+        c,
+        b,
+        S,
+        start,
+        first,
+        WIDTH: tl.constexpr,
+        TILE: tl.constexpr,
+        m: tl.constexpr,
+        SHARED: tl.constexpr,
+        H: tl.constexpr,
+        HB: tl.constexpr,
+        ROWS: tl.constexpr,
+        TOKENS: tl.constexpr,
+        CHUNK: tl.constexpr,
+        BYTES: tl.constexpr,
+        TYPE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Softmax-weighted sums of latents `start` onwards of a width, and of the mark of sinks if
+        these are the first latents, to p_out (ROWS,). z: rows of bytes of one row of the batch; p_s
+        (ROWS,): scores; SHARED: whether they are of all heads.
+        """
+        i = start + tl.arange(0, TILE)
+        kept = i < WIDTH[2]
+        b_o, b_marked = tl.zeros((ROWS, TILE), tl.float32), tl.zeros((ROWS,), tl.float32)
+        for at in range(0, CHUNK, TOKENS):
+            o_t = c * CHUNK + at + tl.arange(0, TOKENS)
+            inside = o_t < S
+            # (ROWS, TOKENS)
+            b_p = tl.exp(
+                tl.load(
+                    p_s[:, None] + o_t[None, :], there[:, None] & inside[None, :], float("-inf")
+                )
+                - top[:, None]
+            )
+            for k in range(1 if SHARED else HB):
+                row = z + o_t.to(tl.int64) * BYTES
+                held = inside
+                if not SHARED:
+                    h = b * HB + k
+                    row += h.to(tl.int64) * z_h
+                    held = o_t < tl.where(h < H, S, 0)  # none of a head beyond the last
+                b_t, b_sink = _scales(row, held)
+                b_mine = b_p if SHARED else tl.where(head[:, None] == k, b_p, 0.0)
+                b_marked += tl.sum(b_mine * b_sink[None, :], 1)
+                b_z = _latents(row, held, i, kept, WIDTH).to(TYPE)
+                b_o = _dot((b_mine * b_t[None, :]).to(TYPE), b_z, b_o, PRECISION)
+        tl.store(p_out[:, None] + (WIDTH[1] + i)[None, :], b_o, there[:, None] & kept[None, :])
+        tl.store(p_out + m, b_marked, there & first)
+
+    @triton.jit
     def value_sums(
         base,
         own,
@@ -367,12 +591,21 @@ if triton is not None:
         TOKENS: tl.constexpr,
         CHUNK: tl.constexpr,
         PRECISION: tl.constexpr,
+        TYPE: tl.constexpr,
+        BASE_CODES: tl.constexpr,
+        OWN_CODES: tl.constexpr,
+        BASE_BYTES: tl.constexpr,
+        OWN_BYTES: tl.constexpr,
+        BASE_BLOCKS: tl.constexpr,
+        BLOCKS: tl.constexpr,
     ):
         """Eq 7 before C and B^T: base (N, S, m), own (N, H, S, r), scores (N, H G, S) -> sums (N, H
-        G, chunks, m + r), each on the scale of its chunk's maximum. Programs: chunk, (block of
-        heads, block of columns: those of the base, then the residual), row of the batch.
+        G, chunks, m + r), each on the scale of its chunk's maximum; m and r with the mark of sinks
+        where they are codes. Programs: chunk, (block of heads, block of columns: those of the base,
+        then the residual), row of the batch. TYPE: to compute in, of those.
         """
-        BLOCKS: tl.constexpr = (m + MB - 1) // MB + (1 if r > 0 else 0)
+        MARKED: tl.constexpr = m + (1 if len(BASE_CODES) > 0 else 0)
+        ALL: tl.constexpr = MARKED + r + (1 if len(OWN_CODES) > 0 else 0)
         c, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
         b, part = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
         rows = tl.arange(0, ROWS)
@@ -380,8 +613,39 @@ if triton is not None:
         chunks = tl.num_programs(0)
         top = tl.load(tops + (n * heads + row) * chunks + c, there, 0.0)
         p_s = scores + (n * heads + row[:, None]) * S
-        p_out = sums + ((n * heads + row[:, None]) * chunks + c) * (m + r)
-        if part * MB < m:
+        p_out = sums + ((n * heads + row[:, None]) * chunks + c) * ALL
+        if len(BASE_CODES) > 0:
+            before = 0
+            for w in tl.static_range(len(BASE_CODES)):
+                if (part >= before) & ((part - before) * MB < BASE_CODES[w][2]):
+                    _coded_sums(
+                        base + n * base_n,
+                        0,
+                        scores + (n * heads + row) * S,
+                        there,
+                        rows // G,
+                        top,
+                        sums + ((n * heads + row) * chunks + c) * ALL,
+                        c,
+                        b,
+                        S,
+                        (part - before) * MB,
+                        part == 0,
+                        BASE_CODES[w],
+                        MB,
+                        m,
+                        True,
+                        H,
+                        HB,
+                        ROWS,
+                        TOKENS,
+                        CHUNK,
+                        BASE_BYTES,
+                        TYPE,
+                        PRECISION,
+                    )
+                before += (BASE_CODES[w][2] + MB - 1) // MB
+        elif part < BASE_BLOCKS:
             col = part * MB + tl.arange(0, MB)
             b_o = tl.zeros((ROWS, MB), tl.float32)
             for start in range(0, CHUNK, TOKENS):
@@ -399,7 +663,38 @@ if triton is not None:
                 )
                 b_o = _dot(b_p.to(b_b.dtype), b_b, b_o, PRECISION)
             tl.store(p_out + col[None, :], b_o, there[:, None] & (col[None, :] < m))
-        else:
+        if len(OWN_CODES) > 0:
+            before = BASE_BLOCKS
+            for w in tl.static_range(len(OWN_CODES)):
+                if (part >= before) & ((part - before) * RP < OWN_CODES[w][2]):
+                    _coded_sums(
+                        own + n * own_n,
+                        own_h,
+                        scores + (n * heads + row) * S,
+                        there,
+                        rows // G,
+                        top,
+                        sums + ((n * heads + row) * chunks + c) * ALL + MARKED,
+                        c,
+                        b,
+                        S,
+                        (part - before) * RP,
+                        part == BASE_BLOCKS,
+                        OWN_CODES[w],
+                        RP,
+                        r,
+                        False,
+                        H,
+                        HB,
+                        ROWS,
+                        TOKENS,
+                        CHUNK,
+                        OWN_BYTES,
+                        TYPE,
+                        PRECISION,
+                    )
+                before += (OWN_CODES[w][2] + RP - 1) // RP
+        elif part >= BASE_BLOCKS:
             o_r, head = tl.arange(0, RP), rows // G
             b_r = tl.zeros((ROWS, RP), tl.float32)
             for start in range(0, CHUNK, TOKENS):
@@ -428,7 +723,7 @@ if triton is not None:
                         b_r,
                         PRECISION,
                     )
-            tl.store(p_out + m + o_r[None, :], b_r, there[:, None] & (o_r[None, :] < r))
+            tl.store(p_out + MARKED + o_r[None, :], b_r, there[:, None] & (o_r[None, :] < r))
 
     @triton.jit
     def combine(
@@ -485,13 +780,72 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _base_and_own(cached: tuple, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is cached, flat, as base (N, 1, S, m) and residual (N, H, S, r); of a form without
+class _Slot(NamedTuple):
+    """What is cached of one slot, as the kernels take it."""
+
+    held: torch.Tensor  # (N, 1 or H, S, width), flat
+    width: int  # latents, the mark of sinks among them where codes were never made
+    widths: tuple  # of codes (`_widths`), none where latents are numbers
+    tile: int  # latents at once
+    coder: Codes | None
+
+    @property
+    def coded(self) -> bool:
+        return bool(self.widths)
+
+    @property
+    def columns(self) -> int:
+        """Of absorbed queries and of averages: latents and the mark of sinks."""
+        return self.width + self.coded
+
+    @property
+    def bytes(self) -> int:
+        """Of a row of codes."""
+        return self.held.shape[-1] if self.coded else 0
+
+    @property
+    def tiles(self) -> int:
+        """In how many it is read."""
+        counts = [width[2] for width in self.widths] or [self.width]
+        return sum(-(-count // self.tile) for count in counts)
+
+
+def _widths(coder: Codes) -> tuple:
+    """Where codes lie in their rows: for each width (bits, first latent, latents, planes), high
+    planes first, each (bits, first byte, bytes, place of the first of these latents). A plane of n
+    bytes has the bits of latents i, i + n, ... of its own in byte i.
+    """
+    planes, at = {}, SCALE_BYTES
+    for bits, pieces in coder.planes.items():
+        size = sum(count for _, count, _ in pieces) * bits // 8
+        place = 0
+        for first, count, _ in pieces:
+            planes.setdefault(first, []).append((bits, at, size, place))
+            place += count
+        at += size
+    found, first = [], 0
+    for bits, count in coder.blocks:
+        found.append((bits, first, count, tuple(planes[first])))
+        first += count
+    return tuple(found)
+
+
+def _slots(side, cached: tuple, heads: int) -> tuple[_Slot, _Slot]:
+    """Base (N, 1, S, width) and residual (N, H, S, width) of keys or values; of a form without
     residuals an empty one.
     """
     base, *more = cached
     own = more[0] if more else base.new_empty(base.shape[0], heads, base.shape[2], 0)
-    return _flat(base), _flat(own)
+    found = []
+    for held, coder, most in zip((base, own), side.coders, (128, None), strict=True):
+        if coder is not None and held.dtype == torch.uint8:
+            widths, width = _widths(coder), coder.width
+            tile = min(CODES, _power(max(count for _, _, count, _ in widths)))
+        else:
+            widths, width = (), held.shape[-1]
+            tile = _power(width) if most is None else min(most, _power(width))
+        found.append(_Slot(_flat(held), width, widths, tile, coder))
+    return found[0], found[1]
 
 
 def decode(
@@ -533,25 +887,42 @@ def decode(
                 programs,
             )
     N, H, G, d = query.shape
-    base, own = _base_and_own(cached_keys, H)
-    v_base, v_own = _base_and_own(cached_values, H)
-    S, given = base.shape[2], query.dtype
-    query = query.to(base.dtype)  # they differ under autocast
-    weight = lambda t: t.to(base.dtype)
+    base, own = _slots(keys, cached_keys, H)
+    v_base, v_own = _slots(values, cached_values, H)
+    S, given = base.held.shape[2], query.dtype
+    # numbers that are cached differ from the query under autocast; codes go with any
+    dtype = next(
+        (slot.held.dtype for slot in (base, own, v_base, v_own) if slot.width and not slot.coded),
+        given,
+    )
+    query = query.to(dtype)
+    weight = lambda t: t.to(dtype).contiguous()
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)
     HB = max(1, ROWS // G)  # KV heads per program
     rows, blocks = _power(HB * G), triton.cdiv(H, HB)
+    direct = keys.read_as_is(rotation, norm)
+    # maps of wide latents are read again for every tile of tokens: half as often
+    tokens = TOKENS if direct or not base.coded or base.width <= WIDE else 2 * TOKENS
     # few lengths, since each compiles a kernel
-    chunk = TOKENS * _power(triton.cdiv(S, TOKENS * max(1, programs // (N * blocks))), 1)
+    chunk = tokens * _power(triton.cdiv(S, tokens * max(1, programs // (N * blocks))), 1)
     chunks = triton.cdiv(S, chunk)
     scores, tops, totals = new(N, H * G, S), new(N, H * G, chunks), new(N, H * G, chunks)
-    direct = keys.read_as_is(rotation, norm)
-    m, r = base.shape[-1], own.shape[-1]
     precision = "ieee" if query.dtype == torch.float32 else "widen" if INTERPRETED else "tf32"
     if mask is not None:
         mask = mask.to(torch.float32).expand(N, 1, 1, S)
     common = dict(
-        MASKED=mask is not None, PRECISION=precision, LOWEST=LOWEST, TOKENS=TOKENS, CHUNK=chunk
+        MASKED=mask is not None,
+        PRECISION=precision,
+        LOWEST=LOWEST,
+        CHUNK=chunk,
+        m=base.width,
+        r=own.width,
+        MB=base.tile,
+        RP=own.tile,
+        BASE_CODES=base.widths,
+        OWN_CODES=own.widths,
+        BASE_BYTES=base.bytes,
+        OWN_BYTES=own.bytes,
     )
     mask_n = 0 if mask is None else mask.stride(0)
     filler = query  # a pointer for what is not there
@@ -563,41 +934,44 @@ def decode(
         direct_scores[(chunks, blocks, N)](
             q_base,
             q_own,
-            base,
-            own,
+            base.held,
+            own.held,
             filler if mask is None else mask,
             scores,
             tops,
             totals,
             S,
             scale,
-            base.stride(0),
-            own.stride(0),
-            own.stride(1),
+            base.held.stride(0),
+            own.held.stride(0),
+            own.held.stride(1),
             mask_n,
             H * G,
             H=H,
             G=G,
             HB=HB,
-            m=m,
-            r=r,
-            MB=min(128, _power(m)),
-            RP=_power(r),
             ROWS=rows,
+            TOKENS=TOKENS,
             num_warps=4,
             **common,
         )
     else:
         cos, sin = rotation if rotation is not None else (filler, filler)
         turning = 0 if rotation is None else cos.shape[-1]
-        kind = 0 if m == 0 else 3 if keys.caches_rotated else 2 if keys.C is None else 1
+        kind = 0 if base.width == 0 else 3 if keys.caches_rotated else 2 if keys.C is None else 1
+        # what was never made into codes has the mark of sinks as one more latent
+        C = keys.C if base.coded or kind != 1 else keys.base_maps()
+        B = keys.B if own.coded or own.coder is None else keys.residual_maps().mT
+        lift = lambda slot: weight(slot.coder.lift) if slot.coded else filler
         rotated_scores[(chunks, H, N)](
             query.contiguous(),
-            base,
-            own,
-            weight(keys.C) if kind == 1 else filler,
-            weight(keys.B) if r else filler,
+            base.held,
+            own.held,
+            weight(C) if kind == 1 else filler,
+            weight(B) if own.width else filler,
             filler if keys.bias is None else weight(keys.bias),
+            lift(base),
+            lift(own),
             filler if norm is None else weight(norm.weight),
             cos,
             sin,
@@ -608,71 +982,74 @@ def decode(
             S,
             scale,
             0.0 if norm is None else norm.variance_epsilon,
-            base.stride(0),
-            own.stride(0),
-            own.stride(1),
+            base.held.stride(0),
+            own.held.stride(0),
+            own.held.stride(1),
             cos.stride(0) if turning and len(cos) > 1 else 0,
             cos.stride(1) if turning else 0,
             mask_n,
             H * G,
             G=G,
             GP=_power(G),
-            m=m,
-            r=r,
             d=d,
             DR=turning,
-            MB=min(128, _power(m)),
-            RP=_power(r),
             D2=_power(d // 2),
             BASE=kind,
             BIASED=keys.bias is not None,
             NORMED=norm is not None,
             ROTATED=rotation is not None,
-            num_warps=4,
+            TOKENS=tokens,
+            num_warps=4 * tokens // TOKENS,
             **common,
         )
-    m, r = v_base.shape[-1], v_own.shape[-1]
-    MB = min(128, _power(m))
+    columns = [slot.columns for slot in (v_base, v_own)]
     sums, out = (
-        new(N, H * G, chunks, m + r),
-        torch.empty(N, H, G, m + r, dtype=query.dtype, device=query.device),
+        new(N, H * G, chunks, sum(columns)),
+        torch.empty(N, H, G, sum(columns), dtype=query.dtype, device=query.device),
     )
-    value_sums[(chunks, blocks * (triton.cdiv(m, MB) + (r > 0)), N)](
-        v_base,
-        v_own,
+    value_sums[(chunks, blocks * (v_base.tiles + v_own.tiles), N)](
+        v_base.held,
+        v_own.held,
         scores,
         tops,
         sums,
         S,
-        v_base.stride(0),
-        v_own.stride(0),
-        v_own.stride(1),
+        v_base.held.stride(0),
+        v_own.held.stride(0),
+        v_own.held.stride(1),
         H * G,
         H=H,
         G=G,
         HB=HB,
-        m=m,
-        r=r,
-        MB=MB,
-        RP=_power(r),
+        m=v_base.width,
+        r=v_own.width,
+        MB=v_base.tile,
+        RP=v_own.tile,
         ROWS=rows,
         TOKENS=TOKENS,
         CHUNK=chunk,
         PRECISION=precision,
+        TYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+        BASE_CODES=v_base.widths,
+        OWN_CODES=v_own.widths,
+        BASE_BYTES=v_base.bytes,
+        OWN_BYTES=v_own.bytes,
+        BASE_BLOCKS=v_base.tiles,
+        BLOCKS=v_base.tiles + v_own.tiles,
         num_warps=4,
     )
-    combine[(N * H * G, triton.cdiv(m + r, 128))](
+    combine[(N * H * G, triton.cdiv(sum(columns), 128))](
         sums,
         tops,
         totals,
         out,
         chunks,
-        WIDTH=m + r,
-        COLS=min(128, _power(m + r)),
+        WIDTH=sum(columns),
+        COLS=min(128, _power(sum(columns))),
         PAD=16,
         CHUNKS=_power(chunks),
         LOWEST=LOWEST,
         num_warps=4,
     )
-    averages = [part if part.shape[-1] else None for part in out.split((m, r), dim=-1)]
+    averages = [part if part.shape[-1] else None for part in out.split(columns, dim=-1)]
     return values.expand_averages(averages).to(given)

@@ -17,9 +17,10 @@ def decode(
     norm=None,
 ) -> torch.Tensor:
     """Arguments and result as in `kernel_lrkv.decode`, in float64: for each row and head, rebuild,
-    normalise, rotate, softmax, average.
+    normalise, rotate, softmax, average. Codes are taken apart first.
     """
     N, H, G, d = query.shape
+    cached_keys, cached_values = _latents(keys, cached_keys), _latents(values, cached_values)
     out = torch.empty(N, H, G, d, dtype=torch.float64, device=query.device)
     for n in range(N):
         for h in range(H):
@@ -39,11 +40,60 @@ def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().double()
 
 
-def _held(cached: tuple, n: int, h: int) -> list[torch.Tensor]:
+def _latents(side, cached: tuple) -> list[torch.Tensor]:
+    """What is cached -> latents of each slot (N, heads, S, width); those that were codes have the
+    mark of sinks behind them.
+    """
+    return [
+        _decoded(held, coder.blocks) if held.dtype == torch.uint8 else _double(held)
+        for held, coder in zip(cached, side.coders)
+    ]
+
+
+# bits of a code -> the planes in which they lie, high bits first
+PLANES = {8: [8], 6: [4, 2], 4: [4], 3: [2, 1], 2: [2]}
+
+
+def _decoded(rows: torch.Tensor, blocks) -> torch.Tensor:
+    """Rows of bytes (N, heads, S, bytes) -> latents and the mark of sinks (N, heads, S, w + 1), bit
+    by bit as codes_lrkv.py says in words. blocks: (bits, how many latents), most bits first.
+    """
+
+    def byte(i: int) -> torch.Tensor:
+        return rows[..., i].long()  # (N, heads, S)
+
+    # float16, never so small that it has no leading bit: sign, 5 bits of exponent, 10 of fraction
+    word = byte(0) | byte(1) << 8
+    sink, exponent, fraction = word >> 15, word >> 10 & 31, word & 1023
+    t = (1024 + fraction) * 2.0 ** (exponent.double() - 25)
+    # a plane holds its bits of all codes that have some there: a byte has those of several codes,
+    # which are as far apart as the plane has bytes
+    size = {
+        plane: sum(count for bits, count in blocks if plane in PLANES[bits]) * plane // 8
+        for plane in (8, 4, 2, 1)
+    }
+    start, at = {}, 2
+    for plane in size:
+        start[plane], at = at, at + size[plane]
+    latents, seen = [], dict.fromkeys(size, 0)
+    for bits, count in blocks:
+        for i in range(count):
+            code = torch.zeros_like(word)
+            for plane in PLANES[bits]:
+                part, place = divmod(seen[plane] + i, size[plane])
+                piece = byte(start[plane] + place) >> plane * part & (2**plane - 1)
+                code = code << plane | piece
+            latents.append(t * ((code + 0.5) / 2 ** (bits - 1) - 1))
+        for plane in PLANES[bits]:
+            seen[plane] += count
+    return torch.stack((*latents, sink.double()), dim=-1)
+
+
+def _held(cached: list, n: int, h: int) -> list[torch.Tensor]:
     """What is cached of a row and a head, (S, width) for each slot; of one for all heads the
     same.
     """
-    return [_double(slot)[n, min(h, slot.shape[1] - 1)] for slot in cached]
+    return [slot[n, min(h, slot.shape[1] - 1)] for slot in cached]
 
 
 def _turned(k: torch.Tensor, n: int, rotation: tuple | None, norm) -> torch.Tensor:
@@ -96,11 +146,18 @@ KEYS = {
 
 
 def _head(side, held: list[torch.Tensor], h: int) -> torch.Tensor:
-    """s C_h + R_h B_h^T + b_h: base (S, m), own (S, r) -> (S, d)."""
+    """s C_h + R_h B_h^T + b_h: base (S, m), own (S, r) -> (S, d). Those of codes have one column
+    more, which says where sinks are, and those have `lift` in addition.
+    """
     base, own = held
     head = torch.zeros(len(base), side.head_dim, dtype=torch.float64, device=base.device)
-    if base.shape[-1]:
-        head = head + (base if side.C is None else base @ _double(side.C)[h])
-    if own.shape[-1]:
-        head = head + own @ _double(side.B)[h].T
+    for latents, coder, maps in (
+        (base, side.base_codes, None if side.C is None else _double(side.C)[h]),
+        (own, side.residual_codes, None if side.B is None else _double(side.B)[h].T),
+    ):
+        if coder is not None:
+            latents, sink = latents[:, :-1], latents[:, -1:]
+            head = head + sink * _double(coder.lift)[h]
+        if latents.shape[-1]:
+            head = head + (latents if maps is None else latents @ maps)
     return head if side.bias is None else head + _double(side.bias)[h]
