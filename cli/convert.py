@@ -56,9 +56,13 @@ def convert(
         )
     display.show_notices(done.notices)
     if as_json:
-        planned = {kind: plan.as_dict() for kind, plan in done.plans.items()}
+        planned = {
+            kind: plan.as_dict()
+            | {"forms": {name: each.cost() for name, each in done.forms.get(kind, {}).items()}}
+            for kind, plan in done.plans.items()
+        }
         print(json.dumps(done.record.to_json() if done.record else planned, indent=2))
     elif done.record is None:
-        display.show_plan(done.plans, model)
+        display.show_plan(done.plans, done.forms, model)
     else:
         display.show_conversion(done.record, model, out)

@@ -8,7 +8,7 @@ that a killed conversion goes on from there.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +19,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .device import give_back_memory, peak_memory, pick_device
+from .errors import LrkvError
 from .examples.example import digest
 from .fit.layer import fit_site, found_in
 from .folder.companions import (
@@ -36,6 +37,7 @@ from .folder.writer import ShardWriter, check_output, check_shard_size, new_fold
 from .format import Record
 from .observe.calibrate import solvable
 from .plan.allocate import allocate
+from .plan.curves import predicted_kl
 from .plan.options import Options
 from .plan.shapes import Plan
 from .plan.spend import Budget
@@ -44,7 +46,7 @@ from .study import Progress, Study
 
 # of what calibration leaves for the fit: one more when it changes, so that no half of an older one
 # is gone on with
-STORE_FORMAT = 5
+STORE_FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Conversion:
 
     plans: by kind of attention ("self", "cross"); out: the folder; record: what stands in its
     lrkv.json, None in a dry run; notices: what was found in the source and does no harm, a line
-    each.
+    each; forms: in a dry run of a budget of codes what each form of keys would take, by kind and by
+    name.
     """
 
     plans: dict[str, Plan]
     out: Path
     record: Record | None
     notices: list[str] = field(default_factory=list)
+    forms: dict[str, dict[str, Plan]] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -111,9 +115,9 @@ def convert(
         with tempfile.TemporaryDirectory(prefix="lrkv-") as folder:
             store = Store(Path(folder), {})
             study.observe({asked.metric}, store, for_refit=False)
-            return Conversion(
-                plan_budgets(study, asked, stored, store), out, None, checkpoint.notices
-            )
+            plans = plan_budgets(study, asked, stored, store)
+            forms = {kind: plans_by_form(study, asked, stored, store, kind) for kind in plans}
+            return Conversion(plans, out, None, checkpoint.notices, forms)
     with new_folder(out, fingerprint(study, asked, stored)) as (folder, store):
         with clock("calibrate"):
             study.observe({asked.metric}, store, for_refit=asked.refit)
@@ -183,17 +187,52 @@ def uniform_plans(study: Study, options: Options, stored: torch.dtype) -> dict[s
 def plan_budgets(
     study: Study, options: Options, stored: torch.dtype, store: Store
 ) -> dict[str, Plan]:
-    """Spend the byte budget of each kind of attention by the loss curves of its modules. Raises
-    LrkvError for a budget below the smallest plan.
+    """Spend the byte budget of each kind of attention by the loss curves of its modules, in the
+    form of keys asked for, or in the one of which least is lost. Raises LrkvError for a budget
+    below the smallest plan.
     """
-    plans, budget = {}, options.spend
-    assert isinstance(budget, Budget)
+    plans = {}
     for kind, sites in study.by_kind.items():
-        caps = budget.caps(options.keys)
-        curves = study.curves(kind, options.metric, caps, options.keys, store, budget.bits)
-        plans[kind] = allocate(
-            curves, sites, study.layers, stored.itemsize, budget.ratio, options.keys
-        )
+        names = options.forms_for(sites, study.config)
+        found = spent(study, options, stored, store, kind, names)
+        plans[kind] = min(found.values(), key=lambda plan: plan.predicted_kl or 0.0)
+    return plans
+
+
+def plans_by_form(
+    study: Study, options: Options, stored: torch.dtype, store: Store, kind: str
+) -> dict[str, Plan]:
+    """The same budget in every form of keys that goes with this kind of attention, by name; {}
+    where there is one, or nothing is codes.
+    """
+    names = options.coded_forms(study.by_kind[kind], study.config)
+    return spent(study, options, stored, store, kind, names) if len(names) > 1 else {}
+
+
+def spent(
+    study: Study,
+    options: Options,
+    stored: torch.dtype,
+    store: Store,
+    kind: str,
+    names: Sequence[str],
+) -> dict[str, Plan]:
+    """The budget of one kind of attention in forms of keys of these names, where it goes so far.
+    Raises LrkvError where it does in none.
+    """
+    plans, refusal, budget = {}, None, options.spend
+    assert isinstance(budget, Budget)
+    for name in names:
+        curves = study.curves(kind, options.metric, budget.caps(name), name, store, budget.bits)
+        sites = study.by_kind[kind]
+        try:
+            plan = allocate(curves, sites, study.layers, stored.itemsize, budget.ratio, name)
+        except LrkvError as error:
+            refusal = error
+        else:
+            plans[name] = replace(plan, predicted_kl=predicted_kl(curves, plan))
+    if refusal is not None and not plans:
+        raise refusal
     return plans
 
 

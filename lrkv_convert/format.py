@@ -28,7 +28,15 @@ CONFIG, RECORD = "config.json", "lrkv.json"
 FIELDS = {"self": "lrkv", "cross": "lrkv_cross"}
 HALF_SPLIT = "half-split"
 # forms of keys -> which of what a layer caches was rotated before
-ROTATED = {"joint": (), "rotary": ("base",), "commuting": ("base",), "full": ("residual",)}
+ROTATED = {
+    "joint": (),
+    "rotary": ("base",),
+    "commuting": ("base",),
+    "full": ("residual",),
+    "channels": (),
+    "axes": (),
+    "turning": (),
+}
 # the tensors of one side of an attention module: their shapes
 TENSORS = {
     "W_shared.weight": ("m", "D"),
@@ -42,7 +50,12 @@ TENSORS = {
     "residual_codes.lift": ("H", "d"),
 }
 # where a form has others
-OTHERWISE = {"commuting": {"C": ("H", "m")}}
+OTHERWISE = {
+    "commuting": {"C": ("H", "m")},
+    "channels": {"C": ("m",)},
+    "axes": {"C": ("m",), "axes": ("H", "d", "d")},
+    "turning": {"C": ("m",), "mix": ("H", "H", "d")},
+}
 
 
 # --------------------------------------------------------------------------------- in config.json
@@ -63,15 +76,25 @@ class Side(Part):
     form: Annotated[
         str | None,
         "of keys: `joint`, base and residual before rotation, rebuilt and rotated when read (also"
-        " `--keys per-head`, which has no base); `rotary`, the base after rotation; `commuting`,"
-        " latents of one frequency each, after rotation; `full`, whole"
-        " keys after rotation. Values have none",
+        " `--keys per-head`, which has no base); `axes`, the same as codes, in one row for all"
+        " heads; `rotary`, the base after rotation; `commuting`,"
+        " latents of one frequency each, after rotation; `turning`, the same as codes, before it;"
+        " `channels`, channels of keys as codes, before rotation; `full`, whole keys after"
+        " rotation. Values have none",
         ABSENT,
     ] = None
     kept: Annotated[
         Any,
         "of `commuting` keys: how many latents each RoPE frequency has, layer by layer; null where"
         " a layer has no such attention",
+        ABSENT,
+    ] = None
+    bits: Annotated[
+        Any,
+        "of `channels`, `axes` and `turning` keys: layer by layer and head by head, a string with"
+        " a digit for each of d channels, how many bits it has, 0 where it was dropped; latents are"
+        " the others, those of most bits first, channels of a width as they come; null where a"
+        " layer has no such attention",
         ABSENT,
     ] = None
     codes: Annotated[
@@ -443,6 +466,8 @@ class Folder:
                 "B": r > 0 and side.form != "full",
                 "base_codes": base is not None,
                 "residual_codes": residual is not None,
+                "mix": side.form == "turning",
+                "axes": side.form == "axes",
             }
             shapes = TENSORS | OTHERWISE.get(side.form or "joint", {})
             for tensor, shape in shapes.items():

@@ -89,7 +89,7 @@ def test_the_library_refuses_in_the_same_words(options, says, tiny, tmp_path):
 
 def test_choices_are_what_the_fit_knows():
     """They are written out in the options, which are read without torch."""
-    known = {"base": BASES, "metric": METRICS, "keys": FORMS}
+    known = {"base": BASES, "metric": METRICS, "keys": {*FORMS, conversion.AUTO}}
     for name, choices in known.items():
         assert set(said(conversion.Options.given()[name]).choices) == set(choices)
 

@@ -18,11 +18,15 @@ KINDS = {
 }
 
 
-def show_plan(plans: Mapping, model: str) -> None:
-    """A dry run: per layer what is cached, and the sum, by kind of attention."""
+def show_plan(plans: Mapping, forms: Mapping, model: str) -> None:
+    """A dry run: per layer what is cached, and the sum, by kind of attention. forms: by kind and
+    name of each form of keys, the plan of the same budget.
+    """
     out = console_for()
     for kind, plan in plans.items():
         _show_plan(out, plan, model, kind if len(plans) > 1 or kind != "self" else None)
+        if forms.get(kind):
+            _show_forms(out, forms[kind], plan.keys, KINDS[kind][1])
     out.print("Nothing was refused, nothing written.")
 
 
@@ -48,6 +52,19 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
         table.add_row(str(site.layer), *sides, str(after), str(before))
     out.print(table)
     _show_cost(out, Cost.from_json(plan.cache()), unit)
+
+
+def _show_forms(out: Console, forms: Mapping, chosen: str, unit: str) -> None:
+    """What the same budget gives in each form of keys."""
+    table = table_of("--keys", f"bytes/{unit}", f"multiply-adds/{unit}", "predicted KL")
+    for name, plan in forms.items():
+        table.add_row(
+            f"{name} *" if name == chosen else name,
+            f"{plan.bytes_after:,}",
+            f"{plan.flops_after // 2:,}",
+            f"{plan.predicted_kl:.4f}",
+        )
+    out.print(table)
 
 
 def _show_cost(out: Console, cache: Cost, unit: str = "token") -> None:

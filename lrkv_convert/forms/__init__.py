@@ -2,6 +2,7 @@
 
 from ..errors import LrkvError
 from .base import Asked, Fitted, Form, Shape, of_values
+from .channels import Channels
 from .commuting import Commuting
 from .full import Full
 from .joint import Joint
@@ -9,7 +10,7 @@ from .per_head import PerHead
 from .rotary import Rotary
 
 FORMS: dict[str, Form] = {
-    form.name: form for form in (Joint(), PerHead(), Rotary(), Commuting(), Full())
+    form.name: form for form in (Joint(), PerHead(), Rotary(), Commuting(), Channels(), Full())
 }
 
 

@@ -82,6 +82,8 @@ class Form(ABC):
     sized = False  # whether a user may say how wide its base is
     any_base = False  # whether it goes with bases other than the joint one
     coded = False  # whether what it caches may be codes
+    coded_only = False  # whether it must be
+    rebuilds = True  # whether a key under RoPE is put together before it is met
 
     def check(self, geometries: Iterable[Geometry], base: str, config) -> None:
         """Raise LrkvError where it does not go with the base or would not be exact."""
@@ -148,6 +150,12 @@ class Form(ABC):
         """Multiply-adds to read one cached token, all query heads together."""
 
     @abstractmethod
+    def effort(self, geometry: Geometry) -> int:
+        """Multiply-adds for each cached number of a key under RoPE, all query heads together: what
+        `--work` limits.
+        """
+
+    @abstractmethod
     def fit(
         self,
         W: Tensor,
@@ -166,7 +174,7 @@ class Form(ABC):
         """Squared error of the fit, absolute, at each shape."""
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int]
+        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
     ) -> list[tuple[Shape, float]]:
         """Shapes whose latents are codes of these widths, and the loss of each, absolute, as
         `curve` gives it. Only of forms that are `coded`.

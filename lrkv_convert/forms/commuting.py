@@ -14,6 +14,11 @@ keeps the latents of the largest lambda over all frequencies; the error is the s
 All 2 H d / 2 = H d numbers are the keys themselves, mixed. A bias b is one more token, of weight
 one: b_hj counts in A_j as a row, and z has a bias of its own.
 
+As codes, latents lie in the cache before rotation, whose channels it would smear, and are rotated
+element by element when read (`TurningHeads`). Sigma is the covariance then, and a bias stays out.
+A latent is two numbers, turned so that they suit codes best, each with bits of its own
+(forms/channels.py).
+
 Shapes: H heads, D width, d head width, n latents, m = 2 n numbers.
 """
 
@@ -27,16 +32,27 @@ from ..errors import LrkvError
 from ..families import Geometry
 from ..fit.metric import Metric, rotation_average
 from .base import WIDTH_STEP, Asked, Fitted, Form, Shape, query_heads
+from .channels import (
+    coded_shapes,
+    kept_channels,
+    means_of,
+    quietest_angle,
+    refuse_residuals,
+)
 from .rotary import check_whole_heads
+
+TINY = 1e-300  # whose logarithm stands for that of nothing
 
 
 class Commuting(Form):
     name = runtime = "commuting"
     says = (
-        "latents of all heads, one RoPE frequency each, after rotation: nothing to rebuild, and"
-        " each query head reads all of them"
+        "latents of all heads, one RoPE frequency each: nothing to rebuild, and each query head"
+        " reads all of them"
     )
-    sized = True
+    sized = coded = True
+    rebuilds = False
+    turning = "turning"  # its twin where latents are codes
 
     def check_geometry(self, geometry, base, config):
         check_whole_heads(self.name, geometry)
@@ -45,12 +61,7 @@ class Commuting(Form):
         """A base one head wide; without any rank of either side as many numbers as halve the
         cache.
         """
-        if asked.own_rank:
-            raise LrkvError(
-                f"--keys {self.name} has no residuals, and a rank of {asked.own_rank} asks for"
-                " some",
-                "leave --rank-k out or 0, and see --base-width-k",
-            )
+        refuse_residuals(self.name, asked)
         width, d = asked.width, geometry.head_dim
         if width is None and asked.rank is None and asked.own_rank is None:
             width = even(d + geometry.kv_heads * asked.default)
@@ -72,7 +83,16 @@ class Commuting(Form):
         return [Shape(m, 0, self.name) for m in sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})]
 
     def work(self, shape: Shape, geometry: Geometry) -> int:
-        return query_heads(geometry) * shape.width
+        """Codes are turned first, and each query meets what is not in them, at each position."""
+        met = query_heads(geometry) * shape.width
+        return met + shape.coded * 2 * (shape.width + query_heads(geometry) * geometry.head_dim)
+
+    def effort(self, geometry: Geometry) -> int:
+        return 2 + query_heads(geometry)
+
+    def config(self, shapes: Sequence[Shape], base: str) -> dict:
+        found = super().config(shapes, base)
+        return found | {"form": self.turning} if "codes" in found else found
 
     def fit(
         self,
@@ -83,6 +103,8 @@ class Commuting(Form):
         geometry: Geometry,
         base: str,
     ) -> Fitted:
+        if shape.coded:
+            return self.fit_codes(W, bias, metric, shape)
         H, _, d = W.shape
         A, b, scale, sizes, vectors = mixes(W, bias, metric)
         kept = kept_of(sizes, shape.width // 2)
@@ -102,6 +124,24 @@ class Commuting(Form):
         total = squared(W.double(), metric)
         relative = (error / total).sqrt().item() if total > 0 else 0.0
         return Fitted(tensors, relative, found={"kept": kept})
+
+    def fit_codes(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
+        """The fit of latents that become codes."""
+        assert metric.spread is not None and shape.codes[0] is not None
+        columns, c, gains = turning_latents(W, metric)
+        kept = kept_channels(columns, gains, shape.codes[0], metric.spread)
+        # what codes round of the means, in heads: (2, H, d)
+        beyond = halves(torch.einsum("haj,caj->chj", c, as_complex(kept.beyond)))
+        means = torch.einsum("cD,hDd->chd", means_of(metric.spread), W.double()) + beyond
+        usual = means[0] if bias is None else means[0] + bias.double()
+        tensors = kept.tensors(usual, means[1] - means[0]) | {"mix": halves(c)}
+        return Fitted(tensors, kept.error, found=kept.found)
+
+    def coded_curve(
+        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+    ) -> list[tuple[Shape, float]]:
+        gains = turning_latents(W, metric)[2].flatten()
+        return coded_shapes(gains, widths, self.name)
 
     def curve(
         self, W: Tensor, bias: Tensor | None, metric: Metric, shapes: Sequence[Shape]
@@ -129,6 +169,58 @@ def mixes(
     G = A.mH @ seen + b.conj().unsqueeze(-1) * b.unsqueeze(-2)  # (d/2, H, H)
     sizes, vectors = torch.linalg.eigh((G + G.mH) / 2)
     return A, b, scale, sizes.clamp_min(0), vectors
+
+
+def turning_latents(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of W (H, D, d) as codes want them, in a grid: H rows of d numbers, real parts of all
+    frequencies and imaginary ones. Columns (D, H, d), what takes them back to heads c (H, H, d/2)
+    complex, by head and row, and what each is worth (H, d).
+
+    The mix of heads is best in the metric averaged over rotations, which slow frequencies hardly
+    go through: they keep heads apart where that is worth less in their own.
+    """
+    A, _, scale, _, vectors = mixes(W, None, metric)
+    apart = torch.eye(len(W), dtype=vectors.dtype, device=vectors.device).expand_as(vectors)
+    found = [_unmixed(A, scale, v, metric) for v in (vectors.flip(-1), apart)]
+    bits = [part.clamp_min(TINY).log().sum((1, 2)) for _, _, part in found]  # (d/2,)
+    mixed = (bits[0] <= bits[1]).view(-1, 1, 1)
+    Z, c, worth = (torch.where(mixed, *each) for each in zip(*found))
+    return (
+        halves(Z.permute(1, 2, 0)),
+        c.permute(1, 2, 0),
+        torch.cat((worth[..., 0].T, worth[..., 1].T), dim=-1),
+    )
+
+
+def _unmixed(A: Tensor, scale: Tensor, v: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """By frequency: latents Z (d/2, D, H) of the mixes v (d/2, H, H), what takes them back to heads
+    (d/2, H, H), and what their real and imaginary parts are worth (d/2, H, 2). A, scale: `mixes`.
+    """
+    assert metric.spread is not None
+    covariance = metric.spread.covariance
+    size = scale.square().mean(0).sqrt().view(-1, 1, 1)  # latents as large as keys
+    Z, c = A @ v / size, v.conj() / scale.T.unsqueeze(-1) * size
+    M, low, high = metric.M.root @ metric.M.root, slice(len(A)), slice(len(A), None)
+    # the metric of each channel pair, elements 11, 12 and 22, (d/2, H, 1) each
+    own = [
+        M[:, a, b].diagonal(dim1=-2, dim2=-1).T.unsqueeze(-1)
+        for a, b in ((low, low), (low, high), (high, high))
+    ]
+    lie = lambda p, q: (p * (covariance @ q)).sum(1)
+    met = lambda p, q: (
+        own[0] * p.real * q.real
+        + own[1] * (p.real * q.imag + p.imag * q.real)
+        + own[2] * p.imag * q.imag
+    ).sum(1)
+    turned = lambda angle: torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+    # of an error of 1 in a real part heads get c, of one in an imaginary part i c
+    angle = quietest_angle(
+        [lie(Z.real, Z.real), lie(Z.real, Z.imag), lie(Z.imag, Z.imag)],
+        [met(c, c), met(c, 1j * c), met(1j * c, 1j * c)],
+    )
+    Z, c = Z * turned(-angle), c * turned(angle)
+    worth = lie(Z.real, Z.real) * met(c, c), lie(Z.imag, Z.imag) * met(1j * c, 1j * c)
+    return Z, c, torch.stack(worth, dim=-1).clamp_min(0)
 
 
 def kept_of(sizes: Tensor, n: int) -> list[int]:

@@ -14,6 +14,7 @@ from .base import Asked, Fitted, Form, Shape, query_heads
 class Full(Form):
     name = runtime = "full"
     says = "the keys themselves, after rotation, as the original does: only values are compressed"
+    rebuilds = False
     budget = 0.75  # keys alone are half of the cache
 
     def shape(self, asked: Asked, geometry: Geometry) -> Shape:
@@ -25,6 +26,9 @@ class Full(Form):
 
     def work(self, shape: Shape, geometry: Geometry) -> int:
         return query_heads(geometry) * geometry.head_dim
+
+    def effort(self, geometry: Geometry) -> int:
+        return geometry.groups
 
     def fit(
         self,

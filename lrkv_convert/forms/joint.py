@@ -68,6 +68,9 @@ class Joint(Form):
             return query_heads(geometry) * (shape.width + shape.rank)
         return self.rebuilding(shape.width + shape.rank, geometry)
 
+    def effort(self, geometry: Geometry) -> int:
+        return geometry.kv_heads * geometry.head_dim
+
     def rebuilding(self, numbers: int, geometry: Geometry) -> int:
         """Multiply-adds to rebuild every KV head of a token from so many numbers and to meet it
         with its queries.
@@ -117,7 +120,7 @@ class Joint(Form):
         return Fitted(tensors, (fit.error**2 + noise / total) ** 0.5 if total > 0 else 0.0)
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int]
+        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
     ) -> list[tuple[Shape, float]]:
         assert metric.shares is not None
         gains, shares = joint_gains(W, metric, metric.shares)

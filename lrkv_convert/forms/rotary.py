@@ -49,6 +49,10 @@ class Rotary(Joint):
     def work(self, shape: Shape, geometry: Geometry) -> int:
         return self.rebuilding(shape.rank, geometry)
 
+    def effort(self, geometry: Geometry) -> int:
+        """That of its residuals, which are the greater part."""
+        return geometry.head_dim
+
     def curve(
         self, W: Tensor, bias: Tensor | None, metric: Metric, shapes: Sequence[Shape]
     ) -> list[float]:

@@ -24,7 +24,7 @@ from ..families import Geometry, Site
 from ..folder.store import Store
 from ..observe.calibrate import solvable
 from ..plan.allocate import Curve, allocate
-from ..plan.curves import CODED_KEY_WEIGHT, KEY_WEIGHT, second_order
+from ..plan.curves import predicted_kl
 from ..plan.options import Options
 from ..plan.shapes import uniform_plan
 from ..plan.spend import Budget
@@ -179,21 +179,7 @@ def planned_kl(
         plan = allocate(curves, sites, layers, element_size, ratio)
     except LrkvError:
         return None
-    total = 0.0
-    for (keys, values), planned in zip(curves, plan.sites, strict=True):
-        for side, shape, weights in (
-            (keys, planned.keys, (KEY_WEIGHT, CODED_KEY_WEIGHT)),
-            (values, planned.values, (1.0, 1.0)),
-        ):
-            at = next(
-                point
-                for point in side
-                if (point.width, point.rank, point.codes)
-                == (shape.width, shape.rank, shape.codes[0])
-            )
-            # the loss of codes is that of second order, weighed
-            total += at.loss / weights[1] if at.codes else second_order(at.loss, weights[0])
-    return total
+    return predicted_kl(curves, plan)
 
 
 def kind_row(outlook: Outlook, target_kl: float) -> dict:

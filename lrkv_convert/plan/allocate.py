@@ -21,7 +21,8 @@ from .shapes import Plan, SitePlan
 @dataclass(frozen=True)
 class Point:
     """One choice for one side of a layer: base width m, rank r, what a token takes (numbers, or
-    bytes where latents are codes), predicted loss, and the codes of the base.
+    bytes where latents are codes), predicted loss, and the codes of the base, or of the residuals
+    where there is no base.
     """
 
     width: int
@@ -29,6 +30,15 @@ class Point:
     size: int
     loss: float
     codes: Blocks | None = None
+
+    def shape(self, form: str) -> Shape:
+        """In the form of this name."""
+        return Shape(
+            self.width,
+            self.rank,
+            form,
+            (self.codes, None) if self.width else (None, self.codes),
+        )
 
 
 Curve = list[Point]
@@ -115,8 +125,8 @@ def allocate(
         SitePlan(
             site.layer,
             site.geometry,
-            Shape(k.width, k.rank, keys, (k.codes, None)),
-            Shape(v.width, v.rank, codes=(v.codes, None)),
+            k.shape(keys),
+            v.shape("joint"),
         )
         for site, k, v in zip(sites, picked[::2], picked[1::2], strict=True)
     )

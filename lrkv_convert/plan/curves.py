@@ -9,8 +9,8 @@ from ..families import AttentionWeights, Geometry, Site
 from ..fit.metric import LayerMetrics, Metric
 from ..folder.store import Store
 from ..forms import FORMS, of_values
-from ..modeling.codes_lrkv import row_bytes
 from .allocate import Caps, Curve, Point
+from .shapes import Plan
 
 # From squared error to loss, measured on SmolLM2-135M (benchmarks/NOTES.md). The Fisher metric is
 # the loss to second order; at the errors of a
@@ -47,39 +47,52 @@ def survey(
 ) -> list[tuple[Curve, Curve]]:
     """(keys, values) curves of every site; look: its weights and its metrics; keys: the name
     of their form; bits: widths of codes, None for 16-bit numbers. Finished ones are kept in the
-    store.
+    store, those of values whatever the form of keys.
     """
-    curves = []
+    curves, of_codes = [], "".join(f"-{width}" for width in bits or ())
     for i, site in enumerate(sites):
-        of_codes = "".join(f"-{width}" for width in bits or ())
-        if (name := f"curves-{keys}{of_codes}-{site.name}") not in store:
-            (weights, metrics), geometry = look(site), site.geometry
-            widest = caps(geometry)
-            if bits is None:
-                sides = (
-                    curve(
-                        weights.W_K,
-                        metrics.keys,
-                        geometry,
-                        widest[0],
-                        KEY_WEIGHT,
-                        keys,
-                        weights.b_K,
-                    ),
-                    curve(weights.W_V, metrics.values, geometry, widest[1], 1.0, bias=weights.b_V),
-                )
-            else:
-                sides = (
-                    coded_curve(
-                        weights.W_K, metrics.side("keys", True), CODED_KEY_WEIGHT, keys, bits
-                    ),
-                    coded_curve(weights.W_V, metrics.side("values", True), 1.0, "joint", bits),
-                )
-            store.save(name, [[astuple(point) for point in side] for side in sides])
-        keys_curve, values_curve = ([Point(*p) for p in side] for side in store.load(name))
+        names = [f"curves-{side}{of_codes}-{site.name}" for side in (keys, "values")]
+        if any(name not in store for name in names):
+            seen, widest = look(site), caps(site.geometry)
+            for name, of in zip(names, (_of_keys, _of_values)):
+                if name not in store:
+                    found = of(*seen, site.geometry, widest, keys, bits)
+                    store.save(name, [astuple(point) for point in found])
+        keys_curve, values_curve = ([Point(*p) for p in store.load(name)] for name in names)
         curves.append((keys_curve, values_curve))
         progress(i + 1)
     return curves
+
+
+def _of_keys(
+    weights: AttentionWeights,
+    metrics: LayerMetrics,
+    geometry: Geometry,
+    caps: tuple[int, int],
+    form: str,
+    bits: Sequence[int] | None,
+) -> Curve:
+    """The curve of the keys of a site, in this form."""
+    if bits is None:
+        cap, b = caps[0], weights.b_K
+        return curve(weights.W_K, metrics.keys, geometry, cap, KEY_WEIGHT, form, b)
+    metric = metrics.side("keys", True)
+    return coded_curve(weights.W_K, metric, geometry, CODED_KEY_WEIGHT, form, bits)
+
+
+def _of_values(
+    weights: AttentionWeights,
+    metrics: LayerMetrics,
+    geometry: Geometry,
+    caps: tuple[int, int],
+    form: str,
+    bits: Sequence[int] | None,
+) -> Curve:
+    """The curve of its values, which is the same for any form of keys."""
+    if bits is None:
+        return curve(weights.W_V, metrics.values, geometry, caps[1], 1.0, bias=weights.b_V)
+    metric = metrics.side("values", True)
+    return coded_curve(weights.W_V, metric, of_values(geometry), 1.0, "joint", bits)
 
 
 def curve(
@@ -107,13 +120,23 @@ def curve(
 
 
 def coded_curve(
-    W: torch.Tensor, metric: Metric, weight: float, form: str, bits: Sequence[int]
+    W: torch.Tensor,
+    metric: Metric,
+    geometry: Geometry,
+    weight: float,
+    form: str,
+    bits: Sequence[int],
 ) -> Curve:
     """Predicted loss of latents as codes of these widths: weight * half the squared error."""
     return [
-        Point(shape.width, shape.rank, row_bytes(blocks), weight * error / 2, blocks)
-        for shape, error in FORMS[form].coded_curve(W, metric, bits)
-        if (blocks := shape.codes[0]) is not None
+        Point(
+            shape.width,
+            shape.rank,
+            FORMS[form].bytes(shape, geometry, 0),
+            weight * error / 2,
+            shape.codes[0] or shape.codes[1],
+        )
+        for shape, error in FORMS[form].coded_curve(W, metric, bits, geometry)
     ]
 
 
@@ -122,3 +145,17 @@ def second_order(loss: float, weight: float) -> float:
     itself predicts, in nats of KL.
     """
     return (loss / weight) ** (1 / EXPONENT)
+
+
+def predicted_kl(curves: Sequence[tuple[Curve, Curve]], plan: Plan) -> float:
+    """What the Fisher metric itself predicts of a plan made of these curves, in nats."""
+    total = 0.0
+    for (keys, values), planned in zip(curves, plan.sites, strict=True):
+        for side, shape, weights in (
+            (keys, planned.keys, (KEY_WEIGHT, CODED_KEY_WEIGHT)),
+            (values, planned.values, (1.0, 1.0)),
+        ):
+            at = next(point for point in side if point.shape(shape.form) == shape)
+            # the loss of codes is that of second order, weighed
+            total += at.loss / weights[1] if at.codes else second_order(at.loss, weights[0])
+    return total

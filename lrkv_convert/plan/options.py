@@ -15,6 +15,7 @@ from ..settings.fields import Limit, Typed, option
 
 if TYPE_CHECKING:
     from ..families import Family, Site
+    from ..forms import Form
     from .spend import Budget, Uniform
 
 # more helps most where the text is unlike what the model will read (benchmarks/NOTES.md)
@@ -22,6 +23,10 @@ TOKENS, BUILT_IN_TOKENS = 16384, 32768
 # share of the original cache that codes take when none is asked for
 CODED = 0.25
 SPEECH_TOKENS = 4096  # of transcripts: about 20 minutes of speech
+
+AUTO = "auto"  # the form of keys that is chosen
+# how much work a cached number of a key may be to read, in words
+WORK = ("latency", "balanced", "quality")
 
 SHARE = Limit(
     lambda value: 0 < value < 1,
@@ -82,9 +87,16 @@ class Options(Typed):
     keys: str = option(
         "joint",
         "How RoPE keys are cached: joint (best quality), per-head or rotary (less to rebuild when"
-        " read), commuting (nothing to rebuild), full (as they are: only values are compressed).",
-        choices=forms(),
+        " read), commuting or channels (nothing to rebuild), full (as they are: only values are"
+        " compressed), or auto (the one that loses least within --work).",
+        choices=[*forms(), AUTO],
         called="form of keys",
+    )
+    work: int | str | None = option(
+        None,
+        "With --keys auto: how much work reading may be, latency (nothing is rebuilt), balanced (a"
+        " head at most), quality (whatever is best), or multiply-adds for each cached number of a"
+        " key. Default: balanced.",
     )
     bits: int | str = option(
         "auto",
@@ -138,6 +150,8 @@ class Options(Typed):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "bits", str(self.bits))
+        if self.work is not None:
+            object.__setattr__(self, "work", str(self.work))
         if self.calibration == ["none"]:
             object.__setattr__(self, "calibration", [])
 
@@ -156,7 +170,6 @@ class Options(Typed):
     @property
     def spend(self) -> "Budget | Uniform":
         """How much of the original cache to spend: a budget, or the same shape in every layer."""
-        from ..forms import form_named
         from .spend import Budget, Uniform
 
         uniform = Uniform(
@@ -168,7 +181,7 @@ class Options(Typed):
             width_v=self.base_width_v,
         )
         planned = self.base == "joint" and self.metric == "fisher" and not self.without_text
-        widths, form = self.widths, form_named(self.keys)
+        widths, form = self.widths, self.form
         if self.cache_ratio is None and (uniform != Uniform() or not planned):
             one = None if self.bits == "auto" or widths is None else widths[0]
             return replace(uniform, bits=one)
@@ -180,13 +193,12 @@ class Options(Typed):
     def widths(self) -> tuple[int, ...] | None:
         """The widths that codes may have; None for 16-bit numbers. Raises LrkvError for others."""
         from ..fit.codes import WIDTHS
-        from ..forms import form_named
 
         if self.bits == "16":
             return None
         if self.bits == "auto":
             limited = self.max_width_k or self.max_width_v
-            return WIDTHS if form_named(self.keys).coded and not limited else None
+            return WIDTHS if self.form.coded and not limited else None
         words = [word.strip() for word in str(self.bits).split(",")]
         if unknown := [word for word in words if word not in map(str, WIDTHS)]:
             raise LrkvError(
@@ -195,14 +207,69 @@ class Options(Typed):
             )
         return tuple(sorted({int(word) for word in words}, reverse=True))
 
+    @property
+    def form(self) -> "Form":
+        """Of keys; joint where it is still to be chosen."""
+        from ..forms import form_named
+
+        return form_named("joint" if self.keys == AUTO else self.keys)
+
+    def coded_forms(self, sites: "Sequence[Site]", config) -> list[str]:
+        """Names of the forms of keys whose codes go with sites of a kind: joint alone where no key
+        turns. [] where nothing is codes.
+        """
+        from ..forms import FORMS
+
+        geometries = list(dict.fromkeys(site.geometry for site in sites))
+        names = []
+        for name, form in FORMS.items():
+            try:
+                form.check(geometries, self.base, config)
+            except LrkvError:
+                continue
+            if form.coded and self.widths is not None:
+                names.append(name)
+        return names if any(g.rotary for g in geometries) else names[:1]
+
+    def forms_for(self, sites: "Sequence[Site]", config) -> list[str]:
+        """Names of the forms of keys of which sites of a kind may have one: that asked for, or
+        those that are no more work than asked. Raises LrkvError where all are.
+        """
+        from ..forms import FORMS
+
+        if self.keys != AUTO:
+            return [self.keys]
+        turning = [site.geometry for site in sites if site.geometry.rotary]
+        if not turning:
+            return ["joint"]
+        names, work = self.coded_forms(sites, config), str(self.work or "balanced")
+        if work == "quality":
+            return names
+        rebuilt = {name for name in names if FORMS[name].rebuilds}
+        effort = {name: max(FORMS[name].effort(g) for g in turning) for name in names}
+        head = min(g.head_dim for g in turning)
+        found = {
+            "latency": [name for name in names if name not in rebuilt],
+            "balanced": [name for name in names if name not in rebuilt or effort[name] <= head],
+        }.get(work) or [name for name in names if work not in WORK and effort[name] <= float(work)]
+        if not found:
+            least = min(effort, key=effort.__getitem__)
+            raise LrkvError(
+                f"no form of keys of this model is read within --work {work}",
+                f"the least is {least}, {effort[least]} multiply-adds for each cached number",
+            )
+        return found
+
     def for_family(self, family: "Family") -> "Options":
         """These options where nothing was said of bits: families whose cache holds no codes keep
-        16-bit numbers.
+        16-bit numbers, in the joint form where it was to be chosen.
         """
         from ..modeling import attention_class
 
-        takes = attention_class(family.model_type).takes_codes
-        return self if takes or self.bits != "auto" else replace(self, bits="16")
+        if self.bits != "auto" or attention_class(family.model_type).takes_codes:
+            return self
+        keys = "joint" if self.keys == AUTO else self.keys
+        return replace(self, bits="16", keys=keys, work=None if self.keys == AUTO else self.work)
 
     def kinds(self, family: "Family") -> tuple[str, ...]:
         """The kinds of attention to convert. Raises LrkvError for one that does not exist, or that
@@ -230,13 +297,12 @@ class Options(Typed):
         """Raise LrkvError for values out of range, for options that contradict one another, and for
         those that do not go with the model.
         """
-        from ..forms import form_named
-
         self.check_fields()
         self.check_bits(config)
         geometries = list(dict.fromkeys(site.geometry for site in sites))
-        form_named(self.keys).check(geometries, self.base, config)
+        self.form.check(geometries, self.base, config)
         self.check_spend()
+        self.check_work()
         if self.metric == "whitened" and self.without_text:
             raise LrkvError(
                 "the whitened metric is made of calibration text, and there is none",
@@ -250,13 +316,14 @@ class Options(Typed):
 
     def check_bits(self, config) -> None:
         """Raise LrkvError for codes where there can be none."""
-        from ..forms import form_named
         from ..modeling import attention_class
 
         widths, spent = self.widths, self.spend
+        if self.form.coded_only or self.keys == AUTO:
+            self.check_coded_only(attention_class(config.model_type).takes_codes)
         if self.bits in ("auto", "16") or widths is None:
             return
-        if not form_named(self.keys).coded:
+        if not self.form.coded:
             raise LrkvError(
                 f"--keys {self.keys} caches 16-bit numbers, not codes", "leave --bits out"
             )
@@ -285,12 +352,47 @@ class Options(Typed):
                 "give --cache-ratio for several, or one width such as --bits 8",
             )
 
+    def check_coded_only(self, takes_codes: bool) -> None:
+        """Raise LrkvError where 16-bit numbers are asked for in a form that has none, or for a
+        choice of forms without a budget of codes. takes_codes: whether the family does.
+        """
+        from .spend import Budget
+
+        spent = self.spend
+        bits = spent.bits
+        if not takes_codes:
+            hint = "this family caches none: leave --keys out"
+        elif self.without_text or self.metric != "fisher":
+            hint = "these need calibration text and the fisher metric: leave both as they are"
+        elif isinstance(spent, Budget) or self.keys != AUTO:
+            hint = "leave --bits 16 and --max-width out; beside --rank give --bits 8"
+        else:
+            bits, hint = None, "give --cache-ratio in place of --rank and --base-width"
+        if bits is None or not takes_codes:
+            raise LrkvError(f"--keys {self.keys} goes with codes only", hint)
+
+    def check_work(self) -> None:
+        """Raise LrkvError for a limit of work that is none, or that nothing is chosen by."""
+        if self.work is None:
+            return
+        if self.keys != AUTO:
+            raise LrkvError(
+                "--work chooses among forms of keys, and one is named", "give --keys auto with it"
+            )
+        try:
+            fits = self.work in WORK or 0 < float(self.work) < float("inf")
+        except ValueError:
+            fits = False
+        if not fits:
+            raise LrkvError(
+                f"{self.work!r} is no limit of work",
+                f"--work is {', '.join(WORK)} or a number of multiply-adds",
+            )
+
     def check_spend(self) -> None:
         """Raise LrkvError for a budget beside ranks, or beside what it cannot plan; and for limits
         of a budget where there is none.
         """
-        from ..forms import form_named
-
         ranks = (self.rank, self.rank_k, self.rank_v)
         widths = (self.base_width, self.base_width_k, self.base_width_v)
         if self.cache_ratio is not None:
@@ -310,7 +412,7 @@ class Options(Typed):
                     " text",
                     "give --rank without text or with other metrics",
                 )
-        if self.max_width_k is not None and not form_named(self.keys).sized:
+        if self.max_width_k is not None and not self.form.sized:
             raise LrkvError(
                 f"--keys {self.keys} says already how wide keys are", "leave --max-width-k out"
             )

@@ -63,12 +63,14 @@ class Plan:
     """What a conversion will produce of one kind of attention. Bytes and flops are per cached token
     over all its modules, bytes in the dtype the model is stored in.
 
-    layers: of the stack, those without such attention included.
+    layers: of the stack, those without such attention included; predicted_kl: of a budget, in nats
+    (curves.predicted_kl).
     """
 
     sites: tuple[SitePlan, ...]
     element_size: int
     layers: int
+    predicted_kl: float | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -125,6 +127,10 @@ class Plan:
             ],
             **self.cache(),
         }
+
+    def cost(self) -> dict:
+        """The same, and what is predicted to be lost."""
+        return {**self.cache(), "predicted_kl": self.predicted_kl}
 
     def cache(self) -> dict:
         """Bytes and flops per cached token, before and after."""

@@ -37,7 +37,8 @@ class Budget:
     ) -> None:
         """No plan before calibration. Raises LrkvError for a budget below the smallest plan."""
         if self.bits is None:
-            check_floor(sites, self.caps(options.keys), options.keys, self.ratio)
+            name = options.form.name
+            check_floor(sites, self.caps(name), name, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Uniform:
         stored. Raises LrkvError for shapes that cannot be.
         """
         plan = uniform_plan(
-            sites, layers, element_size, **asdict(self), keys=options.keys, force=options.force
+            sites, layers, element_size, **asdict(self), keys=options.form.name, force=options.force
         )
         try:
             for form, shape, geometry in reversed(plan.sites[0].sides):
