@@ -79,8 +79,9 @@ def test_a_conversion_on_a_device_is_that_on_the_cpu(tiny, tmp_path):
         convert(source, tmp_path / "cpu" / name, **options)
         there, here = (written(folder) for folder in (out, tmp_path / "cpu" / name))
         # factors are free to turn, what they stand for is not; a dozen pairs leave rounding more
-        # room
-        assert relative(there, here) < (1e-2 if family_of(source) == "t5" else 1e-3), name
+        # room, and a latent at the border of two codes may take either
+        loose = family_of(source) == "t5" or "codes" in name
+        assert relative(there, here) < (1e-2 if loose else 1e-3), name
 
 
 def family_of(folder) -> str:
