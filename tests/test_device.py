@@ -17,12 +17,14 @@ from encoder_decoders import build as build_encoder_decoder
 from lrkv_convert import convert
 
 JOBS = {  # name: (family, options)
-    "budget": ("llama", {"cache_ratio": 0.6}),
+    "budget": ("llama", {"cache_ratio": 0.6, "bits": "16"}),
+    "codes": ("llama", {"cache_ratio": 0.2}),
+    "codes of the same width": ("gpt2", {"rank": 7, "bits": "8"}),
     "rotary keys": ("llama-bias", {"cache_ratio": 0.75, "keys": "rotary"}),
     "aligned": ("llama", {"rank": 7, "base": "aligned"}),
     "grouped": ("llama", {"rank": 0, "base_width": 36, "base": "grouped"}),
     "fused": ("gpt2", {"rank": 7}),
-    "soft cap": ("gemma2", {"cache_ratio": 0.6}),
+    "soft cap": ("gemma2", {"cache_ratio": 0.6, "bits": "16"}),
     "neighbouring channels": ("gptj", {"rank": 7, "metric": "attention"}),
     "experts": ("mixtral", {"rank": 7}),
     "relative bias": ("t5", {"rank": 7, "attention": "self,cross"}),
@@ -77,8 +79,9 @@ def test_a_conversion_on_a_device_is_that_on_the_cpu(tiny, tmp_path):
         convert(source, tmp_path / "cpu" / name, **options)
         there, here = (written(folder) for folder in (out, tmp_path / "cpu" / name))
         # factors are free to turn, what they stand for is not; a dozen pairs leave rounding more
-        # room
-        assert relative(there, here) < (1e-2 if family_of(source) == "t5" else 1e-3), name
+        # room, and a latent at the border of two codes may take either
+        loose = family_of(source) == "t5" or "codes" in name
+        assert relative(there, here) < (1e-2 if loose else 1e-3), name
 
 
 def family_of(folder) -> str:

@@ -146,17 +146,21 @@ def test_a_failure_in_mid_conversion_keeps_the_previous_output(source, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "moment, kept",
+    "moment, kept, bits",
     [
-        ("forward", "layer-0"),
-        ("entering-2", "layer-1"),
-        ("moments-1", "layer-1"),
-        ("backward", "moments-1"),
-        ("curves-joint-self-0", "curves-joint-self-0"),
-        ("fitted-0", "fitted-0"),
+        ("forward", "layer-0", "16"),
+        ("entering-2", "layer-1", "16"),
+        ("moments-1", "layer-1", "16"),
+        ("backward", "moments-1", "16"),
+        ("curves-joint-self-0", "curves-joint-self-0", "16"),
+        ("curves-joint-8-6-4-3-2-self-0", "curves-joint-8-6-4-3-2-self-0", "auto"),
+        ("fitted-0", "fitted-0", "16"),
+        ("fitted-0", "fitted-0", "auto"),
     ],
 )
-def test_a_killed_conversion_goes_on_and_ends_the_same(moment, kept, tiny, converted, tmp_path):
+def test_a_killed_conversion_goes_on_and_ends_the_same(
+    moment, kept, bits, tiny, converted, tmp_path
+):
     """Killed right after `moment` was first saved: the second run does not work out again what was
     `kept`, and writes the same bytes.
     """
@@ -171,7 +175,8 @@ def saves(self, name, value):
     seen.append(name)
     if name == {{kill!r}}: os.kill(os.getpid(), signal.SIGKILL)
 Store.save = saves
-convert({str(tiny())!r}, {str(tmp_path / "out")!r}, cache_ratio=0.5, calibration_tokens=1024)
+convert({str(tiny())!r}, {str(tmp_path / "out")!r}, cache_ratio=0.5, bits={bits!r},
+    calibration_tokens=1024)
 print(" ".join(seen))
 """
     run = lambda kill: subprocess.run(
@@ -181,7 +186,7 @@ print(" ".join(seen))
     done = run(None)
     assert done.returncode == 0, done.stderr
     assert kept not in done.stdout.split() and "fitted-1" in done.stdout.split()
-    whole = converted(cache_ratio=0.5, rank=None)
+    whole = converted(cache_ratio=0.5, rank=None, bits=bits)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"
     ).read_bytes()

@@ -83,7 +83,7 @@ def codings(gains: Tensor, shares: Tensor, widths: Sequence[int] = WIDTHS) -> li
     top = gains.max().clamp_min(torch.finfo(gains.dtype).tiny).log2().item()
     # also where no latent is worth a bit, such as in layers without weights
     least: Blocks = ((widths[-1], PLANNED_MULTIPLE),)
-    tried = {least: Coding(least, loss_of(table, widths, least))}
+    tried: dict[Blocks, Coding] = {least: Coding(least, loss_of(table, widths, least))}
     for step in range(LAMBDAS):
         price = 2.0 ** (top + 1 - step / 3)  # loss a bit
         chosen = (table + price * bits).argmin(0)  # (m,): 0 dropped, then by widths
