@@ -96,15 +96,16 @@ def source(tiny, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def converted(tiny, tmp_path_factory):
     """converted(family, **options) -> folder; each combination is converted once, to 16-bit numbers
-    unless told otherwise.
+    unless told otherwise: of rank 7, or of a budget.
     """
-    made, usual = {}, {"rank": 7, "bits": "16", "calibration_tokens": 1024}
+    made = {}
 
     def get(family: str = "llama", **options) -> Path:
         key = (family, repr(sorted(options.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp("lrkv") / "model"
-            convert(str(tiny(family)), folder, **{**usual, **options})
+            sizes = {"rank": 7} if options.get("rank", 7) is not None else {"bits": "16"}
+            convert(str(tiny(family)), folder, **{**sizes, "calibration_tokens": 1024, **options})
             made[key] = folder  # whole: a conversion that failed is tried again
         return made[key]
 

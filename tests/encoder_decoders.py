@@ -169,7 +169,7 @@ def converted(tiny, data, tmp_path_factory):
         key = (family, calibrated, tuple(sorted(options.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("lrkv") / "model"
-            sizes = {"bits": "16", **({} if "cache_ratio" in options else {"rank": 7})}
+            sizes = {"bits": "16"} if "cache_ratio" in options else {"rank": 7}
             convert(
                 str(tiny(family)),
                 made[key],
