@@ -141,15 +141,16 @@ class Normalised:
         return torch.einsum("cgw,ghwd->cghd", self.centres, self.maps).flatten(1, 2)
 
 
-def normalised(
-    weights: Tensor, maps: Tensor, blocks: Blocks, spread: Spread, roots: Tensor, shares: Tensor
-) -> Normalised:
+def normalised(weights: Tensor, maps: Tensor, blocks: Blocks, metric: "Metric") -> Normalised:
     """Latents in the order of what they are worth, each divided by its size. weights, maps: as in
-    `Normalised`; roots M_h^(1/2) (H, d, d); shares (H,), ones for keys.
+    `Normalised`; metric: with a spread and shares. Sizes are those in its Sigma, which is shrunk:
+    directions that calibration never saw must not reach beyond all codes.
     """
     G, h, w, d = maps.shape
-    roots, shares = roots.view(G, h, d, d), shares.view(G, h, 1)
-    variance = (weights * (spread.covariance @ weights)).sum(1).clamp_min(0)  # (G, w)
+    spread, roots = metric.spread, metric.M.root.view(G, h, d, d)
+    assert spread is not None and metric.shares is not None
+    shares = metric.shares.view(G, h, 1)
+    variance = (weights * (metric.sigma @ weights)).sum(1).clamp_min(0)  # (G, w)
     of_heads = (maps @ roots).square().sum(-1) * variance.unsqueeze(1)  # (G, h, w)
     order = of_heads.sum(1).argsort(dim=-1, descending=True, stable=True)  # (G, w)
     every = order.unsqueeze(1)
@@ -181,12 +182,9 @@ def coded(
     W (H, D, d), bias (H, d): what is to be cached; slots: weights and maps of "base" and
     "residual", as in `Normalised`; codes: of the same; metric: with a spread and shares.
     """
-    spread, shares = metric.spread, metric.shares
-    assert spread is not None and shares is not None
-    ready = {
-        name: normalised(*slot, codes[name], spread, metric.M.root, shares)
-        for name, slot in slots.items()
-    }
+    spread = metric.spread
+    assert spread is not None
+    ready = {name: normalised(*slot, codes[name], metric) for name, slot in slots.items()}
     # heads of a usual token and of a first one (2, H, d), and what of them no latent has
     rest = torch.einsum("cD,hDd->chd", torch.stack((spread.mean, spread.first)), W.double())
     for slot in ready.values():

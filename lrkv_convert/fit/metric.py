@@ -18,7 +18,7 @@ float64 throughout. Shapes: H KV heads, G queries per KV head, D width, d head w
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ ATTENDED = {"fisher", "attention"}  # those that weigh inputs by attention
 # share of the mean eigenvalue added to Sigma; from 1 % to 10 % it made no difference
 # (benchmarks/NOTES.md)
 SHRINKAGE = 0.01
-CODED_SHRINKAGE = 0.001  # the same where latents are to be codes
 # heads have a Sigma_V of their own, or runs of neighbouring heads one together: at most so many in
 # a layer
 RUNS = 8
@@ -165,8 +164,9 @@ class LayerMetrics:
             assert self.moments is not None
             M = getattr(self.moments, name)
         shares = self.spread.shares if name == "values" else torch.ones_like(self.spread.shares)
-        sigma = shrunk(self.spread.covariance.clone(), CODED_SHRINKAGE)
-        return Metric(sigma, self._root(M), None, self.spread, shares)
+        # shrunk: directions that calibration never saw must not reach beyond all codes
+        sigma = shrunk(self.spread.covariance.clone())
+        return Metric(sigma, self._root(M), None, replace(self.spread, covariance=sigma), shares)
 
     @property
     def keys(self) -> Metric:
