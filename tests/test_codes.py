@@ -471,7 +471,7 @@ def problem(H: int = 4, D: int = 96, d: int = 24, seed: int = 0, dead: int = 0):
 
 def side(geometry: Geometry, bits, seed: int, dead: int = 0):
     W, metric = problem(geometry.kv_heads, geometry.width, geometry.head_dim, seed, dead)
-    return coded_curve(W, metric, 1.0, "joint", bits)
+    return coded_curve(W, metric, geometry, 1.0, "joint", bits)
 
 
 # 4 x 24 channels, and 3 x 15, which are no multiple of 8, of a model wider and narrower than that
@@ -510,7 +510,7 @@ def test_what_is_planned_can_be_fitted(sizes, dead):
     H, D, d = sizes
     geometry = Geometry(width=D, kv_heads=H, groups=2, head_dim=d, rotary_dim=d - d % 2)
     W, metric = problem(H, D, d, dead=H if dead == 3 else dead)
-    curve = FORMS["joint"].coded_curve(W, metric, (8, 6, 4, 3, 2))
+    curve = FORMS["joint"].coded_curve(W, metric, (8, 6, 4, 3, 2), geometry)
     assert curve
     for shape, loss in (curve[0], curve[len(curve) // 2], curve[-1]):
         fitted = FORMS["joint"].fit(W, None, metric, shape, geometry, "joint")
