@@ -175,13 +175,13 @@ def test_the_plan_is_predicted_by_the_errors_of_its_shapes(tiny):
     geometry, metric = Geometry(D, H, 2, d, d), random_metric(D, H, d)
     sites = [Site(0, "self", "", FAMILIES["llama"].any, geometry)]
     sides = curve(W, metric, geometry, d, KEY_WEIGHT), curve(W, metric, geometry, 2 * d, 1.0)
-    floor = min(p.numbers for p in sides[0]) + min(p.numbers for p in sides[1])
-    cheapest = planned_kl([sides], sites, 1, floor / (2 * H * d))
+    floor = min(p.size for p in sides[0]) + min(p.size for p in sides[1])
+    cheapest = planned_kl([sides], sites, 1, 4, floor / (2 * H * d))
     A = square_root(metric.sigma).root @ W @ metric.M.root
     # both sides begin with a base 16 wide
     beyond = torch.linalg.svdvals(torch.cat(list(A), dim=1))[16:].square().sum().item() / 2
     assert cheapest == pytest.approx(2 * beyond, rel=1e-6)
-    assert planned_kl([sides], sites, 1, floor / (2 * H * d) - 0.01) is None
+    assert planned_kl([sides], sites, 1, 4, floor / (2 * H * d) - 0.01) is None
     assert next(second_order(p.loss, KEY_WEIGHT) for p in sides[0]) == pytest.approx(
         beyond, rel=1e-6
     )
