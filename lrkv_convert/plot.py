@@ -376,7 +376,7 @@ def number_parts(layers: Sequence[Layer], side: str, heads: int) -> dict[str, li
 
 def code_bits(layers: Sequence[Layer], side: str, heads: int) -> dict[str, list[int]]:
     """Bits by layer, of latents of each width, by what they are called; scales left out."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
         for times, blocks in zip((1, heads), getattr(layer, side).codes or (), strict=False):
             for bits, count in blocks or ():
