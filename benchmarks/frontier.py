@@ -6,7 +6,7 @@ forms of one model, from one calibration, on the same text, in one table and one
 
 Bytes are shares of a 16-bit cache, as allocated: codes, scales and zeros of 16 bits each; models
 run in float32. Nothing is tuned on what it is measured on: give other text than that of
---calibration. After every method FILE is written, and a run with the same protocol goes on from
+--calibration. After every row FILE is written, and a run with the same protocol goes on from
 there; --again METHOD measures that one anew, --only METHOD nothing else.
 
 What is not there as a cache of transformers is simulated: keys and values are rounded as they are
@@ -153,17 +153,18 @@ class Remembered(Candidate):
 
 @dataclass(frozen=True)
 class Way:
-    """One row: what it is, bytes as a share of the original's 16-bit cache, and who reads."""
+    """One row: its name among those of a method, and what makes (bytes as a share of the original's
+    16-bit cache, who reads).
+    """
 
     setting: str
-    share: float
-    candidate: Candidate
+    make: Callable[[], tuple[float, Candidate]]
 
 
 @dataclass(frozen=True)
 class Method:
     """label: for the table and the picture; note: what it keeps exact, what its bytes are, how it
-    is made; ways: its rows, made when they are asked for.
+    is made; ways: its rows.
     """
 
     label: str
@@ -189,13 +190,21 @@ class Bench(Workbench):
         return self.study.sites[0].geometry.head_dim
 
     def converted(self, setting: str, **fields) -> Way:
-        plans, model = self.convert(GIVEN, fields)
-        return Way(setting, ratio_of(plans), Candidate(model, encoder=self.encoder))
+        def make() -> tuple[float, Candidate]:
+            plans, model = self.convert(GIVEN, fields)
+            return ratio_of(plans), Candidate(model, encoder=self.encoder)
 
-    def simulated(self, setting: str, bits: float, keys, values) -> Way:
-        return Way(setting, bits / NUMBER, Simulated(self.original, self.encoder, keys, values))
+        return Way(setting, make)
 
-    def shared_latent(self, share: float) -> Way:
+    def cached(self, kind: str, bits: float) -> Way:
+        """A cache of transformers."""
+        return Way(kind, lambda: (bits / NUMBER, Candidate(self.original, kind)))
+
+    def simulated(self, setting: str, bits: float, keys: Rounds, values: Rounds) -> Way:
+        make = lambda: (bits / NUMBER, Simulated(self.original, self.encoder, keys, values))
+        return Way(setting, make)
+
+    def shared_latent(self, share: float) -> tuple[float, Candidate]:
         """One latent for keys and values of a layer, width m: the original with [W_K W_V] replaced
         by its best approximation of rank m in the covariance of its inputs, and W_O refitted.
         """
@@ -213,7 +222,7 @@ class Bench(Workbench):
                 W_O = refit_output(seen, attention, site.adapter.output, seen.weights.W_O)
                 output = getattr(attention, site.adapter.output)
                 output.weight = torch.nn.Parameter(W_O.flatten(0, 2).T.float(), requires_grad=False)
-        return Way(f"{share:.0%}", share, Candidate(model, encoder=self.encoder))
+        return share, Candidate(model, encoder=self.encoder)
 
 
 def codes(bench: Bench) -> Iterator[Way]:
@@ -228,7 +237,7 @@ def numbers(bench: Bench) -> Iterator[Way]:
 
 def fp8(bench: Bench) -> Iterator[Way]:
     if bench.decoder:
-        yield Way("fp8", 8 / NUMBER, Candidate(bench.original, "fp8"))
+        yield bench.cached("fp8", 8)
     else:
         yield bench.simulated("fp8", 8, *[partial(float8, bits=8)] * 2)
 
@@ -236,7 +245,7 @@ def fp8(bench: Bench) -> Iterator[Way]:
 def integers(bench: Bench) -> Iterator[Way]:
     for bits in (8, 4, 2) if bench.decoder else ():
         held = bits + 2 * NUMBER / math.gcd(GROUP, bench.head_dim)
-        yield Way(f"int{bits}", held / NUMBER, Candidate(bench.original, f"int{bits}"))
+        yield bench.cached(f"int{bits}", held)
 
 
 def tokenwise(bench: Bench) -> Iterator[Way]:
@@ -264,7 +273,7 @@ def shared(bench: Bench) -> Iterator[Way]:
     geometry = bench.study.sites[0].geometry
     exact = geometry.width / (2 * geometry.kv_heads * geometry.head_dim)
     for share in EXACT_LATENT if exact <= 0.5 else LATENT:
-        yield bench.shared_latent(share)
+        yield Way(f"{share:.0%}", partial(bench.shared_latent, share))
 
 
 METHODS = {
@@ -335,39 +344,44 @@ def read_to_measure(args, bench: Bench) -> list[tuple[dict, list[Example]]]:
     return found
 
 
-def run(method: str, bench: Bench, texts: list[tuple[dict, list[Example]]]) -> list[dict]:
-    """The rows of one method."""
-    began, ways = time.perf_counter(), list(METHODS[method].ways(bench))
-    made, rows = time.perf_counter(), []
-    if not ways:
-        return []
-    candidates = [bench.base, *(way.candidate for way in ways)]
-    per_text = [measure(candidates, examples) for _, examples in texts]
-    tokens = [first.tokens for first, *_ in per_text]
+def run(method: str, way: Way, bench: Bench, texts: list[tuple[dict, list[Example]]]) -> dict:
+    """One row."""
+    began = time.perf_counter()
+    share, candidate = way.make()
+    made = time.perf_counter()
+    per_text = [measure([bench.base, candidate], examples) for _, examples in texts]
+    tokens = [scores[0].tokens for scores in per_text]
     pooled = lambda each: sum(x * n for x, n in zip(each, tokens)) / sum(tokens)
-    for i, way in enumerate(ways, 1):
-        lost = [scores[i].mean("nll") - scores[0].mean("nll") for scores in per_text]
-        rows.append(
-            {
-                "method": method,
-                "date": datetime.date.today().isoformat(),
-                "setting": way.setting,
-                "share": way.share,
-                "kl": pooled([scores[i].mean("kl") for scores in per_text]),
-                "ratio": math.exp(pooled(lost)),
-                "kl_per_text": [scores[i].mean("kl") for scores in per_text],
-                "ratio_per_text": [math.exp(each) for each in lost],
-                "base_nll": pooled([scores[0].mean("nll") for scores in per_text]),
-            }
-        )
-        print(
-            f"# {method} {way.setting}: {way.share:.1%} ×{rows[-1]['ratio']:.4f}"
-            f" KL {rows[-1]['kl']:.5f}",
-            flush=True,
-        )
-    spent = made - began, time.perf_counter() - made
-    print(f"# {method}: made in {spent[0]:.0f} s, measured in {spent[1]:.0f} s", flush=True)
-    return rows
+    kl = [found.mean("kl") for _, found in per_text]
+    lost = [found.mean("nll") - base.mean("nll") for base, found in per_text]
+    row = {
+        "method": method,
+        "date": datetime.date.today().isoformat(),
+        "setting": way.setting,
+        "share": share,
+        "kl": pooled(kl),
+        "ratio": math.exp(pooled(lost)),
+        "kl_per_text": kl,
+        "ratio_per_text": [math.exp(each) for each in lost],
+        "base_nll": pooled([base.mean("nll") for base, _ in per_text]),
+    }
+    print(
+        f"# {method} {way.setting}: {share:.1%} ×{row['ratio']:.4f} KL {row['kl']:.5f}, made in"
+        f" {made - began:.0f} s, measured in {time.perf_counter() - made:.0f} s",
+        flush=True,
+    )
+    return row
+
+
+def asked_for(names: list[str]) -> list[tuple[str, list[str]]]:
+    """ "kivi=int4,int2" -> ("kivi", ["int4", "int2"]); "kivi" -> ("kivi", []), which is all."""
+    found = []
+    for name in names:
+        method, _, settings = name.partition("=")
+        if method not in METHODS:
+            raise SystemExit(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+        found.append((method, settings.split(",") if settings else []))
+    return found
 
 
 def show(record: dict) -> None:
@@ -399,11 +413,16 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, help="default: what lrkv convert reads")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture of FILE")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(METHODS),
+        help=f"{', '.join(METHODS)}; of one some rows: kivi=int4,int2. In this order",
+    )
     parser.add_argument("--again", nargs="+", choices=METHODS, default=[])
     args = parser.parse_args()
     logging.disable_progress_bar()
-    device = pick_device("auto")
+    device, asked = pick_device("auto"), asked_for(args.only)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.model, args.calibration, args.calibration_tokens, device, Path(folder))
         texts = read_to_measure(args, bench)
@@ -420,15 +439,19 @@ def main() -> None:
         known = json.loads(args.json.read_text()) if args.json.is_file() else {}
         same = all(known.get(name) == value for name, value in protocol.items())
         rows = [row for row in known["rows"] if row["method"] not in args.again] if same else []
-        for method in args.only:
-            if not any(row["method"] == method for row in rows):
-                rows += run(method, bench, texts)
-                rows.sort(key=lambda row: list(METHODS).index(row["method"]))
-            notes = {name: {"label": m.label, "note": m.note} for name, m in METHODS.items()}
-            here = environment(device)
-            here["versions"] |= {"lrkv_convert": version("lrkv-convert"), "hqq": version("hqq")}
-            record = {**here, **protocol, "methods": notes, "rows": rows}
-            write_json(args.json, record)
+        here, order = environment(device), list(METHODS)
+        here["versions"] |= {"lrkv_convert": version("lrkv-convert"), "hqq": version("hqq")}
+        notes = {name: {"label": m.label, "note": m.note} for name, m in METHODS.items()}
+        record = {**here, **protocol, "methods": notes, "rows": rows}
+        for method, settings in asked:
+            for way in METHODS[method].ways(bench):
+                done = any((r["method"], r["setting"]) == (method, way.setting) for r in rows)
+                if done or settings and way.setting not in settings:
+                    continue
+                rows.append(run(method, way, bench, texts))
+                rows.sort(key=lambda row: (order.index(row["method"]), -row["share"]))
+                write_json(args.json, record)
+        write_json(args.json, record)
     show(record)
     if args.plot:
         from lrkv_convert.plot import bytes_against_loss

@@ -49,7 +49,11 @@ WAYS = [  # (label, calibration text, options)
         NONE,
         {"rank": 16, "base": "mean", "calibration": []},
     ),
-    ("`--cache-ratio 0.58 --keys per-head`", GIVEN, {"cache_ratio": 0.58, "keys": "per-head"}),
+    (
+        "`--bits 16 --cache-ratio 0.58 --keys per-head`",
+        GIVEN,
+        {"bits": "16", "cache_ratio": 0.58, "keys": "per-head"},
+    ),
     ("`--cache-ratio 0.58 --keys rotary`", GIVEN, {"cache_ratio": 0.58, "keys": "rotary"}),
     ("`--cache-ratio 0.75 --keys full`", GIVEN, {"cache_ratio": 0.75, "keys": "full"}),
 ]
