@@ -31,7 +31,7 @@ model = args.model or str(demo_model())
 with tempfile.TemporaryDirectory() as folder:
     half, healed, data = Path(folder, "half"), Path(folder, "healed"), Path(folder, "data.txt")
     data.write_text(read_texts([args.data or BUILT_IN])[0].content, encoding="utf-8")
-    convert(model, half, cache_ratio=0.5, calibration_tokens=2048)
+    convert(model, half, cache_ratio=0.5, bits=16, calibration_tokens=2048)
     done = heal(
         half,
         healed,
