@@ -1,5 +1,5 @@
-"""Convert a model to a small share of its KV cache, load the result with plain transformers, and let both
-write.
+"""Convert a model to a small share of its KV cache, load the result with plain transformers, and
+let both write.
 
     python examples/convert_and_load.py [MODEL] [--out DIR]
 

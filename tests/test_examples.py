@@ -56,9 +56,9 @@ def test_convert_and_load(tiny, tmp_path):
         before == 960
         and 0.4 * before < after <= 0.5 * before
         and "original: 'The capital" in shown
-        and "half: 'The capital" in shown
+        and "lrkv: 'The capital" in shown
     )
-    assert (tmp_path / "example-half" / "lrkv.json").is_file()
+    assert (tmp_path / "example-lrkv" / "lrkv.json").is_file()
 
 
 @pytest.mark.slow
