@@ -2,7 +2,7 @@
 perplexity, decoding and healing of a real model.
 
     python benchmarks/gpu.py --out DIR [--model FOLDER --text FILE [--data FILE... --tokens N]]
-    [--quick]
+    [--shapes NAME...] [--quick]
 
 Writes one JSON per step into DIR as soon as the step is done (kernel.json, decode.json, model.json,
 heal.json), so that a call cut short keeps what it measured; with --quick, small sizes. Steps that
@@ -31,12 +31,15 @@ TOLERANCE = 1e-2  # of the root mean square, bfloat16 against float64
 
 
 @torch.no_grad()
-def kernel_errors(device: torch.device, tokens: list[int], dtype: torch.dtype) -> list[dict]:
-    """Root mean square error of the kernel against the float64 reference, relative, for every
-    shape.
+def kernel_errors(
+    names: list[str], device: torch.device, tokens: list[int], dtype: torch.dtype
+) -> list[dict]:
+    """Root mean square error against the float64 reference, relative, of the kernel and of the
+    split path, for shapes of these names.
     """
     rows = []
-    for name, shape in SHAPES.items():
+    for name in names:
+        shape = SHAPES[name]
         for batch, length in [(1, n) for n in tokens] + [(3, tokens[0])]:
             layer = Layer(shape, batch, length, device, dtype)
             query = layer.query.view(batch, shape.heads, shape.groups, shape.head_dim)
@@ -50,29 +53,42 @@ def kernel_errors(device: torch.device, tokens: list[int], dtype: torch.dtype) -
                 mask=None,
                 scale=layer.scaling,
             )
-            expected, found = reference.decode(**given), kernel_lrkv.decode(**given).double()
-            error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+            expected, found = reference.decode(**given), kernel_lrkv.decode(**given)
+            split = layer.run("split").reshape(found.shape)  # (N, 1, H G, d), for one token
+            error, beside = (
+                ((each.double() - expected).square().mean() / expected.square().mean())
+                .sqrt()
+                .item()
+                for each in (found, split)
+            )
             rows.append(
                 {
                     "shape": name,
                     "batch": batch,
                     "tokens": length,
                     "error": error,
+                    "split_error": beside,
                     "right": error < TOLERANCE,
                 }
             )
             print(
-                f"{name:<19} batch {batch} tokens {length:>6}  error {error:.2e} "
-                f" {'right' if rows[-1]['right'] else 'WRONG'}",
+                f"{name:<24} batch {batch} tokens {length:>6}  error {error:.2e}"
+                f" (split {beside:.2e})  {'right' if rows[-1]['right'] else 'WRONG'}",
                 flush=True,
             )
     return rows
 
 
 def model_steps(model: str, text: str, out: Path, device: torch.device, quick: bool) -> dict:
-    """Convert at half the cache and with full keys, compare perplexity, decode."""
+    """Convert to codes at a quarter of the cache, to numbers at half of it and with full keys,
+    compare perplexity, decode.
+    """
     folders, records = [], {}
-    for name, options in (("half", {}), ("full", {"keys": "full"})):
+    for name, options in (
+        ("quarter", {}),
+        ("half", {"bits": 16}),
+        ("full", {"keys": "full"}),
+    ):
         done = convert(
             model,
             out / name,
@@ -126,7 +142,7 @@ def heal_step(
     device: torch.device,
     quick: bool,
 ) -> dict:
-    """Convert at half the cache, calibrated on the data, heal, compare on the text."""
+    """Convert to numbers at half the cache, calibrated on the data, heal, compare on the text."""
     half, healed = out / "heal-from", out / "healed"
     convert(
         model,
@@ -134,6 +150,7 @@ def heal_step(
         device=str(device),
         overwrite=True,
         calibration=data,
+        bits=16,
         calibration_tokens=1024 if quick else None,
     )
     size = (
@@ -188,6 +205,7 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--data", nargs="+")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="to heal on")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -196,9 +214,9 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokens = [63, 130] if args.quick else [63, 1000, 8191, 32768]
     steps = {
-        "kernel": lambda: {"rows": kernel_errors(device, tokens, dtype)},
+        "kernel": lambda: {"rows": kernel_errors(args.shapes, device, tokens, dtype)},
         "decode": lambda: measure(
-            list(SHAPES),
+            args.shapes,
             [str(dtype).removeprefix("torch.")],
             [1] if args.quick else [1, 8, 32],
             [128] if args.quick else [2048, 8192, 32768],

@@ -1,8 +1,9 @@
 """python benchmarks/kernel_resources.py [--arch 80 90]
 
 Compiles every launch of the decode kernel ahead of time, with the arguments decoding gives it, and
-prints what the compiler reports: registers per thread, shared memory per program and bytes spilled.
-Needs Triton, no GPU. Exits with 1 if anything spills or does not fit.
+prints what the compiler reports: registers per thread, shared memory per program and bytes spilled;
+for each shape also flops and bytes of a cached token, beside the 295 flops that an H100 has for
+each byte. Needs Triton, no GPU. Exits with 1 if anything spills or does not fit.
 """
 
 import argparse
@@ -18,30 +19,37 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from decode import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lrkv_convert.evaluate.step import Shape
 from lrkv_convert.modeling import kernel_lrkv
-from lrkv_convert.modeling.factors_lrkv import LowRankHeads
-from lrkv_convert.modeling.forms_lrkv import FORMS
 
 # bytes of shared memory a program may take, CUDA programming guide, table of compute capabilities
 SHARED = {80: 163 << 10, 90: 227 << 10}
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+}
 KERNELS = ("direct_scores", "rotated_scores", "value_sums", "combine")
 
-# name -> H, G, d, keys (m, r, form), values (m, r), RoPE
 CASES = {
-    "position-free, 32 heads, r 60": (32, 1, 128, (128, 60, "joint"), (128, 60), False),
-    "position-free, 6 heads, r 46": (6, 1, 128, (128, 46, "joint"), (128, 46), False),
-    "RoPE joint, 32 heads, r 60": (32, 1, 128, (128, 60, "joint"), (128, 60), True),
-    "RoPE joint, 8 x 4 heads, r 48": (8, 4, 128, (128, 48, "joint"), (128, 48), True),
-    "RoPE per-head, r 64": (32, 1, 128, (0, 64, "joint"), (128, 60), True),
-    "RoPE rotary, r 60": (32, 1, 128, (128, 60, "rotary"), (128, 60), True),
-    "full keys, values m 512": (32, 1, 128, (0, 128, "full"), (512, 16), True),
-    "RoPE joint latent m 1024": (32, 1, 128, (1024, 0, "joint"), (1024, 0), True),
-    "RoPE joint, d 64, 3 x 3 heads": (3, 3, 64, (64, 16, "joint"), (144, 20), True),
+    "position-free, 32 heads, r 60": Shape(32, 1, 128, (128, 60), (128, 60)),
+    "position-free, 6 heads, r 46": Shape(6, 1, 128, (128, 46), (128, 46)),
+    "RoPE joint, 32 heads, r 60": Shape(32, 1, 128, (128, 60), (128, 60), rotary=True),
+    "RoPE joint, 8 x 4 heads, r 48": Shape(8, 4, 128, (128, 48), (128, 48), rotary=True),
+    "RoPE per-head, r 64": Shape(32, 1, 128, (0, 64), (128, 60), rotary=True),
+    "RoPE rotary, r 60": Shape(32, 1, 128, (128, 60), (128, 60), "rotary", True),
+    "full keys, values m 512": Shape(32, 1, 128, (0, 128), (512, 16), "full", True),
+    "RoPE joint latent m 1024": Shape(32, 1, 128, (1024, 0), (1024, 0), rotary=True),
+    "RoPE joint, d 64, 3 x 3 heads": Shape(3, 3, 64, (64, 16), (144, 20), rotary=True),
+    **{name: shape for name, shape in SHAPES.items() if name.startswith("codes")},
 }
+# of an H100 with dense bfloat16: flops per second over bytes per second of its memory
+RIDGE = 989e12 / 3.35e12
 
 
 class Recorder:
@@ -54,28 +62,26 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches(case: tuple, dtype: torch.dtype, tokens: int = 8192) -> list:
+def launches(shape: Shape, dtype: torch.dtype, tokens: int = 8192) -> list:
     """What one decode step launches: [(kernel, arguments, options)]. Nothing is computed."""
-    H, G, d, (m, r, form), (v_m, v_r), rope = case
+    H, G, d = shape.heads, shape.groups, shape.head_dim
     found, device = [], torch.device("meta")
     kept = {name: getattr(kernel_lrkv, name) for name in KERNELS}
     try:
         for name, kernel in kept.items():
             setattr(kernel_lrkv, name, Recorder(kernel, found))
         with device:
-            sides = [
-                FORMS[form](H * d, H, d, m, r, FORMS[form].has_maps, False),
-                LowRankHeads(H * d, H, d, v_m, v_r, True, False),
-            ]
-            sides = [side.to(dtype) for side in sides]
+            sides = [side.to(dtype) for side in shape.modules()]
             cached = [
-                (
-                    torch.empty(1, 1, tokens, a, dtype=dtype),
-                    torch.empty(1, H, tokens, b, dtype=dtype),
+                tuple(
+                    torch.empty(
+                        1, heads, tokens, width, dtype=dtype if coder is None else torch.uint8
+                    )
+                    for (heads, width), coder in zip(side.slots(), side.coders)
                 )
-                for a, b in ((m, r), (v_m, v_r))
+                for side in sides
             ]
-            rotation = (torch.empty(1, tokens, d, dtype=dtype),) * 2 if rope else None
+            rotation = (torch.empty(1, tokens, d, dtype=dtype),) * 2 if shape.rotary else None
             kernel_lrkv.decode(
                 *sides,
                 torch.empty(1, H, G, d, dtype=dtype),
@@ -88,6 +94,20 @@ def launches(case: tuple, dtype: torch.dtype, tokens: int = 8192) -> list:
         for name, kernel in kept.items():
             setattr(kernel_lrkv, name, kernel)
     return found
+
+
+def work(shape: Shape) -> int:
+    """Flops to read one cached token: a multiply-add is two. Keys that are rebuilt cost d per
+    latent and head that reads it, what is read as it lies one per query head.
+    """
+    H, G, d = shape.heads, shape.groups, shape.head_dim
+    (m, r), (v_m, v_r) = shape.keys, shape.values
+    if shape.rotary and shape.form in ("joint", "rotary"):
+        rebuilt = H * d * (r + (m if shape.form == "joint" and shape.alignment else 0))
+        keys = rebuilt + H * G * d
+    else:
+        keys = H * G * (m + r)
+    return 2 * (keys + H * G * (v_m + v_r))
 
 
 def compiled(kernel, args: tuple, options: dict, arch: int, **build):
@@ -144,8 +164,15 @@ def main() -> None:
     print(
         f"{'case':32s} {'kernel':15s} {'sm':>3s} {'registers':>9s} {'shared':>8s} {'spilled':>7s}"
     )
-    for name, case in CASES.items():
-        for kernel, args, options in launches(case, torch.bfloat16):
+    for name, shape in CASES.items():
+        flops, size = work(shape), shape.bytes(2)
+        print(
+            f"{name}: {size:,} bytes a token, {size / (2 * shape.full):.0%} of bfloat16,"
+            f" {flops / 1e6:.3g} Mflop, {flops / size:,.0f} a byte,"
+            f" {flops / size / RIDGE:.2g} of what an H100 computes while it reads one",
+            flush=True,
+        )
+        for kernel, args, options in launches(shape, torch.bfloat16):
             for arch in arguments.arch:
                 registers, shared, spilled = resources(compiled(kernel, args, options, arch))
                 bad = spilled > 0 or shared > SHARED.get(arch, 99 << 10)

@@ -4,10 +4,12 @@ and the rebuild path.
 
 import pytest
 import torch
-from test_paths import TOLERANCE, Norm, error, kernel, rebuild, split
+from conftest import THOROUGH, prompt, relative
+from test_paths import TOLERANCE, Norm, decoded, error, kernel, rebuild, split
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from lrkv_convert.modeling import reference
+from lrkv_convert.modeling import attention_lrkv, kernel_lrkv, reference
 from lrkv_convert.modeling.codes_lrkv import Blocks, Codes
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
@@ -135,3 +137,93 @@ def test_the_kernel_reads_codes(case):
     """At a length that is no multiple of a tile."""
     given = problem(case, 111)
     assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", sized(["rope residual", "direct residual", "rope 8", "direct 3"]))
+@pytest.mark.parametrize("tokens", [1, 64, 130])
+def test_the_kernel_reads_codes_at_other_lengths(case, tokens):
+    given = problem(case, tokens, batch=1)
+    assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", sized(["rope residual", "direct residual", "rope wide"]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_reads_codes_in_half_precision(case, dtype):
+    given = problem(case, 70, batch=1, masked=False, dtype=dtype)
+    assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", sized(CASES))
+def test_split_and_rebuild_read_codes(case):
+    given = problem(case, 111)
+    expected = reference.decode(**given)
+    assert error(split(**given), expected) < TOLERANCE[torch.float32]
+    assert error(rebuild(**given), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", sized(["rope residual", "direct residual", "rope wide"], ()))
+def test_chunks_of_codes_are_joined(case):
+    given = problem(case, 400, batch=1)
+    fine = kernel(**given)
+    assert error(kernel(**given, programs=1), fine.double()) < TOLERANCE[torch.float32]
+    assert error(fine, reference.decode(**given)) < TOLERANCE[torch.float32]
+
+
+def test_rows_that_are_slices_of_a_larger_cache():
+    """Of a static cache grown beyond what is used; rows begin at any byte."""
+    given = problem("rope residual", 63)
+    assert any(held.shape[-1] % 2 for held in given["cached_keys"])
+    widened = {
+        name: tuple(
+            torch.cat((held, torch.full_like(held, 255)), dim=2)[:, :, :63] for held in given[name]
+        )
+        for name in ("cached_keys", "cached_values")
+    }
+    assert torch.equal(kernel(**{**given, **widened}), kernel(**given))
+
+
+@pytest.mark.parametrize("case", ["rope residual", "direct residual"])
+def test_what_was_never_made_codes_is_read_with_the_mark_of_sinks(case):
+    """Where nothing is cached, latents keep their numbers and the mark beside them."""
+    given = problem(case, 63, batch=1)
+    for name in ("keys", "values"):
+        held = given[name].read(given[f"cached_{name}"])
+        assert held[0].dtype == torch.float32
+        assert held[0].shape[-1] == given[name].base_width + 1
+        given[f"cached_{name}"] = tuple(held)
+    assert error(kernel(**given), reference.decode(**given)) < TOLERANCE[torch.float32]
+
+
+def test_sinks_differ_by_their_mark_alone():
+    """A row with the sign of its scale turned is read with the lift in addition."""
+    given = problem("direct 4-3", 9, batch=1, masked=False)
+    plain = reference.decode(**given)
+    rows = given["cached_values"][0].clone()
+    rows[..., 1] ^= 0x80
+    given["cached_values"] = (rows, given["cached_values"][1])
+    turned = reference.decode(**given)
+    assert error(kernel(**given), turned) < TOLERANCE[torch.float32]
+    assert (turned - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", sized(THOROUGH, ("llama",)))
+def test_a_converted_model_decodes_its_codes_through_the_kernel(family, converted, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(
+        converted(family, cache_ratio=0.4, rank=None)
+    ).eval()
+    assert all(
+        m.keys.coded and m.values.coded
+        for m in model.modules()
+        if isinstance(getattr(m, "keys", None), nn.Module)
+    )
+    ids, mask = prompt(33, batch=2), torch.ones(2, 33, dtype=torch.long)
+    mask[1, :9] = 0
+    expected = decoded(model, "split", ids, mask)
+    calls = []
+    monkeypatch.setattr(
+        attention_lrkv, "decode", lambda *args: calls.append(args) or kernel_lrkv.decode(*args)
+    )
+    found = decoded(model, "kernel", ids, mask)
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    assert relative(found[0], expected[0]) < 1e-4
+    assert relative(found[1, 9:], expected[1, 9:]) < 1e-4

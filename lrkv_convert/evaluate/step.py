@@ -13,7 +13,7 @@ on the same machine, bytes read plus bytes written.
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..modeling import kernel_lrkv
 from ..modeling.attention_lrkv import LrkvAttention
+from ..modeling.codes_lrkv import Blocks, Codes
 from ..modeling.factors_lrkv import LowRankHeads
 from ..modeling.forms_lrkv import FORMS
 
@@ -28,7 +29,7 @@ from ..modeling.forms_lrkv import FORMS
 @dataclass(frozen=True)
 class Shape:
     """One layer: H KV heads, G query heads each, head width d; keys and values (m, r); form of
-    keys; whether keys are under RoPE.
+    keys; whether keys are under RoPE; codes of keys and of values, as `LowRankHeads` takes them.
     """
 
     heads: int
@@ -39,14 +40,32 @@ class Shape:
     form: str = "joint"
     rotary: bool = False
     alignment: bool = True
+    codes: tuple[Sequence[Blocks | None] | None, Sequence[Blocks | None] | None] = (None, None)
 
-    @property
-    def numbers(self) -> int:
-        """Numbers cached per token."""
-        return sum(m + self.heads * r for m, r in (self.keys, self.values))
+    def modules(self) -> tuple[LowRankHeads, LowRankHeads]:
+        """Keys and values, their factors not filled."""
+        size = 64, self.heads, self.head_dim  # the width D plays no part
+        form = FORMS[self.form]
+        alignment = self.alignment and form.has_maps
+        of_keys, of_values = ({"codes": codes} if codes else {} for codes in self.codes)
+        return (
+            form(*size, *self.keys, alignment, False, **of_keys),
+            LowRankHeads(*size, *self.values, True, False, **of_values),
+        )
+
+    def bytes(self, element_size: int) -> int:
+        """Cached per token. element_size: of a number that is not a code."""
+        with torch.device("meta"):
+            sides = self.modules()
+        return sum(
+            heads * width * (1 if coder is not None else element_size)
+            for side in sides
+            for (heads, width), coder in zip(side.slots(), side.coders)
+        )
 
     @property
     def full(self) -> int:
+        """Numbers per token of the full cache."""
         return 2 * self.heads * self.head_dim
 
 
@@ -96,16 +115,18 @@ class Layer(LrkvAttention):
         H, d = shape.heads, shape.head_dim
         new = lambda *size: random(size, device, dtype)
         self.scaling = d**-0.5
-        # the width D plays no part
-        form = FORMS[shape.form]
-        self.keys = form(64, H, d, *shape.keys, shape.alignment and form.has_maps, False)
-        self.values = LowRankHeads(64, H, d, *shape.values, True, False)
+        self.keys, self.values = shape.modules()
         for side in (self.keys, self.values):
             for parameter in side.parameters():
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             side.to(device, dtype).requires_grad_(False)
         self.cached = [
-            tuple(new(batch, heads, tokens, width) for heads, width in side.slots())
+            tuple(
+                new(batch, heads, tokens, width)
+                if coder is None
+                else rows(coder, batch, heads, tokens, device)
+                for (heads, width), coder in zip(side.latents(), side.coders)
+            )
             for side in (self.keys, self.values)
         ]
         self.query = new(batch, H * shape.groups, 1, d)
@@ -138,6 +159,18 @@ def random(
     count = math.prod(size)
     numbers = torch.randn(min(count, distinct), device=device).to(dtype)
     return numbers.repeat(-(-count // max(1, len(numbers))))[:count].view(size)
+
+
+def rows(
+    coder: Codes, batch: int, heads: int, tokens: int, device: torch.device, distinct: int = 512
+) -> Tensor:
+    """Codes of normal latents about usual tokens, (batch, heads, tokens, bytes), repeated after
+    `distinct` tokens.
+    """
+    latents = torch.randn(1, heads, min(tokens, distinct), coder.width, device=device)
+    packed = coder.pack(latents + coder.centres[0].float().unsqueeze(1))
+    packed = packed.repeat(batch, 1, -(-tokens // packed.shape[2]), 1)
+    return packed[:, :, :tokens].contiguous()
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -196,12 +229,9 @@ def attention_step(
     }
     rows = []
     for name, median in taken.items():
-        moved = (
-            batch
-            * tokens
-            * dtype.itemsize
-            * (shape.full if name.startswith("full") else shape.numbers)
-        )
+        whole = shape.full * dtype.itemsize
+        token = whole if name.startswith("full") else shape.bytes(dtype.itemsize)
+        moved = batch * tokens * token
         rows.append(
             {
                 "path": name,
@@ -211,7 +241,7 @@ def attention_step(
                 "milliseconds": median * 1e3,
                 "speedup": taken["full cache"] / median,
                 "bytes": moved,
-                "cache_ratio": moved / (batch * tokens * dtype.itemsize * shape.full),
+                "cache_ratio": token / whole,
             }
         )
         if copy_rate:

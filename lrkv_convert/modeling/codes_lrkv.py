@@ -156,7 +156,9 @@ class Codes(nn.Module):
         """Rows (N, heads, S, bytes) -> codes (N, heads, S, w) uint8 and scales (N, heads, S, 1)
         float32.
         """
-        scale = rows[..., :SCALE_BYTES].contiguous().view(torch.float16).float()
+        # a copy of its own: a single row of an odd number of bytes passes for contiguous as it lies
+        scale = rows[..., :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
+        scale = scale.view(torch.float16).float()
         at, found = SCALE_BYTES, {}
         for plane, pieces in self.planes.items():
             total = sum(n for _, n, _ in pieces)

@@ -66,6 +66,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 if triton is not None:
+    FIELDS = tl.constexpr(11)  # of a width of codes (`_widths`)
 
     @triton.jit
     def _dot(a, b, accumulator, PRECISION: tl.constexpr):
@@ -91,21 +92,27 @@ if triton is not None:
         return tl.abs(scale), tl.where(scale < 0, 1.0, 0.0)
 
     @triton.jit
-    def _latents(row, keep, i, there, WIDTH: tl.constexpr):
-        """Rows of codes (n,) pointers -> their i-th latents of a width in scales, (n, len(i))
-        float32, exact in any 16 bits. WIDTH: one of `_widths`.
+    def _plane(row, keep, i, there, CODES: tl.constexpr, P: tl.constexpr):
+        """Bits (n, len(i)) int32 that a plane has of the i-th latents of a width. P: where the
+        plane is said in CODES.
         """
-        PLANES: tl.constexpr = WIDTH[3]
-        code = tl.zeros((row.shape[0], i.shape[0]), tl.int32)
-        for p in tl.static_range(len(PLANES)):
-            BITS: tl.constexpr = PLANES[p][0]
-            BYTES: tl.constexpr = PLANES[p][2]
-            part = (i + PLANES[p][3]) // BYTES  # of a byte
-            at = PLANES[p][1] + i + PLANES[p][3] - part * BYTES
-            held = tl.load(row[:, None] + at[None, :], keep[:, None] & there[None, :], 0)
-            piece = (held.to(tl.int32) >> (part * BITS)[None, :]) & (2**BITS - 1)
-            code = (code << BITS) | piece
-        STEP: tl.constexpr = 2.0 ** (1 - WIDTH[0])
+        BITS: tl.constexpr = CODES[P]
+        BYTES: tl.constexpr = CODES[P + 2]
+        place = i + CODES[P + 3]
+        part = place // BYTES  # of a byte
+        at = CODES[P + 1] + place - part * BYTES
+        held = tl.load(row[:, None] + at[None, :], keep[:, None] & there[None, :], 0).to(tl.int32)
+        return (held >> (part * BITS)[None, :]) & (2**BITS - 1)
+
+    @triton.jit
+    def _latents(row, keep, i, there, CODES: tl.constexpr, W: tl.constexpr):
+        """Rows of codes (n,) pointers -> their i-th latents of a width in scales, (n, len(i))
+        float32, exact in any 16 bits. W: where the width is said in CODES (`_widths`).
+        """
+        code = _plane(row, keep, i, there, CODES, W + 3)
+        if CODES[W + 7] > 0:
+            code = (code << CODES[W + 7]) | _plane(row, keep, i, there, CODES, W + 7)
+        STEP: tl.constexpr = 2.0 ** (1 - CODES[W])
         return code.to(tl.float32) * STEP + (0.5 * STEP - 1)
 
     @triton.jit
@@ -115,20 +122,21 @@ if triton is not None:
         row_there,
         row,
         keep,
-        WIDTH: tl.constexpr,
+        CODES: tl.constexpr,
+        W: tl.constexpr,
         TILE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """Scores (ROWS, TOKENS) and those of the latents of a width, in scales. q: pointers to rows
         (ROWS,) of absorbed queries.
         """
-        for start in range(0, WIDTH[2], TILE):
+        for start in range(0, CODES[W + 2], TILE):
             i = start + tl.arange(0, TILE)
-            there = i < WIDTH[2]
+            there = i < CODES[W + 2]
             b_q = tl.load(
-                q[:, None] + (WIDTH[1] + i)[None, :], row_there[:, None] & there[None, :], 0.0
+                q[:, None] + (CODES[W + 1] + i)[None, :], row_there[:, None] & there[None, :], 0.0
             )
-            b_z = _latents(row, keep, i, there, WIDTH)  # (TOKENS, TILE)
+            b_z = _latents(row, keep, i, there, CODES, W)  # (TOKENS, TILE)
             scores = _dot(b_q, tl.trans(b_z.to(b_q.dtype)), scores, PRECISION)
         return scores
 
@@ -192,8 +200,8 @@ if triton is not None:
             if len(BASE_CODES) > 0:
                 p_z = base + n * base_n + o_t.to(tl.int64) * BASE_BYTES
                 p_q = q_base + (n * heads + row) * (m + 1)
-                for w in tl.static_range(len(BASE_CODES)):
-                    b_s = _add_scores(b_s, p_q, there, p_z, inside, BASE_CODES[w], MB, PRECISION)
+                for w in tl.static_range(0, len(BASE_CODES), FIELDS):
+                    b_s = _add_scores(b_s, p_q, there, p_z, inside, BASE_CODES, w, MB, PRECISION)
                 b_t, b_sink = _scales(p_z, inside)
                 b_lift = tl.load(p_q + m, there, 0.0).to(tl.float32)
                 b_s = b_s * b_t[None, :] + b_lift[:, None] * b_sink[None, :]
@@ -221,8 +229,8 @@ if triton is not None:
                     p_z = own + n * own_n + h.to(tl.int64) * own_h + o_t.to(tl.int64) * OWN_BYTES
                     mine = there & (head == i)
                     b_o = tl.zeros((ROWS, TOKENS), tl.float32)
-                    for w in tl.static_range(len(OWN_CODES)):
-                        b_o = _add_scores(b_o, p_q, mine, p_z, held, OWN_CODES[w], RP, PRECISION)
+                    for w in tl.static_range(0, len(OWN_CODES), FIELDS):
+                        b_o = _add_scores(b_o, p_q, mine, p_z, held, OWN_CODES, w, RP, PRECISION)
                     b_t, b_sink = _scales(p_z, held)
                     b_lift = tl.load(p_q + r, mine, 0.0).to(tl.float32)
                     b_s += b_o * b_t[None, :] + b_lift[:, None] * b_sink[None, :]
@@ -288,7 +296,8 @@ if triton is not None:
         map_row,
         map_column,
         j,
-        WIDTH: tl.constexpr,
+        CODES: tl.constexpr,
+        W: tl.constexpr,
         TILE: tl.constexpr,
         DR: tl.constexpr,
         d: tl.constexpr,
@@ -297,12 +306,12 @@ if triton is not None:
         """Keys (TOKENS, D2), both halves, and what the latents of a width add to them, in scales.
         maps: of one head, a latent's row at map_row, its channels at map_column.
         """
-        for start in range(0, WIDTH[2], TILE):
+        for start in range(0, CODES[W + 2], TILE):
             i = start + tl.arange(0, TILE)
-            there = i < WIDTH[2]
+            there = i < CODES[W + 2]
             # (TILE, D2)
-            b_m1, b_m2 = _halves(maps, map_row, map_column, WIDTH[1] + i, there, j, DR, d)
-            b_z = _latents(row, keep, i, there, WIDTH).to(b_m1.dtype)  # (TOKENS, TILE)
+            b_m1, b_m2 = _halves(maps, map_row, map_column, CODES[W + 1] + i, there, j, DR, d)
+            b_z = _latents(row, keep, i, there, CODES, W).to(b_m1.dtype)  # (TOKENS, TILE)
             k1, k2 = _dot(b_z, b_m1, k1, PRECISION), _dot(b_z, b_m2, k2, PRECISION)
         return k1, k2
 
@@ -389,7 +398,7 @@ if triton is not None:
             b_k1, b_k2 = tl.zeros((TOKENS, D2), tl.float32), tl.zeros((TOKENS, D2), tl.float32)
             if len(BASE_CODES) > 0:
                 p_z = base + o_t.to(tl.int64) * BASE_BYTES
-                for w in tl.static_range(len(BASE_CODES)):
+                for w in tl.static_range(0, len(BASE_CODES), FIELDS):
                     b_k1, b_k2 = _add_keys(
                         b_k1,
                         b_k2,
@@ -399,7 +408,8 @@ if triton is not None:
                         d,
                         1,
                         j,
-                        BASE_CODES[w],
+                        BASE_CODES,
+                        w,
                         MB,
                         DR,
                         d,
@@ -428,7 +438,7 @@ if triton is not None:
                 # in scales of the residual while it is added: a second pair of tiles would not fit
                 inverse = 1 / tl.where(inside, b_t, 1.0)[:, None]
                 b_k1, b_k2 = b_k1 * inverse, b_k2 * inverse
-                for w in tl.static_range(len(OWN_CODES)):
+                for w in tl.static_range(0, len(OWN_CODES), FIELDS):
                     b_k1, b_k2 = _add_keys(
                         b_k1,
                         b_k2,
@@ -438,7 +448,8 @@ if triton is not None:
                         1,
                         r,
                         j,
-                        OWN_CODES[w],
+                        OWN_CODES,
+                        w,
                         RP,
                         DR,
                         d,
@@ -523,7 +534,8 @@ if triton is not None:
         S,
         start,
         first,
-        WIDTH: tl.constexpr,
+        CODES: tl.constexpr,
+        W: tl.constexpr,
         TILE: tl.constexpr,
         m: tl.constexpr,
         SHARED: tl.constexpr,
@@ -541,7 +553,7 @@ if triton is not None:
         (ROWS,): scores; SHARED: whether they are of all heads.
         """
         i = start + tl.arange(0, TILE)
-        kept = i < WIDTH[2]
+        kept = i < CODES[W + 2]
         b_o, b_marked = tl.zeros((ROWS, TILE), tl.float32), tl.zeros((ROWS,), tl.float32)
         for at in range(0, CHUNK, TOKENS):
             o_t = c * CHUNK + at + tl.arange(0, TOKENS)
@@ -563,9 +575,9 @@ if triton is not None:
                 b_t, b_sink = _scales(row, held)
                 b_mine = b_p if SHARED else tl.where(head[:, None] == k, b_p, 0.0)
                 b_marked += tl.sum(b_mine * b_sink[None, :], 1)
-                b_z = _latents(row, held, i, kept, WIDTH).to(TYPE)
+                b_z = _latents(row, held, i, kept, CODES, W).to(TYPE)
                 b_o = _dot((b_mine * b_t[None, :]).to(TYPE), b_z, b_o, PRECISION)
-        tl.store(p_out[:, None] + (WIDTH[1] + i)[None, :], b_o, there[:, None] & kept[None, :])
+        tl.store(p_out[:, None] + (CODES[W + 1] + i)[None, :], b_o, there[:, None] & kept[None, :])
         tl.store(p_out + m, b_marked, there & first)
 
     @triton.jit
@@ -616,8 +628,8 @@ if triton is not None:
         p_out = sums + ((n * heads + row[:, None]) * chunks + c) * ALL
         if len(BASE_CODES) > 0:
             before = 0
-            for w in tl.static_range(len(BASE_CODES)):
-                if (part >= before) & ((part - before) * MB < BASE_CODES[w][2]):
+            for w in tl.static_range(0, len(BASE_CODES), FIELDS):
+                if (part >= before) & ((part - before) * MB < BASE_CODES[w + 2]):
                     _coded_sums(
                         base + n * base_n,
                         0,
@@ -631,7 +643,8 @@ if triton is not None:
                         S,
                         (part - before) * MB,
                         part == 0,
-                        BASE_CODES[w],
+                        BASE_CODES,
+                        w,
                         MB,
                         m,
                         True,
@@ -644,7 +657,7 @@ if triton is not None:
                         TYPE,
                         PRECISION,
                     )
-                before += (BASE_CODES[w][2] + MB - 1) // MB
+                before += (BASE_CODES[w + 2] + MB - 1) // MB
         elif part < BASE_BLOCKS:
             col = part * MB + tl.arange(0, MB)
             b_o = tl.zeros((ROWS, MB), tl.float32)
@@ -665,8 +678,8 @@ if triton is not None:
             tl.store(p_out + col[None, :], b_o, there[:, None] & (col[None, :] < m))
         if len(OWN_CODES) > 0:
             before = BASE_BLOCKS
-            for w in tl.static_range(len(OWN_CODES)):
-                if (part >= before) & ((part - before) * RP < OWN_CODES[w][2]):
+            for w in tl.static_range(0, len(OWN_CODES), FIELDS):
+                if (part >= before) & ((part - before) * RP < OWN_CODES[w + 2]):
                     _coded_sums(
                         own + n * own_n,
                         own_h,
@@ -680,7 +693,8 @@ if triton is not None:
                         S,
                         (part - before) * RP,
                         part == BASE_BLOCKS,
-                        OWN_CODES[w],
+                        OWN_CODES,
+                        w,
                         RP,
                         r,
                         False,
@@ -693,7 +707,7 @@ if triton is not None:
                         TYPE,
                         PRECISION,
                     )
-                before += (OWN_CODES[w][2] + RP - 1) // RP
+                before += (OWN_CODES[w + 2] + RP - 1) // RP
         elif part >= BASE_BLOCKS:
             o_r, head = tl.arange(0, RP), rows // G
             b_r = tl.zeros((ROWS, RP), tl.float32)
@@ -785,7 +799,7 @@ class _Slot(NamedTuple):
 
     held: torch.Tensor  # (N, 1 or H, S, width), flat
     width: int  # latents, the mark of sinks among them where codes were never made
-    widths: tuple  # of codes (`_widths`), none where latents are numbers
+    widths: tuple[int, ...]  # of codes (`_widths`), none where latents are numbers
     tile: int  # latents at once
     coder: Codes | None
 
@@ -806,28 +820,28 @@ class _Slot(NamedTuple):
     @property
     def tiles(self) -> int:
         """In how many it is read."""
-        counts = [width[2] for width in self.widths] or [self.width]
+        counts = self.widths[2 :: 3 + 2 * 4] or [self.width]
         return sum(-(-count // self.tile) for count in counts)
 
 
-def _widths(coder: Codes) -> tuple:
-    """Where codes lie in their rows: for each width (bits, first latent, latents, planes), high
-    planes first, each (bits, first byte, bytes, place of the first of these latents). A plane of n
-    bytes has the bits of latents i, i + n, ... of its own in byte i.
+def _widths(coder: Codes) -> tuple[int, ...]:
+    """Where codes lie in their rows, as so many `FIELDS` for each width: bits, first latent,
+    latents; then two planes, high bits first (0 bits where there is no second): bits, first byte,
+    bytes, place of the first of these latents. A plane of n bytes has the bits of latents i,
+    i + n, ... of its own in byte i.
     """
     planes, at = {}, SCALE_BYTES
     for bits, pieces in coder.planes.items():
-        size = sum(count for _, count, _ in pieces) * bits // 8
-        place = 0
+        size, place = sum(count for _, count, _ in pieces) * bits // 8, 0
         for first, count, _ in pieces:
-            planes.setdefault(first, []).append((bits, at, size, place))
+            planes[first] = (*planes.get(first, ()), bits, at, size, place)
             place += count
         at += size
-    found, first = [], 0
+    found, first = (), 0
     for bits, count in coder.blocks:
-        found.append((bits, first, count, tuple(planes[first])))
+        found += bits, first, count, *(planes[first] + (0,) * 4)[:8]
         first += count
-    return tuple(found)
+    return found
 
 
 def _slots(side, cached: tuple, heads: int) -> tuple[_Slot, _Slot]:
@@ -840,7 +854,7 @@ def _slots(side, cached: tuple, heads: int) -> tuple[_Slot, _Slot]:
     for held, coder, most in zip((base, own), side.coders, (128, None), strict=True):
         if coder is not None and held.dtype == torch.uint8:
             widths, width = _widths(coder), coder.width
-            tile = min(CODES, _power(max(count for _, _, count, _ in widths)))
+            tile = min(CODES, _power(max(count for _, count in coder.blocks)))
         else:
             widths, width = (), held.shape[-1]
             tile = _power(width) if most is None else min(most, _power(width))
