@@ -35,7 +35,7 @@ def coded(heads: int, groups: int, head_dim: int, rotary: bool) -> Shape:
 
 def coded_per_head(heads: int, groups: int, head_dim: int) -> Shape:
     """The same in the residuals of each head, keys under RoPE; values as `coded`."""
-    blocks = [(bits, count * head_dim // 256) for bits, count in PLANNED.items()]
+    blocks = [(bits, round(count * head_dim / 256 / 8) * 8) for bits, count in PLANNED.items()]
     size, joint = (0, sum(count for _, count in blocks)), coded(heads, groups, head_dim, True)
     codes = (None, blocks), joint.codes[1]
     return Shape(heads, groups, head_dim, size, joint.values, rotary=True, codes=codes)

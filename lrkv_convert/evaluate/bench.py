@@ -27,7 +27,7 @@ from ..errors import LrkvError, first_line
 from ..families import Site, family_named
 from ..folder.companions import FIELDS
 from ..modeling import attention_class, kernel_lrkv
-from ..modeling.attention_lrkv import choose_path
+from ..modeling.attention_lrkv import LrkvAttention, choose_path
 from ..modeling.contract_lrkv import CACHE
 from .caches import new_cache, static_cache
 from .load import load_model
@@ -58,6 +58,7 @@ class Contender:
             return self.path or "original"
         config: Any = self.model.config
         model = self.model
+        read = all(m.keys.in_kernel for m in model.modules() if isinstance(m, LrkvAttention))
         found = {
             choose_path(
                 "auto",
@@ -69,7 +70,7 @@ class Contender:
                 cached=True,
                 device=model.device,
                 dtype=model.dtype,
-                kernel=site.kind in attention_class(site.adapter.model_type).kernel,
+                kernel=site.kind in attention_class(site.adapter.model_type).kernel and read,
             )
             for site in sites_of(config, converted_kinds(config))
         }

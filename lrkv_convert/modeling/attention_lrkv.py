@@ -73,7 +73,9 @@ def choose_path(
     of the config; mask: None or what transformers made for that function; cached: whether there is
     a cache to read; outside_window: whether some of it lies outside a sliding window, which only
     eager and sdpa are told by their mask; differentiable: whether gradients are wanted, which the
-    kernel has none of; kernel: whether the kernel can do what the family does to keys and scores.
+    kernel has none of; kernel: whether the kernel can do what the family does to keys and scores
+    (no soft cap, no norm but an RMS norm, not every kind of attention: `LrkvAttention.kernel`), and
+    knows the form of keys, numbers or codes (`LowRankHeads.in_kernel`).
     Raises ValueError for a path that does not exist or cannot run here.
     """
     if asked not in PATHS:

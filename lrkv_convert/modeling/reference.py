@@ -20,14 +20,14 @@ def decode(
     normalise, rotate, softmax, average. Codes are taken apart first.
     """
     N, H, G, d = query.shape
-    cached_keys, cached_values = _latents(keys, cached_keys), _latents(values, cached_values)
+    of_keys, of_values = _latents(keys, cached_keys), _latents(values, cached_values)
     out = torch.empty(N, H, G, d, dtype=torch.float64, device=query.device)
     for n in range(N):
         for h in range(H):
             k = KEYS[keys.form](
-                keys, _held(cached_keys, n, h), h, lambda k: _turned(k, n, rotation, norm)
+                keys, _held(of_keys, n, h), h, lambda k: _turned(k, n, rotation, norm)
             )
-            v = _head(values, _held(cached_values, n, h), h)
+            v = _head(values, _held(of_values, n, h), h)
             # (G, S)
             scores = query[n, h].double() @ k.T * scale
             if mask is not None:
