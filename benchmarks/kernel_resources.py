@@ -36,6 +36,7 @@ TYPES = {
 }
 KERNELS = ("direct_scores", "rotated_scores", "value_sums", "combine")
 
+BOTH = ((8, 128),), ((8, 56),)
 CASES = {
     "position-free, 32 heads, r 60": Shape(32, 1, 128, (128, 60), (128, 60)),
     "position-free, 6 heads, r 46": Shape(6, 1, 128, (128, 46), (128, 46)),
@@ -46,6 +47,10 @@ CASES = {
     "full keys, values m 512": Shape(32, 1, 128, (0, 128), (512, 16), "full", True),
     "RoPE joint latent m 1024": Shape(32, 1, 128, (1024, 0), (1024, 0), rotary=True),
     "RoPE joint, d 64, 3 x 3 heads": Shape(3, 3, 64, (64, 16), (144, 20), rotary=True),
+    # a base and residuals, as --rank 56 --bits 8 has them
+    "codes RoPE joint, r 56": Shape(
+        32, 1, 128, (128, 56), (128, 56), rotary=True, codes=(BOTH,) * 2
+    ),
     **{name: shape for name, shape in SHAPES.items() if name.startswith("codes")},
 }
 # of an H100 with dense bfloat16: flops per second over bytes per second of its memory

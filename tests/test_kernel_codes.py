@@ -5,12 +5,11 @@ and the rebuild path.
 import pytest
 import torch
 from conftest import THOROUGH, prompt, relative
-from families import CONFIGS
 from test_paths import TOLERANCE, Norm, decoded, error, kernel, rebuild, split
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lrkv_convert.modeling import FAMILIES, attention_lrkv, kernel_lrkv, reference
+from lrkv_convert.modeling import attention_lrkv, kernel_lrkv, reference
 from lrkv_convert.modeling.codes_lrkv import Blocks, Codes
 from lrkv_convert.modeling.factors_lrkv import LowRankHeads
 
@@ -228,20 +227,3 @@ def test_a_converted_model_decodes_its_codes_through_the_kernel(family, converte
     assert len(calls) == 2 * model.config.num_hidden_layers
     assert relative(found[0], expected[0]) < 1e-4
     assert relative(found[1, 9:], expected[1, 9:]) < 1e-4
-
-
-@pytest.mark.parametrize("form", sized(["channels", "axes", "turning"], ("channels",)))
-def test_the_kernel_leaves_grids_of_channels_to_the_split_path(form):
-    """Their codes lie in an order of their own."""
-    config = CONFIGS["llama"]().to_dict()
-    config_class, _, model_class = FAMILIES[config.pop("model_type")]
-    layers, half = config["num_hidden_layers"], 32
-    keys = {"base_width": [half] * layers, "rank": [0] * layers, "alignment": True, "form": form}
-    keys["codes"] = [[[[4, half]], None]] * layers
-    values = {"base_width": [16] * layers, "rank": [0] * layers, "alignment": True}
-    config["lrkv"] = {"keys": keys, "values": values}
-    model = model_class(config_class(**config)).eval()
-    ids = prompt(12)
-    assert torch.equal(
-        decoded(model, "kernel", ids, first=9), decoded(model, "split", ids, first=9)
-    )

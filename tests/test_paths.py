@@ -464,7 +464,7 @@ def test_the_kernel_compiles_without_spilling():
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     # a heading, and for each shape a line and three launches
-    assert len(done.stdout.splitlines()) == 1 + 14 * (1 + 2 * 3)
+    assert len(done.stdout.splitlines()) == 1 + 15 * (1 + 2 * 3)
 
 
 @pytest.mark.slow

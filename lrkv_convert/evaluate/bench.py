@@ -58,7 +58,7 @@ class Contender:
             return self.path or "original"
         config: Any = self.model.config
         model = self.model
-        forms = {m.keys.form for m in model.modules() if isinstance(m, LrkvAttention)}
+        read = all(m.keys.in_kernel for m in model.modules() if isinstance(m, LrkvAttention))
         found = {
             choose_path(
                 "auto",
@@ -70,8 +70,7 @@ class Contender:
                 cached=True,
                 device=model.device,
                 dtype=model.dtype,
-                kernel=site.kind in attention_class(site.adapter.model_type).kernel
-                and forms <= set(kernel_lrkv.READS),
+                kernel=site.kind in attention_class(site.adapter.model_type).kernel and read,
             )
             for site in sites_of(config, converted_kinds(config))
         }

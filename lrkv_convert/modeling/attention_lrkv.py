@@ -34,7 +34,6 @@ from .contract_lrkv import (
 )
 from .factors_lrkv import rotate
 from .forms_lrkv import low_rank_heads
-from .kernel_lrkv import READS as READ_BY_KERNEL
 from .kernel_lrkv import decode
 from .kernel_lrkv import missing as missing_for_kernel
 
@@ -76,7 +75,7 @@ def choose_path(
     eager and sdpa are told by their mask; differentiable: whether gradients are wanted, which the
     kernel has none of; kernel: whether the kernel can do what the family does to keys and scores
     (no soft cap, no norm but an RMS norm, not every kind of attention: `LrkvAttention.kernel`), and
-    knows the form of keys, numbers or codes (`kernel_lrkv.READS`).
+    knows the form of keys, numbers or codes (`LowRankHeads.in_kernel`).
     Raises ValueError for a path that does not exist or cannot run here.
     """
     if asked not in PATHS:
@@ -308,8 +307,8 @@ class LrkvAttention:
             dtype=query.dtype,
             outside_window=bool(window) and keys[0].shape[2] > window,
             differentiable=self.wants_gradients(query, *keys, *values),
-            kernel=kwargs.get("softcap") is None
-            and self.keys.form in READ_BY_KERNEL
+            kernel=self.keys.in_kernel
+            and kwargs.get("softcap") is None
             and self.kind in self.kernel
             and (norm is None or self.kernel_norm() is not None),
         )

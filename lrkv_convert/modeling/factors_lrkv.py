@@ -55,6 +55,7 @@ class LowRankHeads(nn.Module):
     # sizes
     found: tuple[str, ...] = ()
     has_maps = True  # whether there may be maps C
+    in_kernel = True  # whether the kernel can read it
     # of keys under RoPE: whether any is rotated when it is read (by its index in the cache), and
     # whether any lies rotated in the cache
     rotates_on_read, caches_rotated = True, False

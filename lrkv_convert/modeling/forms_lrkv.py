@@ -170,6 +170,7 @@ class ChannelHeads(LowRankHeads):
 
     form = "channels"
     found = ("bits",)
+    in_kernel = False  # latents would have to be put into their places there
 
     def __init__(
         self, width, num_heads, head_dim, base_width, rank, alignment, bias, codes=None, bits=None
