@@ -95,13 +95,16 @@ def bytes_against_loss(record: dict, file: Path) -> None:
         lines.setdefault(row["method"], []).append(row)
     clipped = lambda row: max(row["kl"], LEAST)
     curves, bits = {}, []
-    for i, (method, rows) in enumerate(lines.items()):
+    order = list(record["methods"])  # a method looks the same in every picture
+    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(order)}
+    for method, rows in lines.items():
+        i, colour = order.index(method), colours[method]
         rows = sorted(rows, key=lambda row: row["share"])
         curves[method] = [(row["share"], clipped(row)) for row in rows]
         axes.plot(
             *zip(*curves[method]),
             marker=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
+            color=colour,
             linewidth=2.6 if i == 0 else 1.3,
             markersize=7 if i == 0 else 5,
             zorder=10 - i,
@@ -113,7 +116,7 @@ def bytes_against_loss(record: dict, file: Path) -> None:
                 xytext=(5, 3),
                 textcoords="offset points",
                 fontsize="x-small",
-                color=COLOURS[i % len(COLOURS)],
+                color=colour,
             )
             for row in rows
             if row["setting"].startswith("int")
@@ -136,13 +139,17 @@ def bytes_against_loss(record: dict, file: Path) -> None:
     axes.grid(True, which="major", linewidth=0.4)
     labels = [shown(record["methods"][method]["label"]) for method in curves]
     figure.draw_without_rendering()  # places are known from here on
-    beside(axes, list(curves.values()), labels, bits)
+    beside(axes, list(curves.values()), labels, [colours[method] for method in curves], bits)
     figure.savefig(file)
     pyplot.close(figure)
 
 
 def beside(
-    axes, curves: Sequence[Sequence[tuple[float, float]]], labels: Sequence[str], texts: Sequence
+    axes,
+    curves: Sequence[Sequence[tuple[float, float]]],
+    labels: Sequence[str],
+    colours: Sequence[str],
+    texts: Sequence,
 ) -> None:
     """Each curve's label beside one of its points, in its colour: clear of other labels and of the
     texts that are there, nearer to its own curve than to any other, and near. curves: their points,
@@ -165,12 +172,12 @@ def beside(
             points[0],
             textcoords="offset points",
             xytext=(0, 0),
-            color=COLOURS[i % len(COLOURS)],
+            color=colours[i],
             fontsize="small",
             fontweight="bold" if i == 0 else "normal",
             zorder=20,
         )
-        others = np.concatenate([trace for j, trace in enumerate(traced) if j != i])
+        others = np.concatenate([np.empty((0, 2)), *traced[:i], *traced[i + 1 :]])
         costs = {}
         for place in product(points, places):
             box = _put(text, place, renderer)

@@ -218,7 +218,9 @@ def test_labels_stand_clear_of_each_other_and_nearest_to_their_own_curve(tmp_pat
     axes.set_xlim(0, 0.6)
     bits = [axes.annotate("int4", curve[0]) for curve in curves]
     figure.draw_without_rendering()
-    plot.beside(axes, curves, names := ["first", "second curve", "a third, of many words"], bits)
+    plot.beside(
+        axes, curves, names := ["first", "second curve", "a third, of many words"], ["k"] * 3, bits
+    )
     labels = [text for text in axes.texts if text.get_text() in names]
     boxes = [text.get_window_extent() for text in (*labels, *bits)]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
