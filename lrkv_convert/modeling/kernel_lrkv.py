@@ -40,8 +40,6 @@ WIDE = 256  # latents of keys, above which more tokens share a tile of their map
 PROGRAMS = 528  # aimed at per launch: four per multiprocessor of an H100
 # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be tested
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-# forms of keys that it reads, codes or not; those that lie in a grid of channels it does not
-READS = ("joint", "rotary", "commuting", "full")
 LOWEST = -3.4028234663852886e38  # float32; finite, so that a masked chunk gives no NaN
 
 
