@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -385,7 +385,8 @@ def code_bits(layers: Sequence[Layer], side: str, heads: int) -> dict[str, list[
     """Bits by layer, of latents of each width, by what they are called; scales left out."""
     found: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
-        for times, blocks in zip((1, heads), getattr(layer, side).codes or (), strict=False):
+        slots: Sequence[Any] = getattr(layer, side).codes or ()
+        for times, blocks in zip((1, heads), slots, strict=False):
             for bits, count in blocks or ():
                 of_width = found.setdefault(bits, [0] * len(layers))
                 of_width[i] += times * bits * count

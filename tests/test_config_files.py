@@ -296,7 +296,7 @@ def test_a_converted_folder_whose_config_was_edited(change, tiny, converted, tex
     "content",
     [
         *WRONG,
-        {"format": 3},
+        {"format": 4},
         {"attention": None},
         {"attention": {"self": {"cache": []}}},
         {"source": None},

@@ -73,7 +73,7 @@ def test_errors_of_keys_are_those_that_the_conversion_reports(family, tiny, data
 
 
 def test_both_kinds_together_are_recommended_what_their_sum_allows(tiny, data):
-    look = lambda target: inspect(str(tiny("t5")), calibration=[data("t5")], target_kl=target)
+    look = lambda target: inspect(str(tiny("bart")), calibration=[data("bart")], target_kl=target)
     kinds = look(0.05)["attention"]
     sums = [
         (own["rank"], own["predicted_kl"] + cross["predicted_kl"])
