@@ -42,11 +42,18 @@ VOICES, SPEEDS = (
 WORDS = range(8, 26)  # of a sentence
 # the same in every layer, base one head wide
 RANKS = {"49.5 %": {"rank_k": 10, "rank_v": 32}, "29 %": {"rank_k": 4, "rank_v": 12}}
-BUDGETS = {"49.5 %": {"cache_ratio": 0.495}, "29 %": {"cache_ratio": 0.29}}
+BUDGETS = {
+    "49.5 %": {"cache_ratio": 0.495, "bits": 16},
+    "29 %": {"cache_ratio": 0.29, "bits": 16},
+}
+# a few bits a latent, shares of a bfloat16 cache
+CODES = {
+    name: {"cache_ratio": r, "dtype": "bfloat16"} for name, r in (("25 %", 0.25), ("12.5 %", 0.125))
+}
 POINTS = [
     (attention, name, how, options)
     for attention in ("self", "cross", "self,cross")
-    for how, table in (("planned", BUDGETS), ("uniform", RANKS))
+    for how, table in (("codes", CODES), ("planned", BUDGETS), ("uniform", RANKS))
     for name, options in table.items()
     if not (attention == "self,cross" and how == "uniform")
 ]
