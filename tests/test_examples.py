@@ -54,7 +54,7 @@ def test_convert_and_load(tiny, tmp_path):
     )
     assert (
         before == 960
-        and 0.4 * before < after <= 0.5 * before
+        and 0.1 * before < after <= 0.125 * before
         and "original: 'The capital" in shown
         and "lrkv: 'The capital" in shown
     )
