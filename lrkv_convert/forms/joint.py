@@ -13,6 +13,7 @@ from ..families import Geometry
 from ..fit.bases import BASES, Factors, error_curve, joint, joint_gains
 from ..fit.codes import coded, codings
 from ..fit.metric import Metric
+from ..modeling.codes_lrkv import Blocks
 from .base import (
     WIDTH_STEP,
     Asked,
@@ -94,12 +95,9 @@ class Joint(Form):
 
     def fit_codes(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
         """The fit of latents that become codes, in the covariance of usual tokens."""
-        fit, (base, residual), slots, codes = (
-            joint(W, metric, shape.width, shape.rank),
-            shape.codes,
-            {},
-            {},
-        )
+        fit, (base, residual) = joint(W, metric, shape.width, shape.rank), shape.codes
+        slots: dict[str, tuple[Tensor, Tensor]] = {}
+        codes: dict[str, Blocks] = {}
         if base is not None and fit.C is not None:
             slots["base"], codes["base"] = (fit.W_shared[None], fit.C[None]), base
         if residual is not None:
