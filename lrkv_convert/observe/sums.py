@@ -142,11 +142,12 @@ class SpreadSums:
     def add(self, x: Tensor, attention: Tensor, states: Tensor | None = None) -> None:
         """As `MetricSums.add`."""
         seen = x if states is None else states
-        usual = seen[SINKS:] if len(seen) > 2 * SINKS else seen
+        first = SINKS if len(seen) > 2 * SINKS else 0  # short examples have no others
+        usual = seen[first:]
         self.squares += usual.T @ usual
         self.total += usual.sum(0)
         self.first += seen[0]
-        squares = attention[..., SINKS:].square().sum((1, 2))  # (H G,)
+        squares = attention[..., first:].square().sum((1, 2))  # (H G,)
         self.shares += squares.view(len(self.shares), -1).mean(1)
         self.tokens += len(usual)
         self.queries += len(x)
