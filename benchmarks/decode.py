@@ -23,14 +23,42 @@ from lrkv_convert.folder.writer import write_json
 # a quarter of the bytes as codes, as a plan of mha-rope-6m with 8 x 32 heads has them in its middle
 # layers: these many of 256 numbers have these many bits
 PLANNED = {8: 16, 6: 72, 4: 64, 3: 40, 2: 32}
+# without three bits, which have a plane of their own
+PLANNED_25 = {8: 16, 6: 72, 4: 88, 2: 56}
+# 37.5 and 50 %
+PLANNED_37 = {8: 64, 6: 112, 4: 56, 2: 16}
+PLANNED_50 = {8: 256}
 
 
-def coded(heads: int, groups: int, head_dim: int, rotary: bool) -> Shape:
-    """Keys and values as codes in the proportions of `PLANNED`."""
-    blocks = [(bits, count * heads * head_dim // 256) for bits, count in PLANNED.items()]
+def coded(
+    heads: int,
+    groups: int,
+    head_dim: int,
+    rotary: bool,
+    form: str = "joint",
+    together: int | None = None,
+    planned: dict[int, int] = PLANNED,
+) -> Shape:
+    """Keys and values as codes in these proportions; together: heads that share them, None for
+    all.
+    """
+    together = together or heads
+    blocks = [
+        (bits, round(count * together * head_dim / 256 / 8) * 8) for bits, count in planned.items()
+    ]
     size = sum(count for _, count in blocks), 0
     codes = blocks, None
-    return Shape(heads, groups, head_dim, size, size, rotary=rotary, codes=(codes, codes))
+    return Shape(
+        heads,
+        groups,
+        head_dim,
+        size,
+        size,
+        form,
+        rotary,
+        codes=(codes, codes),
+        head_groups=heads // together,
+    )
 
 
 def coded_per_head(heads: int, groups: int, head_dim: int) -> Shape:
@@ -57,6 +85,16 @@ SHAPES = {
     "codes RoPE per-head": coded_per_head(32, 1, 128),
     "codes GQA position-free": coded(8, 4, 128, False),
     "codes GQA RoPE joint": coded(8, 4, 128, True),
+    "codes position-free, groups of 4": coded(32, 1, 128, False, together=4, planned=PLANNED_25),
+    "codes RoPE commuting": coded(32, 1, 128, True, "turning", planned=PLANNED_25),
+    "codes RoPE commuting, groups of 8": coded(32, 1, 128, True, "turning", 8, planned=PLANNED_25),
+    "codes RoPE commuting, groups of 4": coded(32, 1, 128, True, "turning", 4, planned=PLANNED_25),
+    "codes RoPE commuting, groups of 1": coded(32, 1, 128, True, "turning", 1, planned=PLANNED_25),
+    "codes RoPE commuting, groups of 4, 37 %": coded(32, 1, 128, True, "turning", 4, PLANNED_37),
+    "codes RoPE commuting, groups of 4, 50 %": coded(32, 1, 128, True, "turning", 4, PLANNED_50),
+    "codes GQA RoPE commuting": coded(8, 4, 128, True, "turning", planned=PLANNED_25),
+    "codes GQA RoPE commuting, groups of 2": coded(8, 4, 128, True, "turning", 2, planned=PLANNED_25),
+    "codes GQA RoPE commuting, groups of 1": coded(8, 4, 128, True, "turning", 1, planned=PLANNED_25),
 }
 
 
@@ -73,7 +111,7 @@ def measure(
     rate, rows = bandwidth(device), []
     print(f"plain copy: {rate / 1e9:.1f} GB/s read plus written")
     print(
-        f"{'shape':<24}{'dtype':>9}{'batch':>6}{'tokens':>7} "
+        f"{'shape':<42}{'dtype':>9}{'batch':>6}{'tokens':>7} "
         f" {'path':<11}{'ms':>9}{'faster':>8}{'cache':>7}{'limit ms':>9}{'of limit':>9}"
     )
     for name, dtype, batch, tokens in itertools.product(shapes, dtypes, batches, lengths):
@@ -88,7 +126,7 @@ def measure(
             rate,
         ):
             print(
-                f"{name:<24}{dtype:>9}{batch:>6}{tokens:>7} "
+                f"{name:<42}{dtype:>9}{batch:>6}{tokens:>7} "
                 f" {row['path']:<11}{row['milliseconds']:>9.2f}"
                 f"{'x' + format(row['speedup'], '.2f'):>8}"
                 f"{row['cache_ratio']:>7.0%}{row['limit_milliseconds']:>9.2f}"

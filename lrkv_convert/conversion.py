@@ -46,7 +46,7 @@ from .study import Progress, Study
 
 # of what calibration leaves for the fit: one more when it changes, so that no half of an older one
 # is gone on with
-STORE_FORMAT = 6
+STORE_FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,9 @@ def spent(
     plans, refusal, budget = {}, None, options.spend
     assert isinstance(budget, Budget)
     for name in names:
-        curves = study.curves(kind, options.metric, budget.caps(name), name, store, budget.bits)
+        curves = study.curves(
+            kind, options.metric, budget.caps(name), name, store, budget.bits, budget.group_size
+        )
         sites = study.by_kind[kind]
         try:
             plan = allocate(curves, sites, study.layers, stored.itemsize, budget.ratio, name)

@@ -35,16 +35,16 @@ ROTATED = {
     "full": ("residual",),
     "channels": (),
     "axes": (),
-    "turning": (),
+    "turning": ("base",),
 }
 # the tensors of one side of an attention module: their shapes
 TENSORS = {
-    "W_shared.weight": ("m", "D"),
+    "W_shared.weight": ("g m", "D"),
     "C": ("H", "m", "d"),
     "U.weight": ("H r", "D"),
     "B": ("H", "d", "r"),
     "bias": ("H", "d"),
-    "base_codes.centres": ("2", "1", "m"),
+    "base_codes.centres": ("2", "g", "m"),
     "base_codes.lift": ("H", "d"),
     "residual_codes.centres": ("2", "H", "r"),
     "residual_codes.lift": ("H", "d"),
@@ -54,7 +54,7 @@ OTHERWISE = {
     "commuting": {"C": ("H", "m")},
     "channels": {"C": ("m",)},
     "axes": {"C": ("m",), "axes": ("H", "d", "d")},
-    "turning": {"C": ("m",), "mix": ("H", "H", "d")},
+    "turning": {"C": ("g", "m"), "mix": ("H", "H/g", "d")},
 }
 
 
@@ -78,7 +78,7 @@ class Side(Part):
         "of keys: `joint`, base and residual before rotation, rebuilt and rotated when read (also"
         " `--keys per-head`, which has no base); `axes`, the same as codes, in one row for all"
         " heads; `rotary`, the base after rotation; `commuting`,"
-        " latents of one frequency each, after rotation; `turning`, the same as codes, before it;"
+        " latents of one frequency each, after rotation; `turning`, the same as codes;"
         " `channels`, channels of keys as codes, before rotation; `full`, whole keys after"
         " rotation. Values have none",
         ABSENT,
@@ -101,6 +101,12 @@ class Side(Part):
         Any,
         "layer by layer, of base and of residual: pairs of bits and of how many latents have so"
         " many, in the order of latents; null for 16-bit numbers. Not there where nothing is codes",
+        ABSENT,
+    ] = None
+    groups: Annotated[
+        Any,
+        "layer by layer, in how many groups of neighbouring heads a base is shared, g; each has one"
+        " of its own, m wide. Not there where all heads share one",
         ABSENT,
     ] = None
     rotated_in_cache: Annotated[
@@ -204,6 +210,9 @@ class Fit(Part):
     base_width: Annotated[int, "width m of the shared base"]
     rank: Annotated[int, "rank r of the residual of each head"]
     codes: Annotated[Any, "as in config.json, of this layer", ABSENT] = None
+    groups: Annotated[
+        int | None, "of heads that share a base, where there are several", ABSENT
+    ] = None
     error: Annotated[float, "of the fit, relative, in its metric"]
 
     @property
@@ -218,7 +227,8 @@ class Fit(Part):
         if self.bits is None:
             return f"{self.base_width} + {heads}·{self.rank}"
         latents = f"{self.base_width} + {heads}·{self.rank}" if self.rank else self.base_width
-        return f"{latents} of {self.bits:.1f} bits"
+        times = f"{self.groups} x " if self.groups else ""
+        return f"{times}{latents} of {self.bits:.1f} bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,6 +457,7 @@ class Folder:
         found = {}
         for name, side in (("keys", sides.keys), ("values", sides.values)):
             m, r = side.base_width[layer], side.rank[layer]
+            g = side.groups[layer] if side.groups else 1
             # what a letter of TENSORS stands for
             sizes = {
                 "D": geometry.width,
@@ -455,8 +466,10 @@ class Folder:
                 "m": m,
                 "r": r,
                 "H r": geometry.kv_heads * r,
-                "1": 1,
                 "2": 2,
+                "g": g,
+                "g m": g * m,
+                "H/g": geometry.kv_heads // g,
             }
             base, residual = side.codes[layer] if side.codes else (None, None)
             there = {

@@ -385,8 +385,9 @@ def code_bits(layers: Sequence[Layer], side: str, heads: int) -> dict[str, list[
     """Bits by layer, of latents of each width, by what they are called; scales left out."""
     found: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
-        slots: Sequence[Any] = getattr(layer, side).codes or ()
-        for times, blocks in zip((1, heads), slots, strict=False):
+        fit = getattr(layer, side)
+        slots: Sequence[Any] = fit.codes or ()
+        for times, blocks in zip((fit.groups or 1, heads), slots, strict=False):
             for bits, count in blocks or ():
                 of_width = found.setdefault(bits, [0] * len(layers))
                 of_width[i] += times * bits * count

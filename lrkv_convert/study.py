@@ -163,9 +163,11 @@ class Study:
         keys: str,
         store: Store,
         bits: Sequence[int] | None = None,
+        group_size: int | None = None,
     ) -> list[tuple[Curve, Curve]]:
         """What widths and ranks would cost: (keys, values) of every site of a kind. keys: their
-        form; bits: widths of codes, None for 16-bit numbers.
+        form; bits: widths of codes, None for 16-bit numbers; group_size: heads that share a base
+        of codes, None for all.
         """
         sites, total = self.by_kind[kind], len(self.sites)
         before = sum(len(self.by_kind[k]) for k in self.kinds[: self.kinds.index(kind)])
@@ -175,6 +177,7 @@ class Study:
             caps,
             keys,
             bits,
+            group_size,
             store,
             lambda done: self.progress("planning", before + done, total),
         )

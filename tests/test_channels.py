@@ -47,7 +47,7 @@ class Problem:
     knows how the others lie. alike: whether RoPE leaves the metric alone.
     """
 
-    def __init__(self, turning: int, alike: bool = False, seed: int = 0):
+    def __init__(self, turning: int, alike: bool = False, seed: int = 0, H: int = H):
         draw = drawn(seed)
         self.W, self.b = draw(H, D, d), draw(H, d)
         mix = draw(D, D) * torch.logspace(0, -2, D, dtype=torch.float64)
@@ -73,24 +73,34 @@ class Problem:
         keys = (torch.einsum("td,hde->hte", self.x, self.W) + self.b.unsqueeze(1)).unsqueeze(0)
         return keys if self.rotation is None else rotate(keys, self.rotation)
 
-    def fitted(self, form: str, kept: int, bits: int = 8) -> tuple:
-        """The fit in which so many channels, or latents, or latents of a head, have so many bits,
-        and the module that a converted model would have.
+    def fitted(self, form: str, kept: int, bits: int = 8, groups: int = 1) -> tuple:
+        """The fit in which so many channels, or latents (of a group of heads), or latents of a
+        head, have so many bits, and the module that a converted model would have.
         """
         blocks, ranks = ((bits, kept),), form == "ranks"
         form = "per-head" if ranks else form
         shape = Shape(0 if ranks else kept, kept if ranks else 0, form)
-        shape = Shape(shape.width, shape.rank, form, (None, blocks) if ranks else (blocks, None))
+        codes = (None, blocks) if ranks else (blocks, None)
+        shape = Shape(shape.width, shape.rank, form, codes, groups)
         fit = FORMS[form].fit(self.W, self.b, self.metric, shape, self.geometry, "joint")
         config = FORMS[form].config([shape], "joint")
         heads = forms_lrkv.FORMS[config["form"]](
-            D, H, d, shape.width, shape.rank, True, True, codes=shape.codes, **fit.found
+            D,
+            len(self.W),
+            d,
+            shape.width,
+            shape.rank,
+            True,
+            True,
+            codes=shape.codes,
+            **({"groups": groups} if groups > 1 else {}),
+            **fit.found,
         )
         heads.double().load_state_dict(fit.tensors)
         return heads.requires_grad_(False), fit
 
 
-def unrounded(heads, x: torch.Tensor) -> tuple:
+def unrounded(heads, x: torch.Tensor, rotation: tuple | None = None) -> tuple:
     """What `encode` would give of (1, T, D), were nothing rounded: latents and the mark of
     sinks.
     """
@@ -99,7 +109,10 @@ def unrounded(heads, x: torch.Tensor) -> tuple:
         if coder is not None:
             sink = coder.codes(z)[1] < 0
             usual, first = (z - centre.unsqueeze(1) for centre in coder.centres)
-            z = torch.cat((torch.where(sink, first, usual), sink.to(z.dtype)), dim=-1)
+            about = torch.where(sink, first, usual)
+            if rotation is not None and heads.form == "turning":
+                about = heads.turned(about, rotation)
+            z = torch.cat((about, sink.to(z.dtype)), dim=-1)
         found.append(z)
     return tuple(found)
 
@@ -119,7 +132,7 @@ def test_all_of_it_is_the_keys_but_for_rounding(form, turning, monkeypatch):
     problem = Problem(turning)
     heads, fit = problem.fitted(form, whole_of(form))
     x, keys, size = problem.x.unsqueeze(0), problem.keys(), problem.keys().abs().max()
-    exact = heads.rebuild(unrounded(heads, x), problem.rotation)
+    exact = heads.rebuild(unrounded(heads, x, problem.rotation), problem.rotation)
     # the joint form drops what is smaller than rounding of a root
     assert (as_keys(exact, fit) - keys).abs().max() < (1e-6 if form == "joint" else EXACT) * size
     assert relative(as_keys(heads.matrices(), fit), problem.W) < (
@@ -217,9 +230,12 @@ def sides(form: str) -> dict:
     codes = [[[8, 8], [4, 16]], [[6, 8], [3, 8], [2, 40]], [[8, 24]]]
     bits, draw = [], torch.Generator().manual_seed(5)
     for blocks in codes:
-        digits = "".join(str(b) * n for b, n in blocks).ljust(60, "0")
-        mixed = "".join(digits[i] for i in torch.randperm(60, generator=draw))
-        bits.append([mixed[h * 20 : h * 20 + 20] for h in range(3)])
+        # pairs that turn together have the same
+        times = 2 if form == "turning" else 1
+        digits = "".join(str(b) * (n // times) for b, n in blocks).ljust(60 // times, "0")
+        mixed = "".join(digits[i] for i in torch.randperm(60 // times, generator=draw))
+        step = 20 // times
+        bits.append([mixed[h * step : h * step + step] * times for h in range(3)])
     return {
         "keys": {
             "base_width": [24, 56, 24],
@@ -376,7 +392,8 @@ def test_a_conversion_is_cached_as_planned_saved_and_loaded(
         for layer in folder.record.attention["self"].layers:
             for name, shape in folder.tensors("self", layer.layer).items():
                 assert tuple(file.get_slice(f"{layer.path}.{name}").get_shape()) == shape
-    assert not folder.attention["self"].keys.rotated_in_cache
+    rotated = ("base",) if keys == "commuting" else ()
+    assert folder.attention["self"].keys.rotated_in_cache == rotated
     model, ids = load(tmp_path / "out", dtype=torch.float64), prompt(40)
     monkeypatch.setattr(torch, "float32", torch.float64)  # as `exact`
     cache = DynamicCache(config=model.config)

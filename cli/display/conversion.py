@@ -42,7 +42,13 @@ def _show_plan(out: Console, plan, model: str, kind: str | None) -> None:
     table = table_of("layer", "keys", "values", f"{what}/{unit}", "before")
     for site in plan.sites:
         fits = (
-            Fit(base_width=s.width, rank=s.rank, codes=s.codes if s.coded else None, error=0.0)
+            Fit(
+                base_width=s.width,
+                rank=s.rank,
+                codes=s.codes if s.coded else None,
+                groups=s.groups if s.groups > 1 else None,
+                error=0.0,
+            )
             for s in (site.keys, site.values)
         )
         after, before = site.numbers, site.numbers_before

@@ -83,6 +83,8 @@ def _bytes_of(sites: list[Site], spec: dict | None, element_size: int) -> int:
         for side in (spec["keys"], spec["values"]):
             sizes = side["base_width"][site.layer], side["rank"][site.layer]
             codes = side["codes"][site.layer] if "codes" in side else (None, None)
-            for heads, size, blocks in zip((1, site.geometry.kv_heads), sizes, codes, strict=True):
+            groups = side["groups"][site.layer] if "groups" in side else 1
+            heads = groups, site.geometry.kv_heads
+            for heads, size, blocks in zip(heads, sizes, codes, strict=True):
                 total += heads * (element_size * size if blocks is None else row_bytes(blocks))
     return total

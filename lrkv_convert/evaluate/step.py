@@ -29,7 +29,8 @@ from ..modeling.forms_lrkv import FORMS
 @dataclass(frozen=True)
 class Shape:
     """One layer: H KV heads, G query heads each, head width d; keys and values (m, r); form of
-    keys; whether keys are under RoPE; codes of keys and of values, as `LowRankHeads` takes them.
+    keys; whether keys are under RoPE; codes of keys and of values, as `LowRankHeads` takes them;
+    head_groups: of KV heads that share a base.
     """
 
     heads: int
@@ -41,13 +42,16 @@ class Shape:
     rotary: bool = False
     alignment: bool = True
     codes: tuple[Sequence[Blocks | None] | None, Sequence[Blocks | None] | None] = (None, None)
+    head_groups: int = 1
 
     def modules(self) -> tuple[LowRankHeads, LowRankHeads]:
         """Keys and values, their factors not filled."""
         size = 64, self.heads, self.head_dim  # the width D plays no part
         form = FORMS[self.form]
         alignment = self.alignment and form.has_maps
-        of_keys, of_values = ({"codes": codes} if codes else {} for codes in self.codes)
+        of_keys, of_values = (
+            {"codes": codes, "groups": self.head_groups} if codes else {} for codes in self.codes
+        )
         return (
             form(*size, *self.keys, alignment, False, **of_keys),
             LowRankHeads(*size, *self.values, True, False, **of_values),
@@ -62,6 +66,12 @@ class Shape:
             for side in sides
             for (heads, width), coder in zip(side.slots(), side.coders)
         )
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel knows it."""
+        with torch.device("meta"):
+            return all(side.in_kernel for side in self.modules())
 
     @property
     def full(self) -> int:
@@ -165,12 +175,15 @@ def rows(
     coder: Codes, batch: int, heads: int, tokens: int, device: torch.device, distinct: int = 512
 ) -> Tensor:
     """Codes of normal latents about usual tokens, (batch, heads, tokens, bytes), repeated after
-    `distinct` tokens.
+    `distinct` tokens; the first is a sink, far from them.
     """
-    latents = torch.randn(1, heads, min(tokens, distinct), coder.width, device=device)
-    packed = coder.pack(latents + coder.centres[0].float().unsqueeze(1))
-    packed = packed.repeat(batch, 1, -(-tokens // packed.shape[2]), 1)
-    return packed[:, :, :tokens].contiguous()
+    coder.centres[1] += 100
+    latents = torch.randn(1, heads, 1 + min(tokens, distinct), coder.width, device=device)
+    latents += coder.centres[0].float().unsqueeze(1)
+    latents[:, :, 0] = coder.centres[1]
+    first, others = coder.pack(latents).split((1, latents.shape[2] - 1), dim=2)
+    packed = torch.cat((first, others.repeat(1, 1, -(-tokens // others.shape[2]), 1)), dim=2)
+    return packed[:, :, :tokens].repeat(batch, 1, 1, 1)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class Metric:
     spread: Spread | None = None
     shares: Tensor | None = None
 
+    def of(self, heads: slice) -> "Metric":
+        """That of some of the heads, where they have no Sigma of their own."""
+        root = Root(self.M.root[heads], self.M.inverse[heads])
+        shares = None if self.shares is None else self.shares[heads]
+        return replace(self, M=root, grams=None, shares=shares)
+
 
 @dataclass(frozen=True)
 class HeadMoments:

@@ -151,6 +151,7 @@ def _fitted(plan: Plan, errors: list[dict[str, dict[str, float]]], kind: str, co
             base_width=shape.width,
             rank=shape.rank,
             codes=plain(shape.codes) if shape.coded else None,
+            groups=shape.groups if shape.groups > 1 else None,
             error=error[side],
         )
         return Layer(

@@ -1,7 +1,7 @@
 """Forms: how keys and values are cached and read, one file a form."""
 
 from ..errors import LrkvError
-from .base import Asked, Fitted, Form, Shape, of_values
+from .base import Asked, Fitted, Form, Shape, group_count, of_values
 from .channels import Channels
 from .commuting import Commuting
 from .full import Full
@@ -21,4 +21,4 @@ def form_named(name: str) -> Form:
     return FORMS[name]
 
 
-__all__ = ["FORMS", "Asked", "Fitted", "Form", "Shape", "form_named", "of_values"]
+__all__ = ["FORMS", "Asked", "Fitted", "Form", "Shape", "form_named", "group_count", "of_values"]

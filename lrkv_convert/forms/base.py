@@ -27,13 +27,14 @@ RANK_STEP = 4  # its residual ranks
 class Shape:
     """How much of one side of one attention module is cached: base width m and residual rank r, in
     the form of this name; codes: of base and of residual, None for 16-bit numbers
-    (modeling/codes_lrkv.py).
+    (modeling/codes_lrkv.py); groups: of heads that share a base m wide.
     """
 
     width: int
     rank: int
     form: str = "joint"
     codes: tuple[Blocks | None, Blocks | None] = (None, None)
+    groups: int = 1
 
     @property
     def coded(self) -> bool:
@@ -83,6 +84,7 @@ class Form(ABC):
     any_base = False  # whether it goes with bases other than the joint one
     coded = False  # whether what it caches may be codes
     coded_only = False  # whether it must be
+    grouped = False  # whether groups of heads may have bases of their own, of codes
     rebuilds = True  # whether a key under RoPE is put together before it is met
 
     def check(self, geometries: Iterable[Geometry], base: str, config) -> None:
@@ -135,22 +137,22 @@ class Form(ABC):
         return geometry.head_dim if geometry.rebuilt else 4 * geometry.head_dim
 
     def numbers(self, shape: Shape, geometry: Geometry) -> int:
-        """Cached per token: m + H r."""
-        return shape.width + geometry.kv_heads * shape.rank
+        """Cached per token: g m + H r."""
+        return shape.groups * shape.width + geometry.kv_heads * shape.rank
 
     def bytes(self, shape: Shape, geometry: Geometry, element_size: int) -> int:
         """The same in bytes. element_size: of the dtype that the model is stored in."""
         base, residual = shape.codes
         shared = element_size * shape.width if base is None else row_bytes(base)
         own = element_size * shape.rank if residual is None else row_bytes(residual)
-        return shared + geometry.kv_heads * own
+        return shape.groups * shared + geometry.kv_heads * own
 
     @abstractmethod
     def work(self, shape: Shape, geometry: Geometry) -> int:
         """Multiply-adds to read one cached token, all query heads together."""
 
     @abstractmethod
-    def effort(self, geometry: Geometry) -> int:
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
         """Multiply-adds for each cached number of a key under RoPE, all query heads together: what
         `--work` limits.
         """
@@ -174,10 +176,16 @@ class Form(ABC):
         """Squared error of the fit, absolute, at each shape."""
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+        self,
+        W: Tensor,
+        metric: Metric,
+        widths: Sequence[int],
+        geometry: Geometry,
+        groups: int = 1,
     ) -> list[tuple[Shape, float]]:
         """Shapes whose latents are codes of these widths, and the loss of each, absolute, as
-        `curve` gives it. Only of forms that are `coded`.
+        `curve` gives it. Only of forms that are `coded`; more groups than one only where they are
+        `grouped`.
         """
         raise NotImplementedError(self.name)
 
@@ -185,13 +193,14 @@ class Form(ABC):
         """What the converted model must know: an entry per layer, 0 and 0 where a layer has no such
         attention.
         """
-        codes = [plain(shape.codes) for shape in shapes]
+        codes, groups = [plain(shape.codes) for shape in shapes], [s.groups for s in shapes]
         return {
             "base_width": [shape.width for shape in shapes],
             "rank": [shape.rank for shape in shapes],
             "alignment": self.base(base) not in UNALIGNED,
             "form": self.runtime,
             **({"codes": codes} if any(shape.coded for shape in shapes) else {}),
+            **({"groups": groups} if any(count > 1 for count in groups) else {}),
         }
 
 
@@ -203,6 +212,17 @@ def plain(codes: Sequence[Blocks | None]) -> list[list[list[int]] | None]:
 def residual_ranks(head_dim: int) -> range:
     """Ranks that a budget tries."""
     return range(RANK_STEP, head_dim + 1, max(RANK_STEP, head_dim // 16 // RANK_STEP * RANK_STEP))
+
+
+def group_count(geometry: Geometry, size: int | None) -> int:
+    """How many groups of so many heads there are; None, or more than there are: one of all."""
+    return 1 if size is None else max(1, geometry.kv_heads // size)
+
+
+def slices(heads: int, groups: int) -> list[slice]:
+    """The heads of each group."""
+    step = heads // groups
+    return [slice(i, i + step) for i in range(0, heads, step)]
 
 
 def query_heads(geometry: Geometry) -> int:

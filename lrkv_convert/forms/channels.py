@@ -78,11 +78,16 @@ class Channels(Form):
         turned = 2 * geometry.kv_heads * geometry.rotary_dim
         return turned + query_heads(geometry) * geometry.head_dim
 
-    def effort(self, geometry: Geometry) -> int:
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
         return 2 + geometry.groups
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+        self,
+        W: Tensor,
+        metric: Metric,
+        widths: Sequence[int],
+        geometry: Geometry,
+        groups: int = 1,
     ) -> list[tuple[Shape, float]]:
         gains = worth(*turned_axes(W, metric, geometry)[:2], metric).flatten()
         return coded_shapes(gains, widths, self.name)
@@ -139,19 +144,29 @@ class Kept:
         }
 
 
-def kept_channels(columns: Tensor, gains: Tensor, blocks: Blocks, spread: Spread) -> Kept:
+def kept_channels(
+    columns: Tensor, gains: Tensor, blocks: Blocks, spread: Spread, turn: bool = False
+) -> Kept:
     """Give the channels of a grid their bits by what they are worth. columns (D, H, d), gains
-    (H, d).
+    (H, d); turn: whether they are to turn in pairs (i, i + d / 2) before they become codes, so that
+    both are worth the same, and have the same bits and the same size.
     """
     H, d = gains.shape
     order = gains.flatten().argsort(descending=True, stable=True)
+    if turn:
+        pairs = gains[:, : d // 2].flatten().argsort(descending=True, stable=True)
+        real = pairs // (d // 2) * d + pairs % (d // 2)
+        order = torch.stack((real, real + d // 2), dim=-1).flatten()
     bits = torch.zeros(H * d, dtype=torch.long)
     m = sum(count for _, count in blocks)
     bits[order[:m].cpu()] = torch.tensor([width for width, count in blocks for _ in range(count)])
     # those of a width as they lie in the grid, so that reading goes through it in order
     places = bits.argsort(descending=True, stable=True)[:m].to(columns.device)
-    columns = columns.flatten(1)[:, places]  # (D, m)
-    size = (columns * (spread.covariance @ columns)).sum(0).clamp_min(0).sqrt()
+    columns = columns.flatten(1)
+    variance = (columns * (spread.covariance @ columns)).sum(0).view(H, d)
+    if turn:
+        variance = variance.unflatten(1, (2, -1)).mean(1).repeat(1, 2)
+    columns, size = columns[:, places], variance.flatten()[places].clamp_min(0).sqrt()
     # channels that are nothing stay so
     size = torch.where(size > NOTHING * size.max(), size, torch.ones_like(size))
     # as any dtype of a checkpoint keeps them, here and below

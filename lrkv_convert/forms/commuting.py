@@ -14,12 +14,13 @@ keeps the latents of the largest lambda over all frequencies; the error is the s
 All 2 H d / 2 = H d numbers are the keys themselves, mixed. A bias b is one more token, of weight
 one: b_hj counts in A_j as a row, and z has a bias of its own.
 
-As codes, latents lie in the cache before rotation, whose channels it would smear, and are rotated
-element by element when read (`TurningHeads`). Sigma is the covariance then, and a bias stays out.
-A latent is two numbers, turned so that they suit codes best, each with bits of its own
-(forms/channels.py).
+As codes (`TurningHeads`), Sigma is the covariance, and what latents are taken about stays out, with
+the bias: means do not turn. A latent is two numbers that rotation mixes, so both have the same
+bits. That costs 7 to 28 % more squared error than codes before rotation with bits for each number
+(benchmarks/NOTES.md), and nothing is turned when keys are read. Heads may be mixed in groups, which
+limits the work of a query head to the latents of its group.
 
-Shapes: H heads, D width, d head width, n latents, m = 2 n numbers.
+Shapes: H heads, h of them in a group, D width, d head width, n latents, m = 2 n numbers.
 """
 
 from collections.abc import Sequence
@@ -30,15 +31,10 @@ from torch import Tensor
 
 from ..errors import LrkvError
 from ..families import Geometry
+from ..fit.codes import codings
 from ..fit.metric import Metric, rotation_average
-from .base import WIDTH_STEP, Asked, Fitted, Form, Shape, query_heads
-from .channels import (
-    coded_shapes,
-    kept_channels,
-    means_of,
-    quietest_angle,
-    refuse_residuals,
-)
+from .base import WIDTH_STEP, Asked, Fitted, Form, Shape, query_heads, slices
+from .channels import at_most, kept_channels, means_of, refuse_residuals
 from .rotary import check_whole_heads
 
 TINY = 1e-300  # whose logarithm stands for that of nothing
@@ -50,7 +46,7 @@ class Commuting(Form):
         "latents of all heads, one RoPE frequency each: nothing to rebuild, and each query head"
         " reads all of them"
     )
-    sized = coded = True
+    sized = coded = grouped = True
     rebuilds = False
     turning = "turning"  # its twin where latents are codes
 
@@ -83,12 +79,12 @@ class Commuting(Form):
         return [Shape(m, 0, self.name) for m in sorted({*range(WIDTH_STEP, cap, WIDTH_STEP), cap})]
 
     def work(self, shape: Shape, geometry: Geometry) -> int:
-        """Codes are turned first, and each query meets what is not in them, at each position."""
+        """Beside codes, each query meets what is not in them, for usual tokens and for sinks."""
         met = query_heads(geometry) * shape.width
-        return met + shape.coded * 2 * (shape.width + query_heads(geometry) * geometry.head_dim)
+        return met + shape.coded * 2 * query_heads(geometry) * geometry.head_dim
 
-    def effort(self, geometry: Geometry) -> int:
-        return 2 + query_heads(geometry)
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
+        return 2 + query_heads(geometry) // groups
 
     def config(self, shapes: Sequence[Shape], base: str) -> dict:
         found = super().config(shapes, base)
@@ -128,20 +124,53 @@ class Commuting(Form):
     def fit_codes(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
         """The fit of latents that become codes."""
         assert metric.spread is not None and shape.codes[0] is not None
-        columns, c, gains = turning_latents(W, metric)
-        kept = kept_channels(columns, gains, shape.codes[0], metric.spread)
-        # what codes round of the means, in heads: (2, H, d)
-        beyond = halves(torch.einsum("haj,caj->chj", c, as_complex(kept.beyond)))
-        means = torch.einsum("cD,hDd->chd", means_of(metric.spread), W.double()) + beyond
+        groups, beyond, mixed = [], [], []
+        for heads in slices(len(W), shape.groups):
+            columns, c, gains = turning_latents(W[heads], metric.of(heads))
+            kept = kept_channels(columns, gains, shape.codes[0], metric.spread, turn=True)
+            # what codes round of the means, in heads: (2, h, d)
+            beyond.append(halves(torch.einsum("haj,caj->chj", c, as_complex(kept.beyond))))
+            mixed.append(halves(c))
+            groups.append((kept, gains.sum().item()))
+        means = torch.einsum("cD,hDd->chd", means_of(metric.spread), W.double())
+        means = means + torch.cat(beyond, dim=1)
         usual = means[0] if bias is None else means[0] + bias.double()
-        tensors = kept.tensors(usual, means[1] - means[0]) | {"mix": halves(c)}
-        return Fitted(tensors, kept.error, found=kept.found)
+        tensors = {
+            "W_shared.weight": torch.cat([kept.weights.T for kept, _ in groups]),
+            "C": torch.stack([kept.sizes for kept, _ in groups]),
+            "bias": usual,
+            "base_codes.centres": torch.stack([kept.centres for kept, _ in groups], dim=1),
+            "base_codes.lift": means[1] - means[0],
+            "mix": torch.cat(mixed),
+        }
+        total = sum(worth for _, worth in groups)
+        lost = sum(kept.error**2 * worth for kept, worth in groups)
+        bits = [row for kept, _ in groups for row in kept.bits]
+        return Fitted(tensors, (lost / total) ** 0.5 if total > 0 else 0.0, found={"bits": bits})
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+        self,
+        W: Tensor,
+        metric: Metric,
+        widths: Sequence[int],
+        geometry: Geometry,
+        groups: int = 1,
     ) -> list[tuple[Shape, float]]:
-        gains = turning_latents(W, metric)[2].flatten()
-        return coded_shapes(gains, widths, self.name)
+        """All groups have as many latents of each width: what one of these is worth on average."""
+        gains = torch.stack(
+            [
+                turning_latents(W[heads], metric.of(heads))[2].flatten().sort(descending=True).values
+                for heads in slices(len(W), groups)
+            ]
+        ).mean(0)
+        return [
+            (
+                Shape(sum(n for _, n in blocks), 0, self.name, (blocks, None), groups),
+                groups * found.loss,
+            )
+            for found in codings(gains, torch.ones_like(gains), widths)
+            if (blocks := at_most(found.blocks, len(gains)))
+        ]
 
     def curve(
         self, W: Tensor, bias: Tensor | None, metric: Metric, shapes: Sequence[Shape]
@@ -174,7 +203,7 @@ def mixes(
 def turning_latents(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     """Latents of W (H, D, d) as codes want them, in a grid: H rows of d numbers, real parts of all
     frequencies and imaginary ones. Columns (D, H, d), what takes them back to heads c (H, H, d/2)
-    complex, by head and row, and what each is worth (H, d).
+    complex, by head and row, and what each is worth (H, d), both parts of one the same.
 
     The mix of heads is best in the metric averaged over rotations, which slow frequencies hardly
     go through: they keep heads apart where that is worth less in their own.
@@ -182,45 +211,26 @@ def turning_latents(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     A, _, scale, _, vectors = mixes(W, None, metric)
     apart = torch.eye(len(W), dtype=vectors.dtype, device=vectors.device).expand_as(vectors)
     found = [_unmixed(A, scale, v, metric) for v in (vectors.flip(-1), apart)]
-    bits = [part.clamp_min(TINY).log().sum((1, 2)) for _, _, part in found]  # (d/2,)
+    bits = [part.clamp_min(TINY).log().sum(1) for _, _, part in found]  # (d/2,)
     mixed = (bits[0] <= bits[1]).view(-1, 1, 1)
-    Z, c, worth = (torch.where(mixed, *each) for each in zip(*found))
-    return (
-        halves(Z.permute(1, 2, 0)),
-        c.permute(1, 2, 0),
-        torch.cat((worth[..., 0].T, worth[..., 1].T), dim=-1),
-    )
+    Z, c = (torch.where(mixed, *each) for each in list(zip(*found))[:2])
+    worth = torch.where(mixed.squeeze(-1), found[0][2], found[1][2])
+    return halves(Z.permute(1, 2, 0)), c.permute(1, 2, 0), torch.cat((worth.T, worth.T), dim=-1)
 
 
 def _unmixed(A: Tensor, scale: Tensor, v: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     """By frequency: latents Z (d/2, D, H) of the mixes v (d/2, H, H), what takes them back to heads
-    (d/2, H, H), and what their real and imaginary parts are worth (d/2, H, 2). A, scale: `mixes`.
+    (d/2, H, H), and what each of their parts is worth after rotation by any angle (d/2, H). A,
+    scale: `mixes`.
     """
     assert metric.spread is not None
     covariance = metric.spread.covariance
     size = scale.square().mean(0).sqrt().view(-1, 1, 1)  # latents as large as keys
     Z, c = A @ v / size, v.conj() / scale.T.unsqueeze(-1) * size
-    M, low, high = metric.M.root @ metric.M.root, slice(len(A)), slice(len(A), None)
-    # the metric of each channel pair, elements 11, 12 and 22, (d/2, H, 1) each
-    own = [
-        M[:, a, b].diagonal(dim1=-2, dim2=-1).T.unsqueeze(-1)
-        for a, b in ((low, low), (low, high), (high, high))
-    ]
-    lie = lambda p, q: (p * (covariance @ q)).sum(1)
-    met = lambda p, q: (
-        own[0] * p.real * q.real
-        + own[1] * (p.real * q.imag + p.imag * q.real)
-        + own[2] * p.imag * q.imag
-    ).sum(1)
-    turned = lambda angle: torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
-    # of an error of 1 in a real part heads get c, of one in an imaginary part i c
-    angle = quietest_angle(
-        [lie(Z.real, Z.real), lie(Z.real, Z.imag), lie(Z.imag, Z.imag)],
-        [met(c, c), met(c, 1j * c), met(1j * c, 1j * c)],
-    )
-    Z, c = Z * turned(-angle), c * turned(angle)
-    worth = lie(Z.real, Z.real) * met(c, c), lie(Z.imag, Z.imag) * met(1j * c, 1j * c)
-    return Z, c, torch.stack(worth, dim=-1).clamp_min(0)
+    variance = sum((p * (covariance @ p)).sum(1) for p in (Z.real, Z.imag)) / 2
+    # noise of 1 in both parts: heads get it in both parts, |c|^2 times
+    seen = (scale.square().T.unsqueeze(-1) * c.abs().square()).sum(1)
+    return Z, c, (variance * seen).clamp_min(0)
 
 
 def kept_of(sizes: Tensor, n: int) -> list[int]:

@@ -27,7 +27,7 @@ class Full(Form):
     def work(self, shape: Shape, geometry: Geometry) -> int:
         return query_heads(geometry) * geometry.head_dim
 
-    def effort(self, geometry: Geometry) -> int:
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
         return geometry.groups
 
     def fit(

@@ -4,6 +4,7 @@ cache and, under RoPE, are rebuilt and rotated when read, which gives the best q
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ from .base import (
     first,
     query_heads,
     residual_ranks,
+    slices,
 )
+
+TINY = 1e-300
 
 
 class Joint(Form):
@@ -32,7 +36,7 @@ class Joint(Form):
         "base and residual before rotation, rebuilt and rotated when read: the best quality per"
         " byte"
     )
-    sized = any_base = coded = True
+    sized = any_base = coded = grouped = True
 
     def check_geometry(self, geometry, base, config):
         if base == "aligned" and (geometry.key_norm or 0 < geometry.rotary_dim < geometry.head_dim):
@@ -69,8 +73,8 @@ class Joint(Form):
             return query_heads(geometry) * (shape.width + shape.rank)
         return self.rebuilding(shape.width + shape.rank, geometry)
 
-    def effort(self, geometry: Geometry) -> int:
-        return geometry.kv_heads * geometry.head_dim
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
+        return geometry.kv_heads // groups * geometry.head_dim
 
     def rebuilding(self, numbers: int, geometry: Geometry) -> int:
         """Multiply-adds to rebuild every KV head of a token from so many numbers and to meet it
@@ -95,6 +99,8 @@ class Joint(Form):
 
     def fit_codes(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
         """The fit of latents that become codes, in the covariance of usual tokens."""
+        if shape.groups > 1:
+            return self.fit_groups(W, bias, metric, shape)
         fit, (base, residual) = joint(W, metric, shape.width, shape.rank), shape.codes
         slots: dict[str, tuple[Tensor, Tensor]] = {}
         codes: dict[str, Blocks] = {}
@@ -117,14 +123,48 @@ class Joint(Form):
         total = error_curve(W, metric, [(0, 0)])[0]
         return Fitted(tensors, (fit.error**2 + noise / total) ** 0.5 if total > 0 else 0.0)
 
+    def fit_groups(self, W: Tensor, bias: Tensor | None, metric: Metric, shape: Shape) -> Fitted:
+        """The same, a base for each group of heads."""
+        heads = slices(len(W), shape.groups)
+        fits = [joint(W[part], metric.of(part), shape.width, 0) for part in heads]
+        weights = torch.stack([fit.W_shared for fit in fits])  # (g, D, m)
+        maps = torch.stack([cast(Tensor, fit.C) for fit in fits])  # (g, H / g, m, d)
+        slots = {"base": (weights, maps)}
+        ready, bias, lifts, noise = coded(W, bias, slots, {"base": shape.codes[0] or ()}, metric)
+        base = ready["base"]
+        tensors = {
+            "W_shared.weight": base.weights.mT.flatten(0, 1),
+            "C": base.maps.flatten(0, 1),
+            "bias": bias,
+            "base_codes.centres": base.centres,
+            "base_codes.lift": lifts["base"],
+        }
+        totals = [error_curve(W[part], metric.of(part), [(0, 0)])[0] for part in heads]
+        lost = noise + sum(fit.error**2 * total for fit, total in zip(fits, totals))
+        return Fitted(tensors, (lost / sum(totals)) ** 0.5 if sum(totals) > 0 else 0.0)
+
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+        self,
+        W: Tensor,
+        metric: Metric,
+        widths: Sequence[int],
+        geometry: Geometry,
+        groups: int = 1,
     ) -> list[tuple[Shape, float]]:
-        assert metric.shares is not None
-        gains, shares = joint_gains(W, metric, metric.shares)
+        parts = []
+        for heads in slices(len(W), groups):
+            own = metric.of(heads)
+            assert own.shares is not None
+            parts.append(torch.stack(joint_gains(W[heads], own, own.shares)))
+        # all groups have as many latents of each width: what one of these is worth on average
+        gains, shares = torch.stack(parts, dim=1)  # (g, n) each
+        shares = (gains * shares).sum(0) / gains.sum(0).clamp_min(TINY)
         return [
-            (Shape(found.width, 0, self.name, (found.blocks, None)), found.loss)
-            for found in codings(gains, shares, widths)
+            (
+                Shape(found.width, 0, self.name, (found.blocks, None), groups),
+                groups * found.loss,
+            )
+            for found in codings(gains.mean(0), shares, widths)
         ]
 
     def curve(

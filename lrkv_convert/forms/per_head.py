@@ -20,7 +20,7 @@ from .joint import Joint
 class PerHead(Joint):
     name, runtime = "per-head", "joint"  # whose base may be missing
     says = "latents of each head, before rotation: less to rebuild"
-    sized = any_base = False
+    sized = any_base = grouped = False
     row = "axes"  # its twin where codes lie in one row
 
     def shape(self, asked: Asked, geometry: Geometry) -> Shape:
@@ -42,7 +42,7 @@ class PerHead(Joint):
             return geometry.groups * shape.width
         return (shape.width + query_heads(geometry)) * geometry.head_dim
 
-    def effort(self, geometry: Geometry) -> int:
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
         return geometry.head_dim
 
     def config(self, shapes: Sequence[Shape], base: str) -> dict:
@@ -65,7 +65,12 @@ class PerHead(Joint):
         return Fitted(tensors, kept.error, found=kept.found)
 
     def coded_curve(
-        self, W: Tensor, metric: Metric, widths: Sequence[int], geometry: Geometry
+        self,
+        W: Tensor,
+        metric: Metric,
+        widths: Sequence[int],
+        geometry: Geometry,
+        groups: int = 1,
     ) -> list[tuple[Shape, float]]:
         return coded_shapes(_principal(W.double(), metric)[0].flatten(), widths, self.name)
 

@@ -49,7 +49,7 @@ class Rotary(Joint):
     def work(self, shape: Shape, geometry: Geometry) -> int:
         return self.rebuilding(shape.rank, geometry)
 
-    def effort(self, geometry: Geometry) -> int:
+    def effort(self, geometry: Geometry, groups: int = 1) -> int:
         """That of its residuals, which are the greater part."""
         return geometry.head_dim
 

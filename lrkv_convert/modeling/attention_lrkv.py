@@ -308,6 +308,7 @@ class LrkvAttention:
             outside_window=bool(window) and keys[0].shape[2] > window,
             differentiable=self.wants_gradients(query, *keys, *values),
             kernel=self.keys.in_kernel
+            and self.values.in_kernel
             and kwargs.get("softcap") is None
             and self.kind in self.kernel
             and (norm is None or self.kernel_norm() is not None),

@@ -17,13 +17,18 @@ Widths are made of planes of 8, 4, 2 and 1 bits, each packed by itself:
     bits      8     6      4     3      2
     planes    8     4+2    4     2+1    2
 
-Shapes: N batch, S tokens, w latents of a slot. This file may import torch alone.
+The first bit of each byte of codes is inverted: as a signed one it is 128 less than the other.
+
+Shapes: N batch, S tokens, w latents of a slot, n columns of what they are met by. This file may
+import torch and integer_lrkv.py alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from . import integer_lrkv as integer
 
 # bits -> the planes that hold them, high bits first
 PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
@@ -31,6 +36,7 @@ PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 REACH = {8: 1.0, 6: 1.0, 4: 0.9, 3: 0.8, 2: 0.65}
 # latents of a width come in multiples of this, so that planes fill their bytes
 MULTIPLES = {8: 1, 6: 4, 4: 2, 3: 8, 2: 4}
+Turn = Callable[[torch.Tensor], torch.Tensor]
 Blocks = Sequence[tuple[int, int]]  # (bits, how many latents have so many), most bits first
 SCALE_BYTES = 2  # of float16
 SMALLEST = 2.0**-14  # of a scale: the smallest normal number of float16
@@ -61,7 +67,8 @@ def check_blocks(blocks: Blocks, width: int) -> None:
 class Codes(nn.Module):
     """How the latents of one slot become codes, and back.
 
-    Args: blocks, width w of the slot, its heads (1 for what all share), KV heads H, head width d.
+    Args: blocks, width w of the slot, its heads (1 for what all share, or groups of those that
+    share some), KV heads H, head width d.
     Raises ValueError for blocks that do not fit.
 
     centres (2, heads, w): of usual tokens and of sinks; lift (H, d): what the heads of a sink have
@@ -85,6 +92,7 @@ class Codes(nn.Module):
                 left -= plane
                 self.planes[plane].append((first, count, left))
             first += count
+        self.layout = integer.Layout(self.planes, SCALE_BYTES)
         self._known: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def extra_repr(self) -> str:
@@ -101,16 +109,22 @@ class Codes(nn.Module):
             self._known[device] = each(lambda bits: 2.0 ** (bits - 1)), each(REACH.get)
         return self._known[device]
 
-    def codes(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def codes(
+        self, u: torch.Tensor, turn: Turn | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (N, heads, S, w) -> codes, whole numbers, float32, and scales (N, heads, S, 1),
-        exact in float16; negative: of a sink.
+        exact in float16; negative: of a sink. turn: what is done to latents about their centre
+        before they become codes.
         """
         half, reach = self.levels(u.device)
         usual, sink = (u.float() - centre.float().unsqueeze(1) for centre in self.centres)
         high, low = ((each.abs() * reach).amax(-1, keepdim=True) for each in (usual, sink))
         is_sink = low < high
-        t = torch.where(is_sink, low, high).clamp(SMALLEST, LARGEST).half().float()
-        u = torch.where(is_sink, sink, usual)
+        t, u = torch.where(is_sink, low, high), torch.where(is_sink, sink, usual)
+        if turn is not None:
+            u = turn(u)
+            t = (u.abs() * reach).amax(-1, keepdim=True)
+        t = t.clamp(SMALLEST, LARGEST).half().float()
         codes = torch.minimum((u * (half / t)).floor_().add_(half).clamp_(min=0), 2 * half - 1)
         return codes, torch.where(is_sink, -t, t)
 
@@ -122,21 +136,21 @@ class Codes(nn.Module):
         u = ((codes + 0.5) / half - 1) * scale.abs()
         return torch.cat((u, (scale < 0).to(u.dtype)), dim=-1)
 
-    def through(self, u: torch.Tensor) -> torch.Tensor:
+    def through(self, u: torch.Tensor, turn: Turn | None = None) -> torch.Tensor:
         """Latents as they are read back from their codes, without codes, for training: gradients
         pass as if nothing had been rounded (straight-through, Bengio et al. 2013).
         """
         with torch.no_grad():
-            codes, scale = self.codes(u)
+            codes, scale = self.codes(u, turn)
             read = self.values(codes, scale)
         centre = torch.where(scale < 0, *(c.float().unsqueeze(1) for c in self.centres.flip(0)))
         about = u.float() - centre
-        exact = torch.cat((about, read[..., -1:]), dim=-1)
+        exact = torch.cat((about if turn is None else turn(about), read[..., -1:]), dim=-1)
         return exact + (read - exact).detach()
 
-    def pack(self, u: torch.Tensor) -> torch.Tensor:
+    def pack(self, u: torch.Tensor, turn: Turn | None = None) -> torch.Tensor:
         """Latents (N, heads, S, w) -> rows (N, heads, S, bytes) uint8."""
-        codes, scale = self.codes(u)
+        codes, scale = self.codes(u, turn)
         codes, parts = codes.to(torch.uint8), [scale.half().view(torch.uint8)]
         for plane, pieces in self.planes.items():
             if not pieces:
@@ -149,20 +163,17 @@ class Codes(nn.Module):
             row = packed[..., 0, :]
             for i in range(1, 8 // plane):
                 row = row | (packed[..., i, :] << (plane * i))
-            parts.append(row)
+            parts.append(row ^ 128)
         return torch.cat(parts, dim=-1)
 
     def unpacked(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N, heads, S, bytes) -> codes (N, heads, S, w) uint8 and scales (N, heads, S, 1)
         float32.
         """
-        # a copy of its own: a single row of an odd number of bytes passes for contiguous as it lies
-        scale = rows[..., :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
-        scale = scale.view(torch.float16).float()
         at, found = SCALE_BYTES, {}
         for plane, pieces in self.planes.items():
             total = sum(n for _, n, _ in pieces)
-            held = rows[..., at : at + total * plane // 8]
+            held = rows[..., at : at + total * plane // 8] ^ 128
             at += total * plane // 8
             if not total:
                 continue
@@ -180,10 +191,48 @@ class Codes(nn.Module):
             for (first, _, shift), bits in zip(pieces, held.split([n for _, n, _ in pieces], -1)):
                 bits = bits << shift if shift else bits
                 found[first] = found[first] | bits if first in found else bits
-        return torch.cat([found[first] for first in sorted(found)], dim=-1), scale
+        return torch.cat([found[first] for first in sorted(found)], dim=-1), self.scales(rows)
+
+    def scales(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows (N, heads, S, bytes), (N, heads, S, 1) float32; negative: of a sink."""
+        places = (rows.storage_offset(), rows.shape[-1], *rows.stride()[:-1])
+        if rows.stride(-1) == 1 and all(place % SCALE_BYTES == 0 for place in places):
+            return rows.view(torch.float16)[..., :1].float()
+        # a copy of its own: a single row of an odd number of bytes passes for contiguous as it lies
+        scale = rows[..., :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
+        return scale.view(torch.float16).float()
 
     def read(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows, or what `through` gave -> latents and the mark of sinks (N, heads, S, w + 1)."""
         if rows.dtype != torch.uint8:
             return rows.to(dtype)
         return self.values(*self.unpacked(rows)).to(dtype)
+
+    def marks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of the rows, or of what `through` gave, are sinks: (N, heads, S), 1 or 0."""
+        if rows.dtype != torch.uint8:
+            return rows[..., -1]
+        return (self.scales(rows).squeeze(-1) < 0).float()
+
+    def dot(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Weights (N, heads, n, w + 1) and what `read` gives: their products (N, heads, n, S). On a
+        CPU without unpacking anything.
+        """
+        if not integer.reads(rows, weights):
+            # tokens come first in the product: a CPU reads them faster so
+            return (self.read(rows, weights.dtype) @ weights.mT).mT
+        scale, half = self.scales(rows).mT, self.levels(rows.device)[0]
+        y, lift = weights[..., :-1].float() / half, weights[..., -1:].float()
+        met = integer.dot(self.layout, y, rows).add_(((0.5 - half) * y).sum(-1, keepdim=True))
+        return met.mul_(scale.abs()).addcmul_((scale < 0).float(), lift).to(weights.dtype)
+
+    def mix(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Weights (N, heads, n, S) times what `read` gives: (N, heads, n, w + 1)."""
+        if not integer.reads(rows, weights):
+            return weights @ self.read(rows, weights.dtype)
+        scale, half = self.scales(rows), self.levels(rows.device)[0]
+        seen = weights.float() * scale.abs().mT
+        every = seen.sum(-1, keepdim=True)
+        latents = integer.mix(self.layout, seen, rows) / half + every * (0.5 / half - 1)
+        mark = weights.float() @ (scale < 0).float()
+        return torch.cat((latents, mark), dim=-1).to(weights.dtype)

@@ -8,7 +8,8 @@ Value Attention", arXiv 2601.11471, Eq 2-5),
                                          U_h (r numbers per head)
 
 and caches only s and R_h: m + H r numbers per token instead of H d. C_h is an alignment map
-(weights, never cached); the paper's own form is m = d and C_h = I. Keys are cached before RoPE: the
+(weights, never cached); the paper's own form is m = d and C_h = I. A base may also be shared in
+groups of neighbouring heads only (as in Palu, arXiv 2407.21118), which then have one each. Keys are cached before RoPE: the
 rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Other forms of
 keys are in forms_lrkv.py.
 
@@ -31,6 +32,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .codes_lrkv import Blocks, Codes
+from .integer_lrkv import reads
 
 # numbers rebuilt at once where keys are only read: they then stay in a core's cache (64 times as
 # many on a GPU, which has more)
@@ -43,10 +45,10 @@ class LowRankHeads(nn.Module):
 
     Args: width D, num_heads H, head_dim d, base_width m >= 0, rank r >= 0 (m + r > 0), alignment
     (whether C is there; without it m must be d or 0), bias (whether b is there), codes (of base and
-    of residual: pairs of bits and latents, or None for 16-bit numbers). Raises
-    ValueError when these do not fit together.
+    of residual: pairs of bits and latents, or None for 16-bit numbers), groups g (of heads that
+    share a base). Raises ValueError when these do not fit together.
 
-    What it caches is a tuple of tensors, one for each of its `slots`; here base (N, 1, T, m) and
+    What it caches is a tuple of tensors, one for each of its `slots`; here base (N, g, T, m) and
     residual (N, H, T, r).
     """
 
@@ -55,7 +57,7 @@ class LowRankHeads(nn.Module):
     # sizes
     found: tuple[str, ...] = ()
     has_maps = True  # whether there may be maps C
-    in_kernel = True  # whether the kernel can read it
+    kernel_reads = True  # whether the kernel can read it, where all heads share a base
     # of keys under RoPE: whether any is rotated when it is read (by its index in the cache), and
     # whether any lies rotated in the cache
     rotates_on_read, caches_rotated = True, False
@@ -70,6 +72,7 @@ class LowRankHeads(nn.Module):
         alignment: bool,
         bias: bool,
         codes: Sequence[Blocks | None] | None = None,
+        groups: int = 1,
     ):
         super().__init__()
         if base_width < 0 or rank < 0 or base_width + rank == 0:
@@ -82,15 +85,20 @@ class LowRankHeads(nn.Module):
                 f"without alignment maps the base must be as wide as a head ({head_dim}), got"
                 f" {base_width}"
             )
-        self.width, self.num_heads, self.head_dim, self.base_width, self.rank = (
+        if groups < 1 or num_heads % groups or (groups > 1 and not (alignment and base_width)):
+            raise ValueError(f"{num_heads} heads do not share bases in {groups} groups")
+        self.width, self.num_heads, self.head_dim, self.base_width, self.rank, self.groups = (
             width,
             num_heads,
             head_dim,
             base_width,
             rank,
+            groups,
         )
-        # weight (m, D)
-        self.W_shared = nn.Linear(width, base_width, bias=False) if base_width else None
+        # whether the kernel can read it
+        self.in_kernel = self.kernel_reads and groups == 1
+        # weight (g m, D), group-major
+        self.W_shared = nn.Linear(width, groups * base_width, bias=False) if base_width else None
         self.C = (
             nn.Parameter(torch.empty(num_heads, base_width, head_dim))
             if base_width and alignment
@@ -102,7 +110,7 @@ class LowRankHeads(nn.Module):
         self.base_codes, self.residual_codes = (
             None if blocks is None else Codes(blocks, size, heads, num_heads, head_dim)
             for blocks, size, heads in zip(
-                codes or (None, None), (base_width, rank), (1, num_heads), strict=True
+                codes or (None, None), (base_width, rank), (groups, num_heads), strict=True
             )
         )
         if self.base_codes is not None and self.C is None:
@@ -140,7 +148,7 @@ class LowRankHeads(nn.Module):
 
     def latents(self) -> list[tuple[int, int]]:
         """(heads, width) of each slot, 1 head for what all share."""
-        return [(1, self.base_width), (self.num_heads, self.rank)]
+        return [(self.groups, self.base_width), (self.num_heads, self.rank)]
 
     def slots(self) -> list[tuple[int, int]]:
         """(heads, width) of each tensor that a token caches: numbers, or bytes where they are
@@ -207,9 +215,11 @@ class LowRankHeads(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """x (N, T, D) -> latents, a tensor (N, heads, T, width) for each slot."""
         N, T, _ = x.shape
-        # (N, 1, T, m)
         base = (
-            self.W_shared(x).unsqueeze(1) if self.W_shared is not None else x.new_empty(N, 1, T, 0)
+            self.W_shared(x).view(N, T, self.groups, self.base_width).transpose(1, 2)
+            if self.W_shared is not None
+            # (N, g, T, m)
+            else x.new_empty(N, self.groups, T, 0)
         )
         residual = (
             self.U(x).view(N, T, self.num_heads, self.rank).transpose(1, 2)
@@ -272,10 +282,13 @@ class LowRankHeads(nn.Module):
         """
         shared = own = None
         if self.W_shared is not None:
-            C = self.base_maps()
+            C, coder = self.C, self.base_codes
             shared = query if C is None else query @ C.mT.to(query.dtype)
+            shared = shared if coder is None else _beside(shared, query, coder.lift)
         if self.U is not None:
-            own = query @ self.residual_maps().mT.to(query.dtype)
+            B, coder = self.B, self.residual_codes
+            own = query @ B.to(query.dtype)
+            own = own if coder is None else _beside(own, query, coder.lift)
         return [shared, own]
 
     def scores(
@@ -297,7 +310,7 @@ class LowRankHeads(nn.Module):
         ready, maps = None, {}
         # one base for all heads: rotated once
         if self.W_shared is not None and norm is None and self.C is None:
-            ready = _shared_scores(query, self._turned(cached[0].to(query.dtype), rotation))
+            ready = _scores(query, self._turned(cached[0].to(query.dtype), rotation))
         elif self.W_shared is not None:
             C = self.base_maps()
             identity = torch.eye(self.head_dim).to(query).expand(self.num_heads, -1, -1)
@@ -311,14 +324,11 @@ class LowRankHeads(nn.Module):
 
     def _met(self, query: torch.Tensor, cached: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Scores of queries against what is cached, as it lies there."""
-        absorbed = self.absorb(query)
-        out = []
-        for part in self._chunks(cached, query.device, self.coded):
+        absorbed, out = self.absorb(query), []
+        for part in self._chunks(cached, query.device, self._unpacks(cached, query)):
             parts = [
-                (_shared_scores if heads == 1 else _own_scores)(q, z)
-                for (heads, _), q, z in zip(
-                    self.latents(), absorbed, self._part(cached, part, query.dtype)
-                )
+                _scores(q, held[:, :, part], coder)
+                for q, held, coder in zip(absorbed, cached, self.coders)
                 if q is not None
             ]
             total = parts.pop()
@@ -326,6 +336,13 @@ class LowRankHeads(nn.Module):
                 total = total.add_(more)
             out.append(total)
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def _unpacks(self, cached: tuple[torch.Tensor, ...], beside: torch.Tensor) -> bool:
+        """Whether codes become numbers to be met by others."""
+        return any(
+            coder is not None and not reads(held, beside)
+            for held, coder in zip(cached, self.coders)
+        )
 
     def _chunks(self, cached: tuple, device: torch.device, cut: bool) -> list[slice]:
         """Parts of what is cached, in tokens, few enough to be rebuilt at once. cut: whether
@@ -350,33 +367,29 @@ class LowRankHeads(nn.Module):
         """a V (N, H, Q, d) of attention weights (N, H, Q, S) that sum to one, without a copy of V
         (Eq 7).
         """
-        N, H, Q, _ = weights.shape
         averages: list[torch.Tensor | None] = [None] * len(cached)
-        for part in self._chunks(cached, weights.device, self.coded):
-            latents = self._part(cached, part, weights.dtype) if self.coded else cached
-            seen = weights[..., part] if self.coded else weights
-            for i, ((heads, width), held) in enumerate(zip(self.latents(), latents)):
-                if not width:
-                    continue
-                if heads == 1:
-                    shared = seen.reshape(N, H * Q, -1) @ held.squeeze(1)
-                    own = shared.view(N, H, Q, -1)
-                else:
-                    own = seen @ held
-                so_far = averages[i]
-                averages[i] = own if so_far is None else so_far + own
+        for part in self._chunks(cached, weights.device, self._unpacks(cached, weights)):
+            for i, ((_, width), coder) in enumerate(zip(self.latents(), self.coders)):
+                if width:
+                    own = _averages(weights[..., part], cached[i][:, :, part], coder)
+                    so_far = averages[i]
+                    averages[i] = own if so_far is None else so_far + own
         return self.expand_averages(averages)
 
     def expand_averages(self, averages: list[torch.Tensor | None]) -> torch.Tensor:
         """Averages (N, H, Q, width) of each slot, None for one of no width -> averages of values
         (N, H, Q, d).
         """
-        (shared, own), parts = averages, []
-        if shared is not None:
-            C = self.base_maps()
-            parts.append(shared if C is None else shared @ C.to(shared.dtype))
-        if own is not None:
-            parts.append(own @ self.residual_maps().to(own.dtype))
+        parts = []
+        for latents, maps, coder in zip(
+            averages, (self.C, None if self.B is None else self.B.mT), self.coders
+        ):
+            if latents is None:
+                continue
+            if coder is not None:
+                latents, sinks = latents[..., :-1], latents[..., -1:]
+                parts.append(sinks * coder.lift.unsqueeze(1).to(sinks.dtype))
+            parts.append(latents if maps is None else latents @ maps.to(latents.dtype))
         if self.bias is not None:
             parts.append(self.bias.unsqueeze(1).to(parts[0].dtype))
         return sum(parts[1:], parts[0])
@@ -390,8 +403,9 @@ class LowRankHeads(nn.Module):
         size = self.num_heads, self.width, self.head_dim
         W = torch.zeros(size, dtype=torch.float64, device=device)
         if self.W_shared is not None:
-            base = self.W_shared.weight.T.double()  # (D, m)
-            W += base if self.C is None else base @ self.C.double()
+            base = self.W_shared.weight.T.double().view(self.width, self.groups, -1)
+            base = base.transpose(0, 1).repeat_interleave(self.num_heads // self.groups, dim=0)
+            W += base if self.C is None else base @ self.C.double()  # (H, D, m) of its group
         if self.U is not None:
             U = self.U.weight.double().view(self.num_heads, self.rank, self.width).mT  # (H, D, r)
             W += U if self.B is None else U @ self.B.double().mT
@@ -424,7 +438,7 @@ class LowRankHeads(nn.Module):
         out = []
         for part in self._chunks(cached, query.device, True):
             latents = self._part(cached, part, query.dtype)
-            pieces = [latents[i] @ matrix for i, matrix in maps.items()]
+            pieces = [_mapped(latents[i], matrix) for i, matrix in maps.items()]
             pieces += [bias] if bias is not None else []
             keys = sum(pieces[1:], pieces[0])  # (N, H, step, d)
             if table is not None:
@@ -432,7 +446,7 @@ class LowRankHeads(nn.Module):
                 continue
             keys = keys if norm is None else norm(keys)
             out.append(
-                _own_scores(query, keys)
+                _scores(query, keys)
                 if rotation is None
                 else _rotated_scores(query, keys, tuple(t[:, part].unsqueeze(1) for t in rotation))
             )
@@ -441,10 +455,13 @@ class LowRankHeads(nn.Module):
         return out.expand(-1, -1, -1, length)
 
     def _aligned(self, base: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-        """s C_h for all heads in one product: (N, 1, T, m) and (H, m, d) -> (N, H, T, d)."""
-        N, _, T, m = base.shape
-        C = C.transpose(0, 1).reshape(m, self.num_heads * self.head_dim)  # (m, H d)
-        return (base.reshape(N, T, m) @ C).view(N, T, self.num_heads, self.head_dim).transpose(1, 2)
+        """s C_h for all heads in one product a group: (N, g, T, m) and (H, m, d) -> (N, H, T,
+        d).
+        """
+        N, g, T, m = base.shape
+        C = C.unflatten(0, (g, -1)).transpose(1, 2).flatten(2)  # (g, m, H / g d)
+        heads = (base @ C).view(N, g, T, -1, self.head_dim).transpose(2, 3)
+        return heads.flatten(1, 2)
 
     def reset_parameters(self) -> None:
         """The paper's start from scratch: Kaiming base; U, B random with |U_h B_h^T| about a tenth
@@ -516,20 +533,48 @@ def _rotated_scores(query: torch.Tensor, keys: torch.Tensor, rotation: tuple) ->
         t.split((half, half, t.shape[-1] - 2 * half), dim=-1) for t in (query, keys)
     )
     k1, k2 = torch.addcmul(k1 * cos, k2, sin, value=-1), torch.addcmul(k2 * cos, k1, sin)
-    scores = _own_scores(q1, k1.to(q1.dtype)) + _own_scores(q2, k2.to(q2.dtype))
-    return scores + _own_scores(q3, k3) if k3.shape[-1] else scores
+    scores = _scores(q1, k1.to(q1.dtype)) + _scores(q2, k2.to(q2.dtype))
+    return scores + _scores(q3, k3) if k3.shape[-1] else scores
 
 
-def _own_scores(query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Queries (N, H, Q, r) against each head's residual (N, H, S, r): (N, H, Q, S). Tokens come
-    first in the product: a CPU reads them faster so.
+def _scores(
+    query: torch.Tensor, latents: torch.Tensor, coder: Codes | None = None
+) -> torch.Tensor:
+    """Queries (N, H, Q, w) against latents (N, g, S, w) of g groups of heads, each shared in its
+    group: (N, H, Q, S), as one product a group that reads them once. coder: of latents that are
+    rows of codes. Tokens come first in the product: a CPU reads them faster so.
     """
-    return (residual @ query.mT).mT
+    N, H, Q, w = query.shape
+    query = query.reshape(N, latents.shape[1], -1, w)
+    if coder is None:
+        met = (latents.to(query.dtype) @ query.mT).mT
+    else:
+        met = coder.dot(query, latents)
+    return met.reshape(N, H, Q, -1)
 
 
-def _shared_scores(query: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Queries (N, H, Q, m) against one base for all heads (N, 1, S, m): (N, H, Q, S), as one
-    product that reads the base once.
+def _averages(
+    weights: torch.Tensor, latents: torch.Tensor, coder: Codes | None = None
+) -> torch.Tensor:
+    """Latents, as in `_scores`, averaged with weights (N, H, Q, S): (N, H, Q, w), of codes with the
+    mark of sinks.
     """
-    N, H, Q, m = query.shape
-    return (base.squeeze(1) @ query.reshape(N, H * Q, m).mT).mT.unflatten(1, (H, Q))
+    N, H, Q, S = weights.shape
+    weights = weights.reshape(N, latents.shape[1], -1, S)
+    average = weights @ latents if coder is None else coder.mix(weights, latents)
+    return average.view(N, H, Q, -1)
+
+
+def _mapped(latents: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Latents, as in `_scores`, times the maps of each head (H, w, n) or (N, H, w, n): (N, H, S,
+    n).
+    """
+    g = latents.shape[1]
+    if g in (1, maps.shape[-3]):
+        return latents @ maps
+    return (latents.unsqueeze(2) @ maps.unflatten(-3, (g, -1))).flatten(1, 2)
+
+
+def _beside(absorbed: torch.Tensor, query: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    """Queries with maps in them (N, H, Q, w), and behind them with what sinks have more (H, d)."""
+    return torch.cat((absorbed, query @ lift.unsqueeze(-1).to(query.dtype)), dim=-1)

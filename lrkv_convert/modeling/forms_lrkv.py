@@ -13,9 +13,8 @@ from .codes_lrkv import Blocks
 from .factors_lrkv import (
     LowRankHeads,
     _fold,
-    _own_scores,
     _rotated_scores,
-    _shared_scores,
+    _scores,
     _table,
     rotate,
 )
@@ -170,7 +169,7 @@ class ChannelHeads(LowRankHeads):
 
     form = "channels"
     found = ("bits",)
-    in_kernel = False  # latents would have to be put into their places there
+    kernel_reads = False  # latents would have to be put into their places there
 
     def __init__(
         self, width, num_heads, head_dim, base_width, rank, alignment, bias, codes=None, bits=None
@@ -253,7 +252,7 @@ class ChannelHeads(LowRankHeads):
         keys = self.unrotated(latents)
         keys = keys if norm is None else norm(keys)
         if rotation is None:
-            return _own_scores(query, keys)
+            return _scores(query, keys)
         return _rotated_scores(query, keys, tuple(t.unsqueeze(1) for t in rotation))
 
     def channel_maps(self) -> torch.Tensor:
@@ -313,7 +312,7 @@ class AxesHeads(ChannelHeads):
             query @ t.to(query.dtype).unsqueeze(-1) for t in (self.bias, self.base_codes.lift)
         )
         mark = latents[..., -1].unsqueeze(2)  # (N, 1, 1, S)
-        return _own_scores(query @ axes.mT, heads) + bias + mark * lift
+        return _scores(query @ axes.mT, heads) + bias + mark * lift
 
     def channel_maps(self):
         maps = torch.zeros(self.num_heads, *self.axes.shape, dtype=torch.float64)
@@ -327,101 +326,187 @@ class AxesHeads(ChannelHeads):
         init.normal_(self.axes, std=self.head_dim**-0.5)
 
 
-class TurningHeads(ChannelHeads):
-    """Latents that turn with RoPE, as in `CommutingHeads`, before rotation, as codes. They lie in a
-    grid as the channels of keys do: H rows of d, each half a real part, half an imaginary one, and
-    row a of frequency j is a complex number z_aj that all heads share,
+class TurningHeads(LowRankHeads):
+    """Latents that turn with RoPE, as in `CommutingHeads`, as codes, after rotation. They lie in a
+    grid as the channels of keys do: H rows of d numbers, the first half real parts, the other half
+    imaginary ones. Heads are in g groups of h = H / g, and row a of those of a group is at
+    frequency j a complex number z_aj that these heads share,
 
         K_hj = sum_a c_haj C_aj z_aj + b_hj
 
-    mix (H, H, d) holds c, for each head and row of the grid. The query absorbs it, latents are
-    rotated element by element, and nothing is rebuilt.
+    mix (H, h, d) holds c, for each head and row of its group; C (g, m) the sizes of latents, the
+    same for both parts of a number, which have the same bits, too. What latents are taken about is
+    in b, which is rotated when it is read. The query absorbs the rest: nothing is rebuilt.
+
+    bits: of each number, a string of d digits for each row, 0 where it was dropped (default: the
+    first are kept); latents of a group are in the order of bits, most first, and of the grid.
     """
 
     form = "turning"
+    found = ("bits",)
+    kernel_reads = False  # which knows nothing of means that turn
+    caches_rotated = True
 
     def __init__(
-        self, width, num_heads, head_dim, base_width, rank, alignment, bias, codes=None, bits=None
+        self,
+        width,
+        num_heads,
+        head_dim,
+        base_width,
+        rank,
+        alignment,
+        bias,
+        codes=None,
+        groups=1,
+        bits=None,
     ):
-        super().__init__(width, num_heads, head_dim, base_width, rank, alignment, bias, codes, bits)
-        self.mix = nn.Parameter(torch.empty(num_heads, num_heads, head_dim))
+        super().__init__(
+            width, num_heads, head_dim, base_width, rank, True, bias, codes, groups
+        )
+        h = num_heads // groups
+        if rank or not 0 < base_width <= h * head_dim or self.base_codes is None:
+            self.refuse(alignment)
+        blocks = self.base_codes.blocks
+        if any(count % 2 for _, count in blocks):
+            raise ValueError(f"codes {blocks} are not those of pairs")
+        if bits is None:
+            half = "".join(str(b) * (n // 2) for b, n in blocks).ljust(h * head_dim // 2, "0")
+            rows = [half[i * head_dim // 2 : (i + 1) * head_dim // 2] * 2 for i in range(h)]
+            bits = rows * groups
+        self.bits: list[str] = bits
+        for group in range(groups):
+            rows = bits[group * h : (group + 1) * h]
+            digits = "".join(rows)
+            if len(digits) != h * head_dim or any(digits.count(str(b)) != n for b, n in blocks):
+                raise ValueError(f"bits of {len(digits)} channels are not those of codes {blocks}")
+            if any(row[: head_dim // 2] != row[head_dim // 2 :] for row in rows):
+                raise ValueError("channels that turn together have different bits")
+        self.C = nn.Parameter(torch.empty(groups, base_width))
+        self.mix = nn.Parameter(torch.empty(num_heads, h, head_dim))
 
-    def numbers(self, device: torch.device) -> torch.Tensor:
-        """Where the complex numbers lie of which a part was kept, (n,), counted over rows and
-        frequencies.
+    def numbers(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Of the n = m / 2 complex numbers of each group, (g, n) each: its row in the group, its
+        frequency, and which latents are its real and its imaginary part; and the inverse of the
+        last two, (g, m): where a latent lies among [real parts | imaginary parts].
         """
         known, held = getattr(self, "_numbers", (None, None))
-        if held is None or known is not self.bits or held.device != device:
-            half = self.head_dim // 2
-            pairs = [pair for row in self.bits for pair in zip(row[:half], row[half:])]
-            held = torch.tensor(
-                [i for i, pair in enumerate(pairs) if pair != ("0", "0")], device=device
-            )
+        if held is None or known is not self.bits or held[0].device != device:
+            d, h = self.head_dim, self.num_heads // self.groups
+            found: list[list] = [[], [], [], [], []]
+            for group in range(self.groups):
+                digits = [int(b) for b in "".join(self.bits[group * h : (group + 1) * h])]
+                order = sorted((i for i, b in enumerate(digits) if b), key=lambda i: -digits[i])
+                latent = {i: place for place, i in enumerate(order)}
+                real = [i for i in sorted(latent) if i % d < d // 2]
+                parts = [latent[i] for i in real], [latent[i + d // 2] for i in real]
+                places = parts[0] + parts[1]
+                back = sorted(range(len(places)), key=places.__getitem__)
+                rows, frequencies = [i // d for i in real], [i % d for i in real]
+                for side, values in zip(found, (rows, frequencies, *parts, back)):
+                    side.append(values)
+            held = tuple(torch.tensor(side, device=device) for side in found)
             self._numbers = self.bits, held
         return held
 
-    def complex_parts(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (N, 1, S, m + 1) -> real and imaginary parts of the numbers that were kept,
-        (N, 1, S, n) each.
-        """
-        at, half = self.numbers(latents.device), self.head_dim // 2
-        left = at // half * self.head_dim + at % half
-        at = torch.cat((left, left + half))  # in the grid
-        z = _taken(latents, self.places(latents.device)[1][at]) * self.sizes(latents.dtype)[at]
-        return z.tensor_split(2, dim=-1)
-
-    def coefficients(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Real and imaginary parts of c, (H, n) each, and the frequency of each number (n,)."""
-        at, half = self.numbers(self.mix.device), self.head_dim // 2
-        real, imaginary = (
-            t.flatten(1).index_select(1, at) for t in self.mix.to(dtype).tensor_split(2, dim=-1)
-        )
-        return real, imaginary, at % half
-
-    def unrotated(self, latents):
-        z = torch.cat(self.complex_parts(latents), dim=-1)
-        maps = _complex_maps(*self.coefficients(z.dtype), self.head_dim)
-        return self._aligned(z, maps) + self.constants(latents[..., -1:])
-
-    def met(self, query, latents, rotation, norm):
-        real, imaginary, at = self.coefficients(query.dtype)
-        left, right = self.complex_parts(latents)
-        cos, sin = (t[..., at].unsqueeze(1) for t in rotation)  # (1 or N, 1, S, n)
+    def turned(self, latents: torch.Tensor, rotation: tuple) -> torch.Tensor:
+        """Latents (N, g, T, m) rotated by (cos, sin) (1 or N, T, d)."""
+        _, frequency, *parts, back = self.numbers(latents.device)
+        left, right = (_taken(latents, part.unsqueeze(1)) for part in parts)
+        cos, sin = (_taken(t.unsqueeze(1), frequency.unsqueeze(1)) for t in rotation)
         z = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-        scores = _shared_scores(_absorbed(query, real, imaginary, at), z.to(query.dtype))
-        # what keys have beside their latents turns as they do: the query meets it at each position
-        table = _table(rotation, self.head_dim).unsqueeze(1).mT  # (1 or N, 1, d, S)
-        bias, lift = (
-            _fold(t.to(query.dtype)[None, :, None], query, rotation) @ table.to(query.dtype)
-            for t in (self.bias, self.base_codes.lift)
-        )
-        mark = latents[..., -1].unsqueeze(2)  # (N, 1, 1, S)
-        return scores + bias + mark * lift
+        return _taken(z, back.unsqueeze(1)).to(latents.dtype)
 
-    def channel_maps(self):
-        mix, (H, d) = self.mix.double(), (self.num_heads, self.head_dim)
-        at = torch.arange(d // 2, device=mix.device).repeat(H)
-        maps = _complex_maps(*(t.flatten(1) for t in mix.tensor_split(2, dim=-1)), at, d)
-        # [all real parts | all imaginary parts] -> row after row
-        return maps.view(H, 2, H, d // 2, d).transpose(1, 2).reshape(H, H * d, d)
+    def encode(self, x, rotation=None, norm=None, through=False):
+        base, own = self.project(x)
+        turn = None if rotation is None else lambda about: self.turned(about, rotation)
+        coder = self.base_codes
+        made = coder.through(base, turn).to(base.dtype) if through else coder.pack(base, turn)
+        return made, own
+
+    def coefficients(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Real and imaginary parts of c C, (H, n) each, and the frequency of each number, (H, n)."""
+        row, frequency, left, *_ = self.numbers(self.mix.device)
+        h, half = self.num_heads // self.groups, self.head_dim // 2
+        size = self.C.to(dtype).gather(1, left)  # (g, n)
+        mix = self.mix.to(dtype).unflatten(0, (self.groups, h)).flatten(2)  # (g, h, h d)
+        at = (row * self.head_dim + frequency).unsqueeze(1)
+        parts = [_taken(mix, at + shift) * size.unsqueeze(1) for shift in (0, half)]
+        return (*(part.flatten(0, 1) for part in parts), frequency.repeat_interleave(h, dim=0))
+
+    def maps(self, dtype: torch.dtype) -> torch.Tensor:
+        """What takes latents to heads, (H, m, d)."""
+        maps = _complex_maps(*self.coefficients(dtype), self.head_dim)  # (H, 2 n, d)
+        back = self.numbers(maps.device)[-1].repeat_interleave(self.num_heads // self.groups, dim=0)
+        return maps.gather(1, back.unsqueeze(-1).expand(-1, -1, self.head_dim))
+
+    def absorb(self, query):
+        """What sinks have more comes later: it turns."""
+        real, imaginary, at = self.coefficients(query.dtype)
+        absorbed = _absorbed(query, real, imaginary, at)
+        back = self.numbers(query.device)[-1].repeat_interleave(self.num_heads // self.groups, dim=0)
+        absorbed = _taken(absorbed, back.unsqueeze(1))
+        return [torch.cat((absorbed, torch.zeros_like(absorbed[..., :1])), dim=-1), None]
+
+    def sinks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens are sinks to each head, (N, H, S)."""
+        marks = self.base_codes.marks(rows)
+        return marks.repeat_interleave(self.num_heads // self.groups, dim=1)
+
+    def scores(self, query, cached, rotation=None, norm=None):
+        scores, sinks = self._met(query, cached), self.sinks(cached[0]).unsqueeze(2)
+        # what keys have beside their latents turns as they do: met at each position
+        scores = scores.add_(self._turning_scores(self.bias, query, rotation))
+        if torch.compiler.is_compiling() or query.device.type != "cpu":
+            return torch.addcmul(scores, sinks, self._turning_scores(self.base_codes.lift, query, rotation))
+        at = sinks.flatten(0, 2).any(0).nonzero().squeeze(1)  # few
+        there = [table[:, at] for table in rotation]
+        more = self._turning_scores(self.base_codes.lift, query, there) * sinks[..., at]
+        return scores.index_add_(-1, at, more.to(scores.dtype))
+
+    def _turning_scores(self, constant: torch.Tensor, query: torch.Tensor, rotation) -> torch.Tensor:
+        """Scores (N, H, Q, S) of queries and something (H, d) that turns."""
+        half = self.head_dim // 2
+        q = _fold(constant.unsqueeze(1).to(query.dtype), query, rotation)  # (N, H, Q, d)
+        cos, sin = (t[..., :half].to(query.dtype).mT for t in rotation)  # (1 or N, d / 2, S)
+        left, right = q.flatten(1, 2).split(half, dim=-1)
+        if len(cos) < len(left):
+            cos, sin = cos.expand(len(left), -1, -1), sin.expand(len(left), -1, -1)
+        return torch.baddbmm(left @ cos, right, sin).unflatten(1, query.shape[1:3])
+
+    def rebuild(self, cached, rotation=None, norm=None):
+        z = self.read(cached)[0][..., :-1]
+        bias, lift = (t.unsqueeze(1).to(z.dtype) for t in (self.bias, self.base_codes.lift))
+        constant = torch.addcmul(bias, self.sinks(cached[0]).unsqueeze(-1).to(z.dtype), lift)
+        constant = constant if rotation is None else rotate(constant, rotation)
+        return self._aligned(z, self.maps(z.dtype)) + constant
+
+    @torch.no_grad()
+    def matrices(self):
+        W = self.W_shared.weight.T.double().view(self.width, self.groups, -1).transpose(0, 1)
+        W = W.repeat_interleave(self.num_heads // self.groups, dim=0)  # (H, D, m)
+        return W @ self.maps(torch.float64)
 
     def reset_parameters(self):
-        super().reset_parameters()
-        init.normal_(self.mix, std=(2 * self.num_heads) ** -0.5)
+        init.normal_(self.W_shared.weight, std=self.width**-0.5)
+        init.ones_(self.C)
+        for constant in (self.bias, self.base_codes.centres, self.base_codes.lift):
+            init.zeros_(constant)
+        init.normal_(self.mix, std=(2 * self.mix.shape[1]) ** -0.5)
 
 
 def _taken(latents: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Latents (..., w) at places (n,), (..., n); `gather` is ten times as fast as `index_select`
-    along the last dimension of a CPU tensor.
+    """Latents (..., w) at places (n,), or (..., n), (..., n); `gather` is ten times as fast as
+    `index_select` along the last dimension of a CPU tensor.
     """
-    return latents.gather(-1, at.expand(*latents.shape[:-1], -1))
+    shape = torch.broadcast_shapes(latents.shape[:-1], at.shape[:-1])
+    return latents.expand(*shape, -1).gather(-1, at.expand(*shape, -1))
 
 
 def _complex_maps(
     real: torch.Tensor, imaginary: torch.Tensor, at: torch.Tensor, d: int
 ) -> torch.Tensor:
-    """Complex numbers c (H, n), of frequencies at (n,), as maps from [real parts | imaginary parts]
-    of latents to heads, (H, 2 n, d).
+    """Complex numbers c (H, n), of frequencies at (n,) or (H, n), as maps from [real parts |
+    imaginary parts] of latents to heads, (H, 2 n, d).
     """
     places = nn.functional.one_hot(at, d // 2).to(real.dtype)  # (n, d / 2)
     real, imaginary = real.unsqueeze(-1), imaginary.unsqueeze(-1)
@@ -434,7 +519,8 @@ def _absorbed(
     query: torch.Tensor, real: torch.Tensor, imaginary: torch.Tensor, at: torch.Tensor
 ) -> torch.Tensor:
     """Queries (N, H, Q, d) with the same in them, (N, H, Q, 2 n)."""
-    left, right = query[..., at], query[..., query.shape[-1] // 2 + at]  # (N, H, Q, n)
+    at = at.unsqueeze(-2)  # (1, n) or (H, 1, n)
+    left, right = _taken(query, at), _taken(query, query.shape[-1] // 2 + at)  # (N, H, Q, n)
     real, imaginary = real.unsqueeze(1), imaginary.unsqueeze(1)  # (H, 1, n)
     return torch.cat((left * real + right * imaginary, right * real - left * imaginary), dim=-1)
 
@@ -467,8 +553,9 @@ def low_rank_heads(
     H, head_dim d: as the config says, unless given.
 
     config.lrkv = {"keys": {"base_width": [m per layer], "rank": [r per layer], "alignment": bool,
-    "form": str, "codes": [those of base and residual per layer, if there are any]}, "values":
-    {...}}, and lists of what a form has `found`.
+    "form": str, "codes": [those of base and residual per layer, if there are any], "groups": [of
+    heads that share a base per layer, if there are several]}, "values": {...}}, and lists of what a
+    form has `found`.
     """
     field = getattr(config, name, None)
     if field is None:
@@ -492,5 +579,5 @@ def low_rank_heads(
         spec["rank"][layer_idx],
         spec["alignment"],
         bias,
-        **{name: spec[name][layer_idx] for name in ("codes", *form.found) if name in spec},
+        **{name: spec[name][layer_idx] for name in ("codes", "groups", *form.found) if name in spec},
     )

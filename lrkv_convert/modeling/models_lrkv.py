@@ -124,6 +124,9 @@ class LrkvRotaryModel(LrkvModel):
     the index serves as the position even under left padding, as long as the queries are rotated by
     their index too. While the cache is empty, the positions given hold, unless the cache is to keep
     a rotated base, to which residuals rotated by their index will be added.
+
+    Codes that are made after rotation are rounded another way at another position, so those of a
+    padded row are to be what they are without padding: the index counts from its first token then.
     """
 
     def cache_arguments(self, input_ids, inputs_embeds, cache, given) -> dict:
@@ -146,11 +149,15 @@ class LrkvRotaryModel(LrkvModel):
             length == T and offset == 0 for length, offset in sizes.values()
         ):
             return {}
-        held = cache.get_seq_length()
+        held, first = cache.get_seq_length(), 0
+        given_positions = given.get("position_ids")
+        if form.caches_rotated and given_positions is not None and self.config.lrkv["keys"].get("codes"):
+            first = given_positions[:, -1:] - (held + T - 1)  # (1 or N, 1)
         # what a static cache has not filled yet is masked, and must not seem to be a longer text:
         # some RoPE variants change with the length
         positions = lambda start, length: (
             (torch.arange(length, device=x.device) + start).clamp(max=held + T - 1).unsqueeze(0)
+            + first
         )
         rotation = lambda kind, start, length: as_halves(
             self.rotation(x, positions(start, length), kind),

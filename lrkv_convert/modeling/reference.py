@@ -25,9 +25,9 @@ def decode(
     for n in range(N):
         for h in range(H):
             k = KEYS[keys.form](
-                keys, _held(of_keys, n, h), h, lambda k: _turned(k, n, rotation, norm)
+                keys, _held(of_keys, n, h, H), h, lambda k: _turned(k, n, rotation, norm)
             )
-            v = _head(values, _held(of_values, n, h), h)
+            v = _head(values, _held(of_values, n, h, H), h)
             # (G, S)
             scores = query[n, h].double() @ k.T * scale
             if mask is not None:
@@ -81,7 +81,8 @@ def _decoded(rows: torch.Tensor, blocks) -> torch.Tensor:
             code = torch.zeros_like(word)
             for plane in PLANES[bits]:
                 part, place = divmod(seen[plane] + i, size[plane])
-                piece = byte(start[plane] + place) >> plane * part & (2**plane - 1)
+                # the first bit of a byte of codes is inverted
+                piece = (byte(start[plane] + place) ^ 128) >> plane * part & (2**plane - 1)
                 code = code << plane | piece
             latents.append(t * ((code + 0.5) / 2 ** (bits - 1) - 1))
         for plane in PLANES[bits]:
@@ -89,11 +90,11 @@ def _decoded(rows: torch.Tensor, blocks) -> torch.Tensor:
     return torch.stack((*latents, sink.double()), dim=-1)
 
 
-def _held(cached: list, n: int, h: int) -> list[torch.Tensor]:
-    """What is cached of a row and a head, (S, width) for each slot; of one for all heads the
-    same.
+def _held(cached: list, n: int, h: int, H: int) -> list[torch.Tensor]:
+    """What is cached of a row and of head h of H, (S, width) for each slot; of one that heads share
+    the same.
     """
-    return [slot[n, min(h, slot.shape[1] - 1)] for slot in cached]
+    return [slot[n, h * slot.shape[1] // H] for slot in cached]
 
 
 def _turned(k: torch.Tensor, n: int, rotation: tuple | None, norm) -> torch.Tensor:

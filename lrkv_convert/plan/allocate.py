@@ -21,8 +21,8 @@ from .shapes import Plan, SitePlan
 @dataclass(frozen=True)
 class Point:
     """One choice for one side of a layer: base width m, rank r, what a token takes (numbers, or
-    bytes where latents are codes), predicted loss, and the codes of the base, or of the residuals
-    where there is no base.
+    bytes where latents are codes), predicted loss, the codes of the base, or of the residuals where
+    there is no base, and the groups of heads that share one.
     """
 
     width: int
@@ -30,6 +30,7 @@ class Point:
     size: int
     loss: float
     codes: Blocks | None = None
+    groups: int = 1
 
     def shape(self, form: str) -> Shape:
         """In the form of this name."""
@@ -38,6 +39,7 @@ class Point:
             self.rank,
             form,
             (self.codes, None) if self.width else (None, self.codes),
+            self.groups,
         )
 
 

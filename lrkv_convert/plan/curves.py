@@ -8,7 +8,7 @@ import torch
 from ..families import AttentionWeights, Geometry, Site
 from ..fit.metric import LayerMetrics, Metric
 from ..folder.store import Store
-from ..forms import FORMS, of_values
+from ..forms import FORMS, group_count, of_values
 from .allocate import Caps, Curve, Point
 from .shapes import Plan
 
@@ -42,21 +42,24 @@ def survey(
     caps: Caps,
     keys: str,
     bits: Sequence[int] | None,
+    group_size: int | None,
     store: Store,
     progress: Callable[[int], None] = lambda *_: None,
 ) -> list[tuple[Curve, Curve]]:
     """(keys, values) curves of every site; look: its weights and its metrics; keys: the name
-    of their form; bits: widths of codes, None for 16-bit numbers. Finished ones are kept in the
+    of their form; bits: widths of codes, None for 16-bit numbers; group_size: heads that share a
+    base of codes, None for all. Finished ones are kept in the
     store, those of values whatever the form of keys.
     """
     curves, of_codes = [], "".join(f"-{width}" for width in bits or ())
+    of_codes += "" if group_size is None else f"-in-{group_size}"
     for i, site in enumerate(sites):
         names = [f"curves-{side}{of_codes}-{site.name}" for side in (keys, "values")]
         if any(name not in store for name in names):
             seen, widest = look(site), caps(site.geometry)
             for name, of in zip(names, (_of_keys, _of_values)):
                 if name not in store:
-                    found = of(*seen, site.geometry, widest, keys, bits)
+                    found = of(*seen, site.geometry, widest, keys, bits, group_size)
                     store.save(name, [astuple(point) for point in found])
         keys_curve, values_curve = ([Point(*p) for p in store.load(name)] for name in names)
         curves.append((keys_curve, values_curve))
@@ -71,13 +74,15 @@ def _of_keys(
     caps: tuple[int, int],
     form: str,
     bits: Sequence[int] | None,
+    group_size: int | None,
 ) -> Curve:
     """The curve of the keys of a site, in this form."""
     if bits is None:
         cap, b = caps[0], weights.b_K
         return curve(weights.W_K, metrics.keys, geometry, cap, KEY_WEIGHT, form, b)
     metric = metrics.side("keys", True)
-    return coded_curve(weights.W_K, metric, geometry, CODED_KEY_WEIGHT, form, bits)
+    groups = group_count(geometry, group_size)
+    return coded_curve(weights.W_K, metric, geometry, CODED_KEY_WEIGHT, form, bits, groups)
 
 
 def _of_values(
@@ -87,12 +92,14 @@ def _of_values(
     caps: tuple[int, int],
     form: str,
     bits: Sequence[int] | None,
+    group_size: int | None,
 ) -> Curve:
     """The curve of its values, which is the same for any form of keys."""
     if bits is None:
         return curve(weights.W_V, metrics.values, geometry, caps[1], 1.0, bias=weights.b_V)
     metric = metrics.side("values", True)
-    return coded_curve(weights.W_V, metric, of_values(geometry), 1.0, "joint", bits)
+    groups = group_count(geometry, group_size)
+    return coded_curve(weights.W_V, metric, of_values(geometry), 1.0, "joint", bits, groups)
 
 
 def curve(
@@ -126,6 +133,7 @@ def coded_curve(
     weight: float,
     form: str,
     bits: Sequence[int],
+    groups: int = 1,
 ) -> Curve:
     """Predicted loss of latents as codes of these widths: weight * half the squared error."""
     return [
@@ -135,8 +143,9 @@ def coded_curve(
             FORMS[form].bytes(shape, geometry, 0),
             weight * error / 2,
             shape.codes[0] or shape.codes[1],
+            groups,
         )
-        for shape, error in FORMS[form].coded_curve(W, metric, bits, geometry)
+        for shape, error in FORMS[form].coded_curve(W, metric, bits, geometry, groups)
     ]
 
 

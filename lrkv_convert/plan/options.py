@@ -14,7 +14,7 @@ from ..errors import LrkvError
 from ..settings.fields import Limit, Typed, option
 
 if TYPE_CHECKING:
-    from ..families import Family, Site
+    from ..families import Family, Geometry, Site
     from ..forms import Form
     from .spend import Budget, Uniform
 
@@ -37,6 +37,11 @@ WIDE = Limit(
     lambda value: value >= 1,
     "see --max-width-k and --max-width-v",
     "the widest base is at least 1 wide",
+)
+GROUPED = Limit(
+    lambda value: value >= 1,
+    "1 is each head by itself",
+    "a group of {value} heads has none",
 )
 SOME = Limit(
     lambda value: value >= 1,
@@ -103,6 +108,12 @@ class Options(Typed):
         "Bits of what is cached: auto (each latent as many as it is worth, of 8, 6, 4, 3, 2 and"
         " none), a list such as 8,4,2 to choose from, or 16 for numbers as they are. With --rank"
         " one width, default 16.",
+    )
+    head_group_size: int | None = option(
+        None,
+        "Codes of so many neighbouring heads together, in place of all: less work to read, and more"
+        " loss. With joint or commuting keys.",
+        limits=[GROUPED],
     )
     base: str = option(
         "joint",
@@ -187,7 +198,7 @@ class Options(Typed):
             return replace(uniform, bits=one)
         usual = CODED if widths else form.budget
         ratio = usual if self.cache_ratio is None else self.cache_ratio
-        return Budget(ratio, widths, self.max_width_k, self.max_width_v)
+        return Budget(ratio, widths, self.max_width_k, self.max_width_v, self.head_group_size)
 
     @property
     def widths(self) -> tuple[int, ...] | None:
@@ -227,7 +238,7 @@ class Options(Typed):
                 form.check(geometries, self.base, config)
             except LrkvError:
                 continue
-            if form.coded and self.widths is not None:
+            if form.coded and self.widths is not None and (form.grouped or not self.head_group_size):
                 names.append(name)
         return names if any(g.rotary for g in geometries) else names[:1]
 
@@ -235,7 +246,7 @@ class Options(Typed):
         """Names of the forms of keys of which sites of a kind may have one: that asked for, or
         those that are no more work than asked. Raises LrkvError where all are.
         """
-        from ..forms import FORMS
+        from ..forms import FORMS, group_count
 
         if self.keys != AUTO:
             return [self.keys]
@@ -246,7 +257,8 @@ class Options(Typed):
         if work == "quality":
             return names
         rebuilt = {name for name in names if FORMS[name].rebuilds}
-        effort = {name: max(FORMS[name].effort(g) for g in turning) for name in names}
+        of = lambda g: group_count(g, self.head_group_size)
+        effort = {name: max(FORMS[name].effort(g, of(g)) for g in turning) for name in names}
         head = min(g.head_dim for g in turning)
         found = {
             "latency": [name for name in names if name not in rebuilt],
@@ -298,8 +310,9 @@ class Options(Typed):
         those that do not go with the model.
         """
         self.check_fields()
-        self.check_bits(config)
         geometries = list(dict.fromkeys(site.geometry for site in sites))
+        self.check_groups(geometries)
+        self.check_bits(config)
         self.form.check(geometries, self.base, config)
         self.check_spend()
         self.check_work()
@@ -387,6 +400,25 @@ class Options(Typed):
             raise LrkvError(
                 f"{self.work!r} is no limit of work",
                 f"--work is {', '.join(WORK)} or a number of multiply-adds",
+            )
+
+    def check_groups(self, geometries: "Sequence[Geometry]") -> None:
+        """Raise LrkvError for groups of heads that the model, the form or the budget has none of."""
+        size = self.head_group_size
+        if size is None:
+            return
+        if self.widths is None or self.spend.ratio is None:
+            raise LrkvError(
+                "--head-group-size goes with a budget of codes", "give --cache-ratio, not --bits 16"
+            )
+        if not self.form.grouped:
+            raise LrkvError(
+                f"--keys {self.keys} knows no groups of heads", "choose joint or commuting keys"
+            )
+        if odd := [g.kv_heads for g in geometries if g.kv_heads % size and size < g.kv_heads]:
+            raise LrkvError(
+                f"{odd[0]} KV heads do not fall into groups of {size}",
+                f"--head-group-size divides {odd[0]}",
             )
 
     def check_spend(self) -> None:

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 class Budget:
     """Bytes, as a share `ratio` of the original cache, spent where the loss rises least; bits:
     widths that codes may have, None for 16-bit numbers; the widest bases of keys and values of
-    those, None for the default.
+    those, None for the default; group_size: heads that share a base of codes, None for all.
     """
 
     ratio: float
     bits: tuple[int, ...] | None = None
     max_width_k: int | None = None
     max_width_v: int | None = None
+    group_size: int | None = None
 
     def caps(self, keys: str) -> Caps:
         """The widest bases of keys in this form, and of values, by geometry."""
