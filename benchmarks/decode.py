@@ -92,9 +92,14 @@ SHAPES = {
     "codes RoPE commuting, groups of 1": coded(32, 1, 128, True, "turning", 1, planned=PLANNED_25),
     "codes RoPE commuting, groups of 4, 37 %": coded(32, 1, 128, True, "turning", 4, PLANNED_37),
     "codes RoPE commuting, groups of 4, 50 %": coded(32, 1, 128, True, "turning", 4, PLANNED_50),
+    "codes RoPE channels": coded(32, 1, 128, True, "channels", planned=PLANNED_37),
     "codes GQA RoPE commuting": coded(8, 4, 128, True, "turning", planned=PLANNED_25),
-    "codes GQA RoPE commuting, groups of 2": coded(8, 4, 128, True, "turning", 2, planned=PLANNED_25),
-    "codes GQA RoPE commuting, groups of 1": coded(8, 4, 128, True, "turning", 1, planned=PLANNED_25),
+    "codes GQA RoPE commuting, groups of 2": coded(
+        8, 4, 128, True, "turning", 2, planned=PLANNED_25
+    ),
+    "codes GQA RoPE commuting, groups of 1": coded(
+        8, 4, 128, True, "turning", 1, planned=PLANNED_25
+    ),
 }
 
 
@@ -112,7 +117,7 @@ def measure(
     print(f"plain copy: {rate / 1e9:.1f} GB/s read plus written")
     print(
         f"{'shape':<42}{'dtype':>9}{'batch':>6}{'tokens':>7} "
-        f" {'path':<11}{'ms':>9}{'faster':>8}{'cache':>7}{'limit ms':>9}{'of limit':>9}"
+        f" {'path':<18}{'ms':>9}{'faster':>8}{'cache':>7}{'limit ms':>9}{'of limit':>9}"
     )
     for name, dtype, batch, tokens in itertools.product(shapes, dtypes, batches, lengths):
         for row in attention_step(
@@ -127,7 +132,7 @@ def measure(
         ):
             print(
                 f"{name:<42}{dtype:>9}{batch:>6}{tokens:>7} "
-                f" {row['path']:<11}{row['milliseconds']:>9.2f}"
+                f" {row['path']:<18}{row['milliseconds']:>9.2f}"
                 f"{'x' + format(row['speedup'], '.2f'):>8}"
                 f"{row['cache_ratio']:>7.0%}{row['limit_milliseconds']:>9.2f}"
                 f"{row['of_limit']:>9.0%}",

@@ -210,9 +210,9 @@ class Fit(Part):
     base_width: Annotated[int, "width m of the shared base"]
     rank: Annotated[int, "rank r of the residual of each head"]
     codes: Annotated[Any, "as in config.json, of this layer", ABSENT] = None
-    groups: Annotated[
-        int | None, "of heads that share a base, where there are several", ABSENT
-    ] = None
+    groups: Annotated[int | None, "of heads that share a base, where there are several", ABSENT] = (
+        None
+    )
     error: Annotated[float, "of the fit, relative, in its metric"]
 
     @property

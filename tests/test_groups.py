@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import prompt, refused, relative, uneven
 from test_caches import GREEDY, load, steps, whole
-from test_channels import EXACT, Problem, as_keys, d, drawn, exact, unrounded  # noqa: F401
+from test_channels import EXACT, Problem, as_keys, d, drawn, exact, unrounded
 from transformers import DynamicCache, StaticCache
 
 from lrkv_convert import convert, read_folder
@@ -27,12 +27,12 @@ HEADS = 4
 def test_all_of_it_is_the_keys_but_for_rounding(form, turning, groups, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # `codes` works in float32
     problem = Problem(turning, H=HEADS)
-    heads, fit = problem.fitted(form, HEADS // groups * d, groups=groups)
+    heads, _ = problem.fitted(form, HEADS // groups * d, groups=groups)
     x, keys, size = problem.x.unsqueeze(0), problem.keys(), problem.keys().abs().max()
     read = heads.rebuild(unrounded(heads, x, problem.rotation), problem.rotation)
     assert (read - keys).abs().max() < (1e-6 if form == "joint" else EXACT) * size
     assert relative(heads.matrices(), problem.W) < 1e-7
-    assert [tuple(t.shape[:3]) for t in heads.encode(x, problem.rotation)][0] == (1, groups, 401)
+    assert heads.encode(x, problem.rotation)[0].shape[:3] == (1, groups, 401)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -57,11 +57,9 @@ def test_smaller_groups_lose_more_and_are_counted_so(form, turning):
     """At as many latents, all of eight bits, and by curves that the fit keeps to."""
     problem, errors = Problem(turning, H=HEADS), []
     for groups in (1, 2, 4):
-        heads, fit = problem.fitted(form, 32 // groups, groups=groups)
+        _, fit = problem.fitted(form, 32 // groups, groups=groups)
         errors.append(fit.error)
-        curve = FORMS[form].coded_curve(
-            problem.W, problem.metric, WIDTHS, problem.geometry, groups
-        )
+        curve = FORMS[form].coded_curve(problem.W, problem.metric, WIDTHS, problem.geometry, groups)
         total = (problem.W @ problem.metric.M.root).square()
         assert all(shape.groups == groups for shape, _ in curve) and torch.isfinite(total).all()
         shape, loss = curve[len(curve) // 2]
@@ -102,9 +100,10 @@ def grouped(form: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(
-    "form, family", [("joint", "llama"), ("joint", "gpt2"), ("joint", "qwen3"), ("turning", "llama")]
+    "form, family",
+    [("joint", "llama"), ("joint", "gpt2"), ("joint", "qwen3"), ("turning", "llama")],
 )
-def test_cached_equals_uncached(form, family, kind, exact):  # noqa: F811
+def test_cached_equals_uncached(form, family, kind, exact):
     model, ids = uneven(family, grouped(form)).double(), prompt(40, batch=2)
     centre(model)
     cache = (
@@ -136,7 +135,9 @@ def centre(model) -> None:
             constant.data.copy_(draw(*constant.shape))
 
 
-@pytest.mark.parametrize("family, keys", [("llama", "joint"), ("llama", "commuting"), ("gpt2", "joint")])
+@pytest.mark.parametrize(
+    "family, keys", [("llama", "joint"), ("llama", "commuting"), ("gpt2", "joint")]
+)
 def test_a_conversion_in_groups_is_saved_and_loaded(family, keys, tiny, tmp_path, monkeypatch):
     plan = convert(
         str(tiny(family)),
@@ -232,10 +233,12 @@ def test_parts_are_joined(blocks):
     coder, rows = coded(blocks, 2, 700)
     draw = drawn(6)
     y, a = draw(2, 2, 3, coder.width).float(), draw(2, 2, 3, 700).float()
-    met, mixed = integer.dot(coder.layout, y, rows), integer.mix(coder.layout, a, rows)
+    met = integer.dot(coder.layout, y, rows)
     assert relative(integer.dot(coder.layout, y, rows, chunk=1), met) < 1e-6
-    assert relative(integer.mix(coder.layout, a, rows, chunk=1), mixed) < 1e-5
-    assert relative(integer.mix(coder.layout, a, rows, chunk=1, flush=100), mixed) < 1e-5
+    scale = coder.scales(rows).abs().mT
+    mix = lambda **how: integer.mix(coder.layout, a, scale, rows, **how)
+    assert relative(mix(chunk=1), mix()) < 1e-5
+    assert relative(mix(chunk=1, flush=100), mix()) < 1e-5
 
 
 def test_long_sums_of_large_numbers_do_not_overflow():

@@ -58,7 +58,11 @@ class Contender:
             return self.path or "original"
         config: Any = self.model.config
         model = self.model
-        read = all(m.keys.in_kernel and m.values.in_kernel for m in model.modules() if isinstance(m, LrkvAttention))
+        read = all(
+            m.keys.in_kernel and m.values.in_kernel
+            for m in model.modules()
+            if isinstance(m, LrkvAttention)
+        )
         found = {
             choose_path(
                 "auto",

@@ -84,7 +84,7 @@ def _bytes_of(sites: list[Site], spec: dict | None, element_size: int) -> int:
             sizes = side["base_width"][site.layer], side["rank"][site.layer]
             codes = side["codes"][site.layer] if "codes" in side else (None, None)
             groups = side["groups"][site.layer] if "groups" in side else 1
-            heads = groups, site.geometry.kv_heads
-            for heads, size, blocks in zip(heads, sizes, codes, strict=True):
+            times = groups, site.geometry.kv_heads
+            for heads, size, blocks in zip(times, sizes, codes, strict=True):
                 total += heads * (element_size * size if blocks is None else row_bytes(blocks))
     return total

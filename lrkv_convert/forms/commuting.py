@@ -159,7 +159,10 @@ class Commuting(Form):
         """All groups have as many latents of each width: what one of these is worth on average."""
         gains = torch.stack(
             [
-                turning_latents(W[heads], metric.of(heads))[2].flatten().sort(descending=True).values
+                turning_latents(W[heads], metric.of(heads))[2]
+                .flatten()
+                .sort(descending=True)
+                .values
                 for heads in slices(len(W), groups)
             ]
         ).mean(0)

@@ -24,6 +24,7 @@ import torch and integer_lrkv.py alone.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -92,8 +93,12 @@ class Codes(nn.Module):
                 left -= plane
                 self.planes[plane].append((first, count, left))
             first += count
-        self.layout = integer.Layout(self.planes, SCALE_BYTES)
         self._known: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def layout(self) -> integer.Layout:
+        """For products with bytes; made when it is needed, as a CPU alone does."""
+        return integer.Layout(self.planes, SCALE_BYTES, self.width)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{count} of {bits} bits" for bits, count in self.blocks)
@@ -109,9 +114,7 @@ class Codes(nn.Module):
             self._known[device] = each(lambda bits: 2.0 ** (bits - 1)), each(REACH.get)
         return self._known[device]
 
-    def codes(
-        self, u: torch.Tensor, turn: Turn | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def codes(self, u: torch.Tensor, turn: Turn | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (N, heads, S, w) -> codes, whole numbers, float32, and scales (N, heads, S, 1),
         exact in float16; negative: of a sink. turn: what is done to latents about their centre
         before they become codes.
@@ -221,18 +224,15 @@ class Codes(nn.Module):
         if not integer.reads(rows, weights):
             # tokens come first in the product: a CPU reads them faster so
             return (self.read(rows, weights.dtype) @ weights.mT).mT
-        scale, half = self.scales(rows).mT, self.levels(rows.device)[0]
-        y, lift = weights[..., :-1].float() / half, weights[..., -1:].float()
-        met = integer.dot(self.layout, y, rows).add_(((0.5 - half) * y).sum(-1, keepdim=True))
-        return met.mul_(scale.abs()).addcmul_((scale < 0).float(), lift).to(weights.dtype)
+        scale = self.scales(rows).mT  # (N, heads, 1, S)
+        met = integer.dot(self.layout, weights[..., :-1].float(), rows).mul_(scale.abs())
+        return met.addcmul_((scale < 0).float(), weights[..., -1:].float()).to(weights.dtype)
 
     def mix(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Weights (N, heads, n, S) times what `read` gives: (N, heads, n, w + 1)."""
         if not integer.reads(rows, weights):
             return weights @ self.read(rows, weights.dtype)
-        scale, half = self.scales(rows), self.levels(rows.device)[0]
-        seen = weights.float() * scale.abs().mT
-        every = seen.sum(-1, keepdim=True)
-        latents = integer.mix(self.layout, seen, rows) / half + every * (0.5 / half - 1)
-        mark = weights.float() @ (scale < 0).float()
+        scale, seen = self.scales(rows), weights.float()
+        latents = integer.mix(self.layout, seen, scale.abs().mT, rows)
+        mark = seen @ (scale < 0).float()
         return torch.cat((latents, mark), dim=-1).to(weights.dtype)

@@ -9,9 +9,9 @@ Value Attention", arXiv 2601.11471, Eq 2-5),
 
 and caches only s and R_h: m + H r numbers per token instead of H d. C_h is an alignment map
 (weights, never cached); the paper's own form is m = d and C_h = I. A base may also be shared in
-groups of neighbouring heads only (as in Palu, arXiv 2407.21118), which then have one each. Keys are cached before RoPE: the
-rotation does not commute with B_h, so a key is rebuilt first and rotated afterwards. Other forms of
-keys are in forms_lrkv.py.
+groups of neighbouring heads only (as in Palu, arXiv 2407.21118), which then have one each. Keys are
+cached before RoPE: the rotation does not commute with B_h, so a key is rebuilt first and rotated
+afterwards. Other forms of keys are in forms_lrkv.py.
 
 What is cached is used in two ways, equal up to rounding: `rebuild` materialises K_h or V_h (Eq
 4-5); `scores` and `average` read it in place (Eq 6-7).
@@ -458,7 +458,7 @@ class LowRankHeads(nn.Module):
         """s C_h for all heads in one product a group: (N, g, T, m) and (H, m, d) -> (N, H, T,
         d).
         """
-        N, g, T, m = base.shape
+        N, g, T, _ = base.shape
         C = C.unflatten(0, (g, -1)).transpose(1, 2).flatten(2)  # (g, m, H / g d)
         heads = (base @ C).view(N, g, T, -1, self.head_dim).transpose(2, 3)
         return heads.flatten(1, 2)
@@ -537,9 +537,7 @@ def _rotated_scores(query: torch.Tensor, keys: torch.Tensor, rotation: tuple) ->
     return scores + _scores(q3, k3) if k3.shape[-1] else scores
 
 
-def _scores(
-    query: torch.Tensor, latents: torch.Tensor, coder: Codes | None = None
-) -> torch.Tensor:
+def _scores(query: torch.Tensor, latents: torch.Tensor, coder: Codes | None = None) -> torch.Tensor:
     """Queries (N, H, Q, w) against latents (N, g, S, w) of g groups of heads, each shared in its
     group: (N, H, Q, S), as one product a group that reads them once. coder: of latents that are
     rows of codes. Tokens come first in the product: a CPU reads them faster so.

@@ -15,7 +15,6 @@ from .factors_lrkv import (
     _fold,
     _rotated_scores,
     _scores,
-    _table,
     rotate,
 )
 
@@ -360,9 +359,7 @@ class TurningHeads(LowRankHeads):
         groups=1,
         bits=None,
     ):
-        super().__init__(
-            width, num_heads, head_dim, base_width, rank, True, bias, codes, groups
-        )
+        super().__init__(width, num_heads, head_dim, base_width, rank, True, bias, codes, groups)
         h = num_heads // groups
         if rank or not 0 < base_width <= h * head_dim or self.base_codes is None:
             self.refuse(alignment)
@@ -424,7 +421,7 @@ class TurningHeads(LowRankHeads):
         return made, own
 
     def coefficients(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Real and imaginary parts of c C, (H, n) each, and the frequency of each number, (H, n)."""
+        """Real and imaginary parts of c C, and the frequency of each number, (H, n) each."""
         row, frequency, left, *_ = self.numbers(self.mix.device)
         h, half = self.num_heads // self.groups, self.head_dim // 2
         size = self.C.to(dtype).gather(1, left)  # (g, n)
@@ -443,7 +440,9 @@ class TurningHeads(LowRankHeads):
         """What sinks have more comes later: it turns."""
         real, imaginary, at = self.coefficients(query.dtype)
         absorbed = _absorbed(query, real, imaginary, at)
-        back = self.numbers(query.device)[-1].repeat_interleave(self.num_heads // self.groups, dim=0)
+        back = self.numbers(query.device)[-1].repeat_interleave(
+            self.num_heads // self.groups, dim=0
+        )
         absorbed = _taken(absorbed, back.unsqueeze(1))
         return [torch.cat((absorbed, torch.zeros_like(absorbed[..., :1])), dim=-1), None]
 
@@ -453,17 +452,22 @@ class TurningHeads(LowRankHeads):
         return marks.repeat_interleave(self.num_heads // self.groups, dim=1)
 
     def scores(self, query, cached, rotation=None, norm=None):
+        assert rotation is not None  # it goes with RoPE alone
         scores, sinks = self._met(query, cached), self.sinks(cached[0]).unsqueeze(2)
         # what keys have beside their latents turns as they do: met at each position
         scores = scores.add_(self._turning_scores(self.bias, query, rotation))
         if torch.compiler.is_compiling() or query.device.type != "cpu":
-            return torch.addcmul(scores, sinks, self._turning_scores(self.base_codes.lift, query, rotation))
+            return torch.addcmul(
+                scores, sinks, self._turning_scores(self.base_codes.lift, query, rotation)
+            )
         at = sinks.flatten(0, 2).any(0).nonzero().squeeze(1)  # few
         there = [table[:, at] for table in rotation]
         more = self._turning_scores(self.base_codes.lift, query, there) * sinks[..., at]
         return scores.index_add_(-1, at, more.to(scores.dtype))
 
-    def _turning_scores(self, constant: torch.Tensor, query: torch.Tensor, rotation) -> torch.Tensor:
+    def _turning_scores(
+        self, constant: torch.Tensor, query: torch.Tensor, rotation
+    ) -> torch.Tensor:
         """Scores (N, H, Q, S) of queries and something (H, d) that turns."""
         half = self.head_dim // 2
         q = _fold(constant.unsqueeze(1).to(query.dtype), query, rotation)  # (N, H, Q, d)
@@ -579,5 +583,7 @@ def low_rank_heads(
         spec["rank"][layer_idx],
         spec["alignment"],
         bias,
-        **{name: spec[name][layer_idx] for name in ("codes", "groups", *form.found) if name in spec},
+        **{
+            name: spec[name][layer_idx] for name in ("codes", "groups", *form.found) if name in spec
+        },
     )

@@ -101,7 +101,10 @@ if triton is not None:
         place = i + CODES[P + 3]
         part = place // BYTES  # of a byte
         at = CODES[P + 1] + place - part * BYTES
-        held = tl.load(row[:, None] + at[None, :], keep[:, None] & there[None, :], 0).to(tl.int32) ^ 128
+        held = (
+            tl.load(row[:, None] + at[None, :], keep[:, None] & there[None, :], 0).to(tl.int32)
+            ^ 128
+        )
         return (held >> (part * BITS)[None, :]) & (2**BITS - 1)
 
     @triton.jit

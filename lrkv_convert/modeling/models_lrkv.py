@@ -151,7 +151,11 @@ class LrkvRotaryModel(LrkvModel):
             return {}
         held, first = cache.get_seq_length(), 0
         given_positions = given.get("position_ids")
-        if form.caches_rotated and given_positions is not None and self.config.lrkv["keys"].get("codes"):
+        if (
+            form.caches_rotated
+            and given_positions is not None
+            and self.config.lrkv["keys"].get("codes")
+        ):
             first = given_positions[:, -1:] - (held + T - 1)  # (1 or N, 1)
         # what a static cache has not filled yet is masked, and must not seem to be a longer text:
         # some RoPE variants change with the length

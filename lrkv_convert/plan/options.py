@@ -238,7 +238,11 @@ class Options(Typed):
                 form.check(geometries, self.base, config)
             except LrkvError:
                 continue
-            if form.coded and self.widths is not None and (form.grouped or not self.head_group_size):
+            if (
+                form.coded
+                and self.widths is not None
+                and (form.grouped or not self.head_group_size)
+            ):
                 names.append(name)
         return names if any(g.rotary for g in geometries) else names[:1]
 
@@ -403,7 +407,7 @@ class Options(Typed):
             )
 
     def check_groups(self, geometries: "Sequence[Geometry]") -> None:
-        """Raise LrkvError for groups of heads that the model, the form or the budget has none of."""
+        """Raise LrkvError for groups of heads where there can be none."""
         size = self.head_group_size
         if size is None:
             return
