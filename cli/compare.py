@@ -82,6 +82,18 @@ LongContext = Annotated[
         ),
     ),
 ]
+Retrieval = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--retrieval",
+        min=1,
+        help=(
+            "Things hidden in texts of so many tokens, each asked for (tasks after RULER): how many"
+            " are found, and the loss of the answers; several lengths."
+        ),
+    ),
+]
+RetrievalTexts = Annotated[int, typer.Option(min=1, help="Texts of each retrieval task.")]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -129,6 +141,8 @@ def compare(
     prompt: Prompts = None,
     samples: Samples = None,
     long_context: LongContext = None,
+    retrieval: Retrieval = None,
+    retrieval_texts: RetrievalTexts = 5,
     tasks: Tasks = None,
     limit: Limit = None,
     task_folder: TaskFolder = None,
@@ -161,6 +175,8 @@ def compare(
         prompts=prompt or [],
         samples=(3 if report else 0) if samples is None else samples,
         long_context=long_context,
+        retrieval=retrieval or [],
+        retrieval_texts=retrieval_texts,
         tasks=chosen,
         limit=limit,
         task_folder=task_folder,

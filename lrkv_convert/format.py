@@ -377,6 +377,12 @@ class Evaluation(Part):
     seq_len: Annotated[int | None, "length of a window; null: of encoder-decoders"] = None
     dtype: Annotated[str, "of the weights as they were measured"]
     rows: Annotated[tuple[Measured, ...], "the source, and this model"]
+    retrieval: Annotated[
+        Any,
+        "what was hidden and asked for: `prose` and number of `texts`, and by task those of the"
+        " source and of this model, as compare.md says",
+        ABSENT,
+    ] = None
 
     def same(self, other: "Evaluation") -> bool:
         """Whether both are of the same texts in the same windows."""

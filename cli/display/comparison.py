@@ -45,6 +45,8 @@ def show_comparison(result: dict) -> None:
         _by_context(out, rows[1:])
     if "long_context" in result:
         _show_far(out, result["long_context"])
+    if "retrieval" in result:
+        _show_retrieval(out, result["retrieval"])
     if result.get("tasks"):
         _show_tasks(out, result["tasks"])
     for sample in result.get("samples", []):
@@ -162,6 +164,29 @@ def _show_far(out: Console, far: dict) -> None:
     if len(names) > 1:
         out.print(f"\nIn windows of {lengths[-1]:,} tokens:")
         _by_context(out, far["models"][1:])
+
+
+def _show_retrieval(out: Console, asked: dict) -> None:
+    """Loss of the answers of each task, beside the first model's, and how many were found."""
+    rows = asked["models"]
+    base = rows[0]["tasks"]
+    several = len({row["tokens"] for row in base}) > 1
+    labels = [
+        f"{row['task']}, {row['haystack']}" + (f", {row['tokens']:,}" if several else "")
+        for row in base
+    ]
+
+    def cell(i: int, j: int) -> str:
+        own = rows[j]["tasks"][i]
+        ratio = f" ×{own['nll'] / base[i]['nll']:.2f}" if j and base[i]["nll"] > 0 else ""
+        return f"{own['nll']:.3f}{ratio} {own['found']}/{own['asked']}"
+
+    grid(out, "retrieval", labels, [row["name"] for row in rows], cell)
+    lengths = " and ".join(f"{n:,}" for n in sorted({row["tokens"] for row in base}))
+    out.print(
+        f"nats of an answer's token, beside those of {rows[0]['name']}, and answers found, in"
+        f" {asked['texts']} texts of {lengths} tokens each: {asked['prose']}, or filler"
+    )
 
 
 def _show_tasks(out: Console, tasks: list[dict]) -> None:

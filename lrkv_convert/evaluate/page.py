@@ -40,6 +40,7 @@ def write_page(result: dict, file: Path, command: str) -> None:
         result=result,
         rows=rows,
         far=far,
+        retrieval=result.get("retrieval"),
         pictures=pictures,
         bytes=in_units,
         command=command,

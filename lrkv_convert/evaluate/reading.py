@@ -1,6 +1,7 @@
 """What models are compared on: what one kind of model reads, and what more can be asked of it.
 
-windows.py   texts in windows, of decoders: quantised caches, passkeys, tasks, continuations
+windows.py   texts in windows, of decoders: quantised caches, passkeys, retrieval, tasks,
+             continuations
 sources.py   speech or pairs of texts, of encoder-decoders: what each writes, word by word
 """
 
@@ -25,8 +26,9 @@ class Asked:
     tokens; max_tokens: read no more of each text than this, of pairs about as many; batch_size:
     windows per forward pass; prompts, samples: beginnings to go on from, and how many more to take
     from the first text; long_context: tokens (0: as many as the models can read) for the passkey
-    task at a quarter, half and all of them and for the loss by position; tasks: of lm-eval, with
-    its limit, a folder of one's own, and whether tasks may run generated code.
+    task at a quarter, half and all of them and for the loss by position; retrieval: lengths in
+    tokens at which retrieval tasks are asked, so many texts of each; tasks: of lm-eval, with its
+    limit, a folder of one's own, and whether tasks may run generated code.
     """
 
     caches: Sequence[str] = field(default=(), metadata={"option": "--cache"})
@@ -36,6 +38,8 @@ class Asked:
     prompts: Sequence[str] = field(default=(), metadata={"option": "--prompt"})
     samples: int = 0
     long_context: int | None = None
+    retrieval: Sequence[int] = ()
+    retrieval_texts: int = 5
     tasks: Sequence[str] = ()
     limit: int | None = None
     task_folder: Path | None = None

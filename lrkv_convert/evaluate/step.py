@@ -50,8 +50,9 @@ class Shape:
         size = 64, self.heads, self.head_dim  # the width D plays no part
         form = FORMS[self.form]
         alignment = self.alignment and form.has_maps
-        shared: dict[str, Any] = {"groups": self.head_groups} if self.head_groups > 1 else {}
-        of_keys, of_values = ({"codes": codes} | shared if codes else {} for codes in self.codes)
+        shared = {"groups": self.head_groups} if self.head_groups > 1 else {}
+        sides: list[dict[str, Any]] = [{"codes": c, **shared} if c else {} for c in self.codes]
+        of_keys, of_values = sides
         return (
             form(*size, *self.keys, alignment, False, **of_keys),
             LowRankHeads(*size, *self.values, True, False, **of_values),

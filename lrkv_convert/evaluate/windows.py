@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LrkvError
 from ..examples.example import Example, window
+from ..examples.retrieval import shortest as needed
 from ..examples.text import Text, check_ids
 from .caches import PIECE, check_caches
 from .load import load_tokenizer, read_config, refuse_encoder
@@ -18,6 +19,7 @@ from .longcontext import passkeys, shortest
 from .perplexity import Candidate, measure, text_windows
 from .positions import positions, positions_exceeded
 from .reading import Asked, Progress, Reading
+from .retrieval import retrieval
 from .samples import WRITTEN, continuation, passages
 from .statistics import by_context
 from .tasks import run_tasks, task_manager
@@ -62,6 +64,7 @@ class Windows(Reading):
     def examples(self, models, progress):
         check_ids(torch.cat(self.ids), rows_of(models[0]), self.paths[0])
         self.far = check_long_context(self.asked.long_context, models, self.ids, self.tokenizer)
+        check_retrieval(self.asked.retrieval, models, self.tokenizer)
         check_prompts(self.asked.prompts, self.tokenizer, models)
         if self.asked.samples > len(self.ids[0]):
             raise LrkvError(
@@ -106,7 +109,30 @@ class Windows(Reading):
             ]
         if self.far:
             found["long_context"] = self.read_far(candidates, rows, self.far, progress)
+        if self.asked.retrieval:
+            found["retrieval"] = self.read_retrieval(candidates, rows, progress)
         return found | ({"tasks": self.tasks} if self.manager else {})
+
+    def read_retrieval(
+        self, candidates: list[Candidate], rows: list[dict], progress: Progress
+    ) -> dict:
+        """Retrieval tasks, in the first text and in filler."""
+        found = retrieval(
+            candidates,
+            self.tokenizer,
+            sorted(set(self.asked.retrieval)),
+            self.texts[0].content,
+            self.asked.retrieval_texts,
+            lambda *state: progress("retrieval", *state),
+        )
+        return {
+            "prose": self.texts[0].name,
+            "texts": self.asked.retrieval_texts,
+            "models": [
+                {**{name: row[name] for name in ("name", "path", "cache")}, "tasks": own}
+                for row, own in zip(rows, found)
+            ],
+        }
 
     def read_far(
         self, candidates: list[Candidate], rows: list[dict], length: int, progress: Progress
@@ -194,6 +220,25 @@ def check_long_context(
             "give a longer text, or a smaller --long-context",
         )
     return length
+
+
+def check_retrieval(
+    lengths: Sequence[int], models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise LrkvError for lengths at which retrieval tasks cannot be asked."""
+    if not lengths:
+        return
+    limit, least = min(limits_of(models), default=None), needed(tokenizer)
+    if limit is not None and max(lengths) > limit:
+        raise LrkvError(
+            f"{max(lengths)} tokens are more than the models can read ({limit})",
+            "give a smaller --retrieval",
+        )
+    if min(lengths) < least:
+        raise LrkvError(
+            f"what retrieval tasks hide takes {least} tokens, more than {min(lengths)}",
+            "give a larger --retrieval",
+        )
 
 
 def check_prompts(

@@ -171,6 +171,7 @@ def model_card(record: Record, carried: dict, name: str, picture: bool = False) 
             calibrated_on=lambda measured: calibrated_on(record, measured),
             goals=GOALS,
             exp=math.exp,
+            zip=zip,
             licence=licence(carried),
             picture=PICTURE if picture else None,
             curve=CURVE,

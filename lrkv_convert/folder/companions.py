@@ -242,11 +242,19 @@ def add_evaluation(folder: Path, result: dict) -> None:
             for i in (0, found)
         ],
     }
+    if far := result.get("retrieval"):
+        of_models = [far["models"][i]["tasks"] for i in (0, found)]
+        measured["retrieval"] = {**far, "models": [_told(tasks) for tasks in of_models]}
     new = Evaluation.from_json(measured, "the comparison")
     others = (other for other in record.evaluations if not other.same(new))
     record = replace(record, evaluations=(*others, new))
     write_json(folder / RECORD, record.to_json())
     write_card(folder, record, source_metadata(folder), os.path.basename(os.path.abspath(folder)))
+
+
+def _told(tasks: list[dict]) -> list[dict]:
+    """What a card tells of retrieval tasks."""
+    return [{key: value for key, value in row.items() if key != "depths"} for row in tasks]
 
 
 def write_card(folder: Path, record: Record, carried: dict, name: str) -> None:
