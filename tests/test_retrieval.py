@@ -8,7 +8,7 @@ from conftest import run
 from test_evidence import PASSAGE, load
 from transformers import PreTrainedTokenizerBase
 
-from lrkv_convert import LrkvError
+from lrkv_convert import LrkvError, heal
 from lrkv_convert.evaluate import compare
 from lrkv_convert.evaluate.perplexity import Candidate
 from lrkv_convert.evaluate.retrieval import answers, retrieval
@@ -21,8 +21,10 @@ from lrkv_convert.examples.retrieval import (
     sentences_of,
     shortest,
     texts,
+    windows,
 )
 from lrkv_convert.examples.text import Text
+from lrkv_convert.train.windows import pack, packed
 
 CPU = torch.device("cpu")
 BOATS = " ".join(f"Boat {i} pays its debts in driftwood." for i in range(400))
@@ -179,3 +181,63 @@ def test_a_tokenizer_that_begins_texts_begins_these(tokenizer):
 
     hidden = next(iter(texts(Begins(), "keys", PASSAGE, 800, 1)))
     assert hidden.text[0] == 256 and 257 not in hidden.text
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_windows_hide_and_ask_and_are_full(tokenizer):
+    tokens = shortest(tokenizer) + 300
+    found = list(windows(tokenizer, BOATS, tokens, 14, seed=1))
+    assert len(found) == 14 and all(len(ids) == tokens for ids in found)
+    assert found == list(windows(tokenizer, BOATS, tokens, 14, seed=1))
+    assert found != list(windows(tokenizer, BOATS, tokens, 14, seed=2))
+    said = [tokenizer.decode(ids) for ids in found]
+    for text, task in zip(said, TASKS * 2):
+        begins, _, ends = text.partition("\n\nOnce more:" if task == "copy" else "\n\nWhat ")
+        assert begins.count("driftwood") > 3
+        # an answer behind its question
+        if task == "copy":
+            assert ends.strip()[:40] in begins
+        elif task in ("values", "queries"):
+            assert ends.partition("They are ")[2][:4] in begins
+        else:
+            assert begins.count(ends.partition("? ")[2].partition(" is ")[2][:4]) >= 1
+    with pytest.raises(ValueError, match="hide takes"):
+        next(windows(tokenizer, BOATS, 100, 1, seed=0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_a_share_of_what_is_trained_on_is_retrieval(share, tokenizer, tmp_path):
+    file, size = tmp_path / "boats.txt", shortest(tokenizer)
+    file.write_text(BOATS)
+    pack(
+        [str(file)],
+        tokenizer,
+        tmp_path,
+        seq_len=size,
+        tokens=16 * size,
+        validation=None,
+        validation_tokens=2 * size,
+        field="text",
+        seed=0,
+        vocabulary=300,
+        retrieval=share,
+    )
+    data = packed(tmp_path)
+    assert data is not None and len(data.validation) >= 1
+    asks = lambda indices: [
+        any(mark in tokenizer.decode(ids) for mark in ("\n\nWhat ", "\n\nOnce more:"))
+        for ids in data.ids(indices)
+    ]
+    assert not any(asks(data.validation))
+    found = asks(data.training)
+    assert sum(found) / len(found) == pytest.approx(share, abs=0.1)
+
+
+def test_training_refuses_what_cannot_hide(converted, tmp_path):
+    file = tmp_path / "boats.txt"
+    file.write_text(BOATS)
+    given = {"tokens": 1000, "seq_len": 100, "retrieval": 0.5}
+    with pytest.raises(LrkvError, match="larger seq_len, or retrieval 0"):
+        heal(converted(), tmp_path / "out", [str(file)], **given)

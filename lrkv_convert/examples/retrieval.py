@@ -217,6 +217,32 @@ def texts(
             yield haystacks.hide(planned(task, sample, generator), tokens)
 
 
+def windows(
+    tokenizer: PreTrainedTokenizerBase, prose: str, tokens: int, count: int, seed: int
+) -> Iterator[list[int]]:
+    """So many training windows of exactly so many tokens: a text of every task in turn, in prose,
+    with as many of its questions and answers behind it as there is room for. Raises ValueError
+    where there is none.
+    """
+    if tokens < (least := shortest(tokenizer)):
+        raise ValueError(f"what retrieval tasks hide takes {least} tokens, more than {tokens}")
+    generator, haystacks = torch.Generator().manual_seed(seed), Haystacks(tokenizer, prose)
+    for i in range(count):
+        task, sample = TASKS[i % len(TASKS)], i // len(TASKS)
+        if task == "copy":
+            hidden = haystacks.copied(tokens, DEPTHS[sample % len(DEPTHS)])
+        else:
+            hidden = haystacks.hide(planned(task, sample, generator), tokens)
+        ids = hidden.text.tolist()
+        order = torch.randperm(len(hidden.asked), generator=generator).tolist()
+        for asked in (hidden.asked[k] for k in order):
+            both = [*asked.question.tolist(), *asked.answer.tolist()]
+            ids += both if len(ids) + len(both) <= tokens else []
+        while len(ids) < tokens:
+            ids += list(chain.from_iterable(haystacks.take(tokens - len(ids))))
+        yield ids[:tokens]
+
+
 def shortest(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens below which not every task has a text around what it hides."""
     haystacks, generator = Haystacks(tokenizer, None), torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ def at_most(high: int) -> Limit:
     return Limit(lambda value: value <= high, f"it must be at most {high:,}")
 
 
-def between(low: int, high: int) -> Limit:
+def between(low: float, high: float) -> Limit:
     return Limit(lambda value: low <= value <= high, f"it must lie between {low} and {high}")
 
 

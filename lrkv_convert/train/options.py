@@ -42,6 +42,11 @@ class Options(Typed):
     text_field: str = option(
         "text", "Where the text stands in jsonl, parquet and datasets.", advanced=True
     )
+    retrieval: float = option(
+        0.0,
+        "Share of the windows that hide numbers and words in the text, and ask for them.",
+        limits=[between(0, 0.9)],
+    )
     validation: list[str] | None = option(
         None, "A text file of its own to validate on, or several: [a.txt, b.txt].", advanced=True
     )

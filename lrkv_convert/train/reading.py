@@ -56,6 +56,8 @@ class Reading:
         if self.teacher is not None:
             check_teacher(self.teacher, self.family, self.config, tokenizer)
         if self.family.encoder is not None:
+            if options.retrieval:
+                raise LrkvError("retrieval texts are for decoders", "leave retrieval out")
             return made(run, filled, lambda: self.fill(run, tokenizer))
         return made(
             run,
@@ -71,6 +73,7 @@ class Reading:
                 field=options.text_field,
                 seed=options.seed,
                 vocabulary=self.config.vocab_size,
+                retrieval=options.retrieval,
             ),
         )
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..errors import LrkvError
 from ..examples.example import Example, windows_of
+from ..examples.retrieval import windows as retrieval_windows
 from ..folder.writer import write_json
 from .data import Data, held_out
 from .sources import side_by_side, sources
 
 TOKENS, ABOUT = "windows.int32", "windows.json"
+PROSE = 8  # letters a token, more than enough
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,7 @@ class Cutter:
             )
             whole = min(len(buffer) // self.seq_len, most - (self.windows - first))
             if whole:
-                rows = np.array(buffer[: whole * self.seq_len], dtype=np.int32)
-                if rows.max() >= self.vocabulary:
-                    raise LrkvError(
-                        f"the tokenizer gives the token {rows.max()}, the model knows"
-                        f" {self.vocabulary}",
-                        "the tokenizer does not belong to this model",
-                    )
-                self.file.write(rows.tobytes())
-                self.digest.update(rows.tobytes())
-                self.windows += whole
+                self.write(np.array(buffer[: whole * self.seq_len], dtype=np.int32))
                 del buffer[: whole * self.seq_len]
             if self.windows - first == most:
                 break
@@ -93,6 +86,33 @@ class Cutter:
                 "give more text, or a smaller seq_len",
             )
         return self.windows - first
+
+    def hide(self, data: list[str], count: int, field: str, seed: int) -> int:
+        """`count` windows of retrieval texts in the prose of the data. Raises LrkvError."""
+        prose: list[str] = []
+        for text, _ in side_by_side(sources(data, seed), field):
+            prose.append(text)
+            if sum(map(len, prose)) > PROSE * count * self.seq_len:
+                break
+        try:
+            for ids in retrieval_windows(
+                self.tokenizer, " ".join(prose), self.seq_len, count, seed
+            ):
+                self.write(np.array(ids, dtype=np.int32))
+        except ValueError as error:
+            raise LrkvError(str(error), "give a larger seq_len, or retrieval 0") from error
+        return count
+
+    def write(self, rows: np.ndarray) -> None:
+        """Whole windows. Raises LrkvError for tokens that the model does not know."""
+        if rows.max() >= self.vocabulary:
+            raise LrkvError(
+                f"the tokenizer gives the token {rows.max()}, the model knows {self.vocabulary}",
+                "the tokenizer does not belong to this model",
+            )
+        self.file.write(rows.tobytes())
+        self.digest.update(rows.tobytes())
+        self.windows += len(rows) // self.seq_len
 
 
 def pack(
@@ -107,12 +127,15 @@ def pack(
     field: str,
     seed: int,
     vocabulary: int,
+    retrieval: float = 0.0,
 ) -> None:
-    """Tokenise and write what `packed` reads into `folder`. Raises LrkvError for data that cannot
-    be read, is too short or has tokens the model does not know.
+    """Tokenise and write what `packed` reads into `folder`. retrieval: share of the windows trained
+    on that are retrieval texts. Raises LrkvError for data that cannot be read, is too short or has
+    tokens the model does not know.
     """
     held = max(1, validation_tokens // seq_len)
     most = -(-tokens // seq_len) + (0 if validation else held)
+    most -= round(retrieval * (-(-tokens // seq_len)))
     with open(folder / TOKENS, "wb") as file:
         cutter = Cutter(file, tokenizer, seq_len, vocabulary)
         count = cutter.cut("the data", data, most, field, seed)
@@ -121,6 +144,11 @@ def pack(
             training, chosen = torch.arange(count), count + torch.arange(own)
         else:
             training, chosen = held_out(count, held, whole=count == most)
+        if retrieval and len(training):
+            # as large a share of what there is, if text ran out
+            hidden, before = round(retrieval / (1 - retrieval) * len(training)), cutter.windows
+            cutter.hide(data, hidden, field, seed)
+            training = torch.cat((training, torch.arange(before, cutter.windows)))
     if not len(training):
         raise LrkvError(
             f"the data fills {count} window(s) of {seq_len} tokens: too short to train on and hold"
