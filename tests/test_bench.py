@@ -22,7 +22,13 @@ from lrkv_convert.evaluate.bench import (
     working_bytes,
 )
 from lrkv_convert.evaluate.memory import cache_bytes, formula_bytes
-from lrkv_convert.evaluate.step import Shape, attention_step, eager_attention, full_attention
+from lrkv_convert.evaluate.step import (
+    Shape,
+    attention_step,
+    eager_attention,
+    full_attention,
+    product_attention,
+)
 from lrkv_convert.modeling.contract_lrkv import CACHE
 
 CPU = torch.device("cpu")
@@ -118,19 +124,20 @@ def test_the_longest_context_is_found(converted):
 @pytest.mark.parametrize("rotary", [False, True])
 def test_an_attention_step_counts_the_bytes_of_the_formula(rotary):
     shape = Shape(4, 2, 32, (32, 8), (48, 4), rotary=rotary)
-    full, eager, split, rebuild = attention_step(
+    full, eager, first, split, rebuild = attention_step(
         shape, 2, 64, CPU, torch.float32, rounds=1, copy_rate=1e9
     )
-    assert [row["path"] for row in (full, eager, split, rebuild)] == [
+    assert [row["path"] for row in (full, eager, first, split, rebuild)] == [
         "full cache",
         "full, eager",
+        "full, tokens first",
         "split",
         "rebuild",
     ]
     assert full["bytes"] == 2 * 64 * 4 * 2 * 4 * 32 and split["bytes"] == 2 * 64 * 4 * (
         32 + 4 * 8 + 48 + 4 * 4
     )
-    assert eager["bytes"] == full["bytes"]
+    assert eager["bytes"] == first["bytes"] == full["bytes"]
     assert split["cache_ratio"] == pytest.approx(split["bytes"] / full["bytes"])
 
 
@@ -140,6 +147,7 @@ def test_the_baselines_compute_attention():
     assert torch.allclose(
         full_attention(query, key, value), expected, atol=1e-6
     ) and torch.allclose(eager_attention(query, key, value), expected, atol=1e-6)
+    assert torch.allclose(product_attention(query, key, value), expected, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------- the command
