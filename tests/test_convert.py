@@ -97,6 +97,7 @@ def test_the_folder_holds_what_it_should(family, converted, tiny):
         "attention_lrkv.py",
         "cache_lrkv.py",
         "codes_lrkv.py",
+        "integer_lrkv.py",
         "contract_lrkv.py",
         "factors_lrkv.py",
         "forms_lrkv.py",
