@@ -255,3 +255,14 @@ def test_gradients_go_past_the_products():
     queries = drawn(7)(2, 1, 1, 7).float().requires_grad_()
     coder.dot(queries, rows).sum().backward()
     assert relative(queries.grad, coder.read(rows, torch.float32).sum(2, True)) < 1e-6
+
+
+def test_memory_of_inference_mode_is_used_outside_of_it():
+    coder, rows = coded(((6, 12),), 2, 40)
+    queries = drawn(8)(2, 2, 3, 13).float()
+    integer.scratch.held.clear()
+    with torch.inference_mode():
+        first = coder.dot(queries, rows)
+    with torch.no_grad():
+        assert torch.equal(coder.dot(queries, rows), first)
+    assert torch.equal(coder.dot(queries, rows), first)

@@ -70,7 +70,9 @@ class Scratch(threading.local):
     def of(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         count, held = math.prod(shape), self.held.get(name)
         if held is None or len(held) < count:
-            held = self.held[name] = torch.empty(count, dtype=dtype, device="cpu")
+            # what is made in inference mode cannot be written outside of it
+            with torch.inference_mode(False):
+                held = self.held[name] = torch.empty(count, dtype=dtype, device="cpu")
         return held[:count].view(shape)
 
 
